@@ -1,0 +1,225 @@
+"""Batches of queries, or of candidates once the datamodule is given a stage 1."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nvf.attention import SoftAttention
+from nvf.errors import InputError, check_number
+from nvf.queries import QueryBatch, QuerySource, Recorded
+from nvf.streams import stream
+
+EVAL_BATCH = 1024
+
+
+class CandidateBatch(NamedTuple):
+    """Queries with the k candidates of a frozen stage 1."""
+
+    queries: Tensor  # (B, D)
+    rows: Tensor  # (B, k) int64, best first
+    logits: Tensor  # (B, k)
+    labels: Tensor  # (B, k) bool, true where the candidate is a target
+    valid: Tensor  # (B,) bool, true where any candidate is
+
+
+class VectorDataModule(L.LightningDataModule):
+    """Training, validation and test batches over one source of queries.
+
+    Without `attention` the loaders yield `QueryBatch`, with it `CandidateBatch`. The training batch of step s of epoch
+    e on rank r is a function of (seed, stage, e, s, r) alone, so a resumed run sees what an uninterrupted one would
+    have seen. Generated queries are fresh in every step, unless `train_samples` fixes a finite set; finite sets are
+    shuffled anew in every pass. Validation and test queries are fixed by `eval_seed`. Where the queries are fixed,
+    their candidates are computed once; a finite training set of candidates holds the valid samples alone.
+
+    Args:
+        source: generated or recorded queries.
+        seed: of the training stream.
+        batch_size: training queries a step and rank.
+        steps_per_epoch: steps between two validations; None is one pass over a finite training set.
+        attention: a trained stage 1, used without gradients.
+        k: candidates a query.
+        train_samples: size of the finite training set of a generated source.
+        val_samples, test_samples: sizes of a generated source's fixed splits.
+
+    Raises:
+        InputError: a size below 1; no `steps_per_epoch` for unlimited queries; `train_samples` for recorded queries.
+    """
+
+    def __init__(
+        self,
+        source: QuerySource | Recorded,
+        *,
+        seed: int,
+        batch_size: int,
+        steps_per_epoch: int | None = None,
+        attention: SoftAttention | None = None,
+        k: int = 5,
+        train_samples: int | None = None,
+        val_samples: int = 10_000,
+        test_samples: int = 10_000,
+        eval_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        optional = {"steps_per_epoch": steps_per_epoch, "train_samples": train_samples}
+        sizes = {"batch_size": batch_size, "val_samples": val_samples, "test_samples": test_samples}
+        for name, size in {**sizes, **{n: s for n, s in optional.items() if s is not None}}.items():
+            check_number(name, size, minimum=1, whole=True, remedy="raise it")
+        for name, number in {"seed": seed, "queries.seed": eval_seed}.items():
+            check_number(name, number, minimum=0, whole=True, remedy="any such number gives draws of its own")
+        recorded = isinstance(source, Recorded)
+        if recorded and train_samples is not None:
+            raise InputError(f"train_samples={train_samples} fixes generated queries; recorded ones are all used")
+        if not recorded and train_samples is None and steps_per_epoch is None:
+            raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
+        self.source = source
+        self.attention = attention
+        self.k = k
+        self.seed = seed
+        self.stage = "attention" if attention is None else "reranker"
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.train_samples = train_samples
+        self.samples = {"val": val_samples, "test": test_samples}
+        self.eval_seed = eval_seed
+        self._sets: dict[str, QueryBatch | CandidateBatch] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Move the frozen parts to the trainer's device; fixed sets are made when their loader is first asked for."""
+        device = self.device
+        self.source.memory.to(device)
+        if self.attention is not None:
+            self.attention.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made: the trainer's device, else the memory's."""
+        return self.trainer.strategy.root_device if self.trainer else self.source.memory.rows.device
+
+    def train_dataloader(self) -> DataLoader:
+        if isinstance(self.source, Recorded) or self.train_samples is not None:
+            samples = self._fixed("train")
+            steps = self.steps_per_epoch or -(-len(samples.queries) // (self.batch_size * self._ranks[1]))
+            batches: Dataset = _FiniteBatches(samples, self.batch_size, steps, self.seed, self._ranks)
+        else:
+            steps = self.steps_per_epoch or 0
+            batches = _FreshBatches(self)
+        return DataLoader(batches, batch_size=None, sampler=_StepSampler(steps), generator=torch.Generator())
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test")
+
+    def with_candidates(self, batch: QueryBatch) -> CandidateBatch:
+        """The batch with stage 1's candidates and their labels, all in whole-tensor operations."""
+        assert self.attention is not None
+        with torch.no_grad():
+            top = self.attention.candidates(batch.queries, self.k)
+        labels = (top.rows.unsqueeze(-1) == batch.targets.unsqueeze(1)).any(dim=-1)  # (B, k)
+        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1))
+
+    def queries(self, split: str) -> QueryBatch:
+        """A fixed set of queries: `val`, `test`, or a finite `train`."""
+        if isinstance(self.source, Recorded):
+            return QueryBatch(*(part.to(self.device) for part in self.source.splits[split]))
+        if split == "train":
+            generator = stream(self.seed, f"train/{self.stage}", device=self.device)
+            return self.source.sample(self.train_samples or 0, generator)
+        return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
+
+    def _fixed(self, split: str) -> QueryBatch | CandidateBatch:
+        if split not in self._sets:
+            queries = self.queries(split)
+            self._sets[split] = queries if self.attention is None else self.with_candidates(queries)
+            if self.attention is not None and split == "train":
+                valid = self._sets[split].valid  # type: ignore[union-attr]
+                if not valid.any():
+                    raise InputError(
+                        f"none of the {len(valid)} training queries has its target among the k={self.k} candidates; "
+                        "raise k, or train stage 1 for longer"
+                    )
+                self._sets[split] = CandidateBatch(*(part[valid] for part in self._sets[split]))
+        return self._sets[split]
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        samples, (rank, ranks) = self._fixed(split), self._ranks
+        batches = zip(*(part[rank::ranks].split(EVAL_BATCH) for part in samples), strict=True)
+        return DataLoader(_Batches([type(samples)(*batch) for batch in batches]), batch_size=None)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class _StepSampler(Sampler[tuple[int, int]]):
+    """(epoch, step) for each step of an epoch; Lightning tells the epoch."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, step) for step in range(self.steps))
+
+
+class _FreshBatches(Dataset):
+    """Generated queries that no other step sees."""
+
+    def __init__(self, data: VectorDataModule) -> None:
+        self.data = data
+
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        data = self.data
+        generator = stream(data.seed, f"train/{data.stage}", *position, data._ranks[0], device=data.device)
+        batch = data.source.sample(data.batch_size, generator)  # type: ignore[union-attr]
+        return batch if data.attention is None else data.with_candidates(batch)
+
+
+class _FiniteBatches(Dataset):
+    """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short."""
+
+    def __init__(self, samples: Any, size: int, steps: int, seed: int, ranks: tuple[int, int]) -> None:
+        self.samples, self.size, self.steps, self.seed, (self.rank, self.ranks) = (
+            samples,
+            size,
+            steps,
+            seed,
+            ranks,
+        )
+        self.count = len(samples.queries)
+        self.slices = -(-self.count // (size * self.ranks))  # a pass has so many
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        epoch, step = position
+        turn, index = divmod(epoch * self.steps + step, self.slices)
+        if self._order[0] != turn:
+            order = torch.randperm(self.count, generator=stream(self.seed, "order", turn))
+            self._order = (turn, order.to(self.samples.queries.device))
+        start = (index * self.ranks + self.rank) * self.size
+        chosen = self._order[1][start : start + self.size]
+        return type(self.samples)(*(part[chosen] for part in self.samples))
+
+
+class _Batches(Dataset):
+    """A list of batches."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]

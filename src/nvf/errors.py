@@ -1,0 +1,35 @@
+"""The one error that a user is meant to read, and the check that raises most of it."""
+
+import math
+from typing import Any
+
+
+class InputError(ValueError):
+    """Bad input: the message names the value, the limit and the remedy; the entry prints it without a traceback."""
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+    remedy: str,
+) -> None:
+    """Raise an InputError unless the value is a finite number, whole if it must be, within its limits."""
+    kind = "a whole number" if whole else "a number"
+    limits = [
+        f"{word} {limit}"
+        for word, limit in (("of at least", minimum), ("above", above), ("below", below))
+        if limit is not None
+    ]
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not fits
+        or (minimum is not None and value < minimum)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    ):
+        raise InputError(f"{name}={value} is not {' '.join([kind, ' and '.join(limits)]).strip()}; {remedy}")

@@ -1,0 +1,86 @@
+"""Ranks of the right rows, counted in torchmetrics with sum states, so that they add up over batches and devices."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+MISS = 2**31 - 1  # the rank of a target that was not retrieved
+DEEPEST = 10  # ranks below this one count alike
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """The rank, from 1, of each query's best-ranked target, (B,).
+
+    Equal scores rank by row, smallest first, so a model that scores all rows alike is not flattered; a query whose
+    scores are NaN ranks last.
+
+    Args:
+        scores: (B, N).
+        targets: (B, m) rows, padded with -1.
+    """
+    right = scores.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf)
+    best, index = right.max(dim=-1, keepdim=True)
+    return _rank(scores, best, targets.gather(-1, index))
+
+
+def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """The rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
+
+    Args:
+        scores: (B, k), candidates in stage 1's order, which decides between equal scores.
+        labels: (B, k) bool.
+    """
+    best, position = scores.masked_fill(~labels, -torch.inf).max(dim=-1, keepdim=True)
+    return _rank(scores, best, position).where(labels.any(dim=-1), MISS)
+
+
+def _rank(scores: Tensor, best: Tensor, position: Tensor) -> Tensor:
+    order = torch.arange(scores.shape[-1], device=scores.device)
+    above = ~(scores <= best) | ((scores == best) & (order < position))
+    return 1 + above.sum(dim=-1)
+
+
+class RankCounts(Metric):
+    """How many queries have their target at rank 1, 2, ... 10, or deeper: `counts`, (11,)."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(DEEPEST + 1, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, ranks: Tensor) -> None:
+        """Count ranks, (B,), from 1."""
+        self.counts += torch.bincount(ranks.clamp(max=DEEPEST + 1) - 1, minlength=DEEPEST + 1)
+
+    def compute(self) -> Tensor:
+        """The counts, (11,)."""
+        return self.counts
+
+    def share(self, rank: int) -> Tensor:
+        """The share of queries whose target is among the first `rank` rows, rank <= 10."""
+        counts = self.compute()
+        return counts[:rank].sum() / counts.sum()
+
+
+class Agreement(Metric):
+    """Counts over queries where a method and a reference are right or wrong: `wins` (only the method), `losses`."""
+
+    full_state_update = False
+    wins: Tensor
+    losses: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("wins", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("losses", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, right: Tensor, reference_right: Tensor) -> None:
+        """Count two (B,) bool tensors."""
+        self.wins += (right & ~reference_right).sum()
+        self.losses += (~right & reference_right).sum()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Wins and losses."""
+        return self.wins, self.losses

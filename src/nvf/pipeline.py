@@ -1,0 +1,188 @@
+"""Both stages as one module: one differentiable distribution over the memory, a search, a folder on disk."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nvf.attention import SoftAttention, attention_loss
+from nvf.errors import InputError
+from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, unit
+from nvf.reranker import Reranker
+
+FORMAT = "nvf-pipeline-1"
+FILES = ("config.json", "memory.safetensors", "weights.safetensors")
+
+
+class Retrieval(NamedTuple):
+    """What the pipeline says of B queries."""
+
+    log_probs: Tensor  # (B, N), the distribution's logarithm
+    logits: Tensor  # (B, N), stage 1's
+    candidates: Tensor  # (B, k) int64 rows, in stage 1's order
+    scores: Tensor  # (B, k), the reranker's
+
+
+class Hits(NamedTuple):
+    """The k most probable rows of each query, best first: numpy arrays for numpy queries, tensors for tensors."""
+
+    rows: Any  # (B, k) int64
+    probabilities: Any  # (B, k) float32
+
+
+class Pipeline(nn.Module):
+    """Stage 1, its k best rows, and stage 2, as one distribution over all N rows.
+
+    Outside the candidates a row keeps stage 1's probability. Inside, softmax(scores) shares out stage 1's total
+    candidate mass. It sums to one, and its arg max is the reranker's choice: the largest of k shares is at least
+    mass / k, which no row outside exceeds. The choice of the candidates is piecewise constant; gradients flow through
+    masses and scores to the query and every weight of both stages.
+
+    Raises:
+        InputError: k is not in 1..N.
+    """
+
+    def __init__(self, attention: SoftAttention, reranker: Reranker, *, k: int = 5) -> None:
+        super().__init__()
+        check_k(k, len(attention.memory))
+        self.attention = attention
+        self.reranker = reranker
+        self.k = k
+
+    @property
+    def memory(self) -> VectorMemory:
+        """The rows that are searched."""
+        return self.attention.memory
+
+    def forward(self, queries: Tensor) -> Retrieval:
+        logits = self.attention(queries)  # (B, N)
+        top = logits.topk(self.k, dim=-1)
+        scores = self.rerank(queries, top.indices, top.values)
+        log_mass = top.values.logsumexp(dim=-1, keepdim=True) - logits.logsumexp(dim=-1, keepdim=True)
+        inside = log_mass + scores.log_softmax(dim=-1)  # (B, k)
+        log_probs = logits.log_softmax(dim=-1).scatter(-1, top.indices, inside)
+        return Retrieval(log_probs, logits, top.indices, scores)
+
+    def rerank(self, queries: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
+        """The reranker's scores, (B, k), of candidates given as rows of the memory and their logits, (B, k) each."""
+        return self.reranker(queries, self.memory.rows[rows], logits, self.attention.beta)
+
+    @torch.no_grad()
+    def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
+        """The k most probable rows and their probabilities, in blocks that never hold (B, N).
+
+        Args:
+            queries: (B, D) of any float type and length; numpy or torch.
+            k: how many rows; the pipeline's own number of candidates if None.
+
+        Raises:
+            InputError: queries of another shape or type, zero or not finite; k not in 1..N.
+        """
+        k = self.k if k is None else k
+        check_k(k, len(self.memory))
+        given = torch.from_numpy(np.asarray(queries)) if isinstance(queries, np.ndarray) else queries
+        if given.ndim != 2 or given.shape[1] != self.memory.dim or not given.is_floating_point():
+            raise InputError(
+                f"queries have shape {tuple(given.shape)} and type {given.dtype}; give floats, (B, {self.memory.dim})"
+            )
+        if len(given):
+            check_vectors(given, "queries")
+        training = self.training
+        self.eval()  # no dropout in a search
+        try:
+            blocks = [self._search_block(block, k) for block in given.split(QUERY_BLOCK)]
+        finally:
+            self.train(training)
+        rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        if isinstance(queries, np.ndarray):
+            return Hits(rows.cpu().numpy(), probabilities.cpu().numpy())
+        return Hits(rows.to(given.device), probabilities.to(given.device))
+
+    def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        rows = self.memory.rows
+        queries = unit(queries).to(rows)
+        # A candidate may lose its probability to the reranker, so the k most probable rows are among the k + self.k
+        # that stage 1 likes best.
+        top = self.attention.candidates(queries, min(self.k + k, len(rows)), logsumexp=True)
+        assert top.logsumexp is not None
+        scores = self.rerank(queries, top.rows[:, : self.k], top.scores[:, : self.k])
+        log_attention = top.scores - top.logsumexp.unsqueeze(-1)
+        log_mass = log_attention[:, : self.k].logsumexp(dim=-1, keepdim=True)
+        log_probs = torch.cat([log_mass + scores.log_softmax(dim=-1), log_attention[:, self.k :]], dim=-1)
+        best = log_probs.topk(k, dim=-1)
+        return top.rows.gather(-1, best.indices), best.values.exp().float()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder that `load` reads: config.json and two safetensors files; whole or not at all.
+
+        Raises:
+            InputError: the path holds something that is not a pipeline.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
+        partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config = {
+            "format": FORMAT,
+            "k": self.k,
+            "memory": self.memory.fingerprint,
+            "attention": self.attention.settings,
+            "reranker": self.reranker.settings,
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
+        save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
+        """Read a folder that `save` wrote; nothing in it can run code.
+
+        Raises:
+            InputError: a file is missing, damaged, or does not fit the others.
+        """
+        folder = Path(folder)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise InputError(
+                    f"{folder / name} is missing; a pipeline folder holds {', '.join(FILES)}: save it again"
+                )
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            if config["format"] != FORMAT:
+                raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
+            memory = VectorMemory(load_file(folder / "memory.safetensors")["rows"], fingerprint=config["memory"])
+            pipeline = cls(
+                SoftAttention(memory, **config["attention"]),
+                Reranker(memory.dim, **config["reranker"]),
+                k=config["k"],
+            )
+            pipeline.load_state_dict(load_file(folder / "weights.safetensors"))
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
+            raise InputError(f"{folder} is damaged ({_line(fault)}); save the pipeline again") from None
+        return pipeline.eval().to(device)
+
+
+def pipeline_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """-log of the probability that the distribution, (B, N), gives to the right rows, (B, m), mean over the batch."""
+    return attention_loss(log_probs, targets)  # log-probabilities are logits whose log-sum-exp is zero
+
+
+def _line(fault: BaseException) -> str:
+    text = " ".join(str(fault).split())
+    return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__

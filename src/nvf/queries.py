@@ -1,0 +1,120 @@
+"""Where queries come from: three generated sources with their oracles, and the user's own."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvf.errors import InputError, check_number
+from nvf.memory import VectorMemory
+from nvf.streams import stream
+
+WARPS = ("rotation", "mlp")
+
+
+class QueryBatch(NamedTuple):
+    """Unit queries and the rows that answer them."""
+
+    queries: Tensor  # (B, D)
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+
+
+class QuerySource(Protocol):
+    """A generated source: it draws any number of queries from a generator on the memory's device."""
+
+    memory: VectorMemory
+
+    @property
+    def oracle(self) -> Tensor:
+        """The rows, (N, D), that someone who knows how the queries were made would search."""
+        ...
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        """Draw `count` queries."""
+        ...
+
+
+class Nearest:
+    """Queries uniform on the unit sphere; the target is the row that exact search finds."""
+
+    def __init__(self, memory: VectorMemory) -> None:
+        self.memory = memory
+
+    @property
+    def oracle(self) -> Tensor:
+        return self.memory.rows
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        queries = F.normalize(_normal(count, self.memory.dim, generator), dim=-1)
+        return QueryBatch(queries, self.memory.search(queries, k=1).rows)
+
+
+class Noisy:
+    """Queries normalize(V[i] + sigma randn), target i: exact search is Bayes-optimal for unit rows.
+
+    Raises:
+        InputError: sigma is negative or not finite.
+    """
+
+    def __init__(self, memory: VectorMemory, *, sigma: float) -> None:
+        check_number("queries.sigma", sigma, minimum=0, remedy="0.1 is easy, 0.3 is hard")
+        self.memory = memory
+        self.sigma = sigma
+
+    @property
+    def oracle(self) -> Tensor:
+        return self.memory.rows
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        rows = self.oracle
+        targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
+        noise = _normal(count, self.memory.dim, generator)
+        return QueryBatch(F.normalize(rows[targets[:, 0]] + self.sigma * noise, dim=-1), targets)
+
+
+class Warped(Noisy):
+    """Queries normalize(f(V[i]) + sigma randn), target i, for a hidden fixed map f; the oracle searches f(V).
+
+    `rotation` is a rotation drawn uniformly; `mlp` is normalize(tanh(x A) B) with normal A, (D, 4D), and B, (4D, D).
+    Both depend on `warp_seed` and D alone.
+
+    Raises:
+        InputError: an unknown warp, or a bad sigma.
+    """
+
+    def __init__(self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int) -> None:
+        super().__init__(memory, sigma=sigma)
+        check_number(
+            "queries.warp_seed", warp_seed, minimum=0, whole=True, remedy="any such number gives a map of its own"
+        )
+        if warp not in WARPS:
+            raise InputError(f"queries.warp={warp} is unknown; choose one of {', '.join(WARPS)}")
+        generator, dim = stream(warp_seed, "warp"), memory.dim
+        if warp == "rotation":
+            q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+            warped = memory.rows.cpu() @ (q * r.diagonal().sign())
+        else:
+            inner = torch.randn(dim, 4 * dim, generator=generator)
+            outer = torch.randn(4 * dim, dim, generator=generator)
+            warped = torch.tanh(memory.rows.cpu() @ inner) @ outer
+        self._warped = F.normalize(warped, dim=-1)
+
+    @property
+    def oracle(self) -> Tensor:
+        self._warped = self._warped.to(self.memory.rows.device)
+        return self._warped
+
+
+class Recorded:
+    """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle."""
+
+    oracle = None
+
+    def __init__(self, memory: VectorMemory, splits: dict[str, QueryBatch]) -> None:
+        self.memory = memory
+        self.splits = splits
+
+
+def _normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, dim, generator=generator, device=generator.device)

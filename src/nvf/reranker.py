@@ -1,0 +1,93 @@
+"""Stage 2, foveal vision: a small network compares the query with each candidate."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvf.errors import InputError, check_number
+
+RERANKERS = ("mlp", "residual")
+
+
+class Reranker(nn.Module):
+    """One score per candidate, (B, k), from the features [q, c, q - c, q * c].
+
+    `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
+    w_a logit + w_c beta cos(q, c) + mlp, with w_a = 1, w_c = 0 and the last layer zero at the start, so that it
+    starts at stage 1's order. The last layer has no bias: one constant for all candidates changes no softmax.
+
+    Raises:
+        InputError: an unknown kind, or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self, dim: int, *, kind: str = "mlp", hidden: tuple[int, int] = (128, 64), dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if kind not in RERANKERS:
+            raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
+        check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
+        if len(hidden) != 2:
+            raise InputError(f"reranker.hidden={[*hidden]} has {len(hidden)} widths; give two, such as [128, 64]")
+        for width in hidden:
+            check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
+        self.kind = kind
+        self.first = nn.Linear(4 * dim, hidden[0])
+        last = nn.Linear(hidden[1], 1, bias=False)
+        self.rest = nn.Sequential(
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            last,
+        )
+        self.settings = {"kind": kind, "hidden": [*hidden], "dropout": dropout}
+        if kind == "residual":
+            nn.init.zeros_(last.weight)
+            self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
+
+    @property
+    def starts_at_stage_one(self) -> bool:
+        """Whether the untrained reranker keeps the order of the logits."""
+        return self.kind == "residual"
+
+    def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
+        """Scores, (B, k).
+
+        Args:
+            queries: (B, D) unit rows.
+            candidates: (B, k, D) unit rows.
+            logits: (B, k), stage 1's.
+            beta: stage 1's inverse temperature, a scalar: it brings the cosine to the logits' scale.
+        """
+        scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
+        if self.kind == "residual":
+            cosine = (queries.unsqueeze(1) * candidates).sum(dim=-1)
+            scores = scores + self.evidence[0] * logits + self.evidence[1] * beta * cosine
+        return scores
+
+    def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
+
+        The same function as the layer over the concatenation, without ever building that (B, k, 4D) tensor.
+        """
+        w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
+        from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
+        from_candidates = F.linear(candidates, w_candidate - w_difference)  # (B, k, hidden)
+        from_products = F.linear(queries.unsqueeze(1) * candidates, w_product)  # (B, k, hidden)
+        return from_query.unsqueeze(1) + from_candidates + from_products
+
+
+def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """-log of the probability of the right candidates, mean over the valid samples; zero if none is valid.
+
+    Args:
+        scores: (B, k).
+        labels: (B, k) bool, true where the candidate is a target; a sample is valid if any is.
+    """
+    valid = labels.any(dim=-1)
+    right = scores.masked_fill(~(labels | ~valid.unsqueeze(-1)), -math.inf)  # invalid rows: all, a loss of zero
+    losses = scores.logsumexp(dim=-1) - right.logsumexp(dim=-1)
+    return losses.sum() / valid.sum().clamp(min=1)

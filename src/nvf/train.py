@@ -1,0 +1,139 @@
+"""The entry, `python -m nvf.train`: build the data, fit the stages, evaluate, save."""
+
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from nvf.errors import InputError
+
+if TYPE_CHECKING:
+    from nvf.attention import SoftAttention
+    from nvf.pipeline import Pipeline
+
+START = time.perf_counter()
+HERE = Path(__file__).resolve()
+CARRIED = HERE.parent / "conf"  # in a wheel
+CONF = CARRIED if CARRIED.is_dir() else HERE.parents[2] / "conf"
+log = logging.getLogger("nvf")
+
+
+def train(config: dict[str, Any], folder: Path, started: float) -> float:
+    """One run, from plain settings to a whole run folder.
+
+    Args:
+        config: the composed configuration, resolved, as plain containers.
+        folder: of the run; exists.
+        started: the `time.perf_counter()` from which the run's total seconds count.
+
+    Returns:
+        The objective for sweepers: Top-1 on validation of what was fitted last.
+    """
+    # Imported here so that --help and a config error answer without importing torch.
+    from nvf.dashboards import log_hparams
+    from nvf.evaluation import audit_gradients, evaluate, remarks, table
+    from nvf.results import versions, write_results
+    from nvf.stages import build_source, check, fit_attention, fit_reranker, fixed_queries
+
+    quiet()
+    source = build_source(config)
+    check(config, source)
+
+    seconds: dict[str, float] = {"attention": 0.0, "reranker": 0.0}
+    with timed(seconds, "attention"):
+        attention = fit_attention(config, source, folder)
+    model: SoftAttention | Pipeline = attention
+    if "reranker" in config["stage"]["fit"]:
+        with timed(seconds, "reranker"):
+            model = fit_reranker(config, source, attention, folder)
+        model.save(folder / "pipeline")
+    with timed(seconds, "evaluation"):
+        val, test = (fixed_queries(config, source, split) for split in ("val", "test"))
+        val_figures, _ = evaluate(model, val, k=config["k"], oracle=source.oracle, title="validation")
+        test_figures, against_exact = evaluate(model, test, k=config["k"], oracle=source.oracle, title="test")
+        gradients = audit_gradients(model, val)
+    seconds["total"] = time.perf_counter() - started
+    results = {
+        "test": test_figures,
+        "val": val_figures,
+        "against_exact": against_exact,
+        "gradients": gradients,
+        "seconds": seconds,
+        "config": config,
+        "versions": versions(),
+        "memory": source.memory.fingerprint,
+    }
+    log_hparams(results, folder)
+    write_results(results, folder / "results.json")
+
+    log.info("\n%s\n", table(results, len(test.queries)))
+    for line in remarks(results):
+        log.warning(line)
+    log.info("%.0f s; everything is in %s", seconds["total"], folder)
+    return (val_figures["pipeline"] or val_figures["attention"])["top1"]["value"]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block took."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> float:
+    """Compose the configuration, run it, and turn what goes wrong into words and an exit status."""
+    settings = HydraConfig.get()
+    folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config["trainer"]["enable_progress_bar"] &= not sweep  # the bars of several jobs would run into each other
+    try:
+        return train(config, folder, time.perf_counter() if sweep else START)
+    except InputError as error:
+        if not sweep:
+            remove_traces(folder)
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        log.error("%s", error)
+        raise CompactHydraException(f"error: {error}") from None
+    except Exception:
+        log.exception("the run failed")
+        if not sweep:
+            sys.exit(1)
+        raise
+    except SystemExit as stop:  # Lightning's answer to SIGTERM has no status, and a sweep would end with success
+        log.error("stopped; what was saved is in %s", folder)
+        sys.exit(stop.code or 143)
+
+
+def quiet() -> None:
+    """Keep the screen for what a user wants to know; Lightning sets its level when it is imported."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove what Hydra wrote for a run that never began, and the folders that this leaves empty."""
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    (folder / "train.log").unlink(missing_ok=True)
+    for path in (folder, folder.parent):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+if __name__ == "__main__":
+    main()
