@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nvf.errors import InputError
-from nvf.memory import VectorMemory, check_vectors, unit
+from nvf.memory import VectorMemory, check_vectors, from_numpy, unit
 from nvf.queries import QueryBatch, Recorded
 
 SPLITS = ("train", "val", "test")
@@ -83,7 +83,7 @@ def _read_vectors(path: Path, what: str) -> Tensor:
         raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
-    vectors = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    vectors = from_numpy(array)
     check_vectors(vectors, str(path))
     return vectors
 

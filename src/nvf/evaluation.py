@@ -1,5 +1,6 @@
 """Every figure next to its baseline, its interval and its ceiling; the gradient audit; the table."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ def evaluate(
     """
     attention = model.attention if isinstance(model, Pipeline) else model
     rows = attention.memory.rows
-    ranks = {method: RankCounts().to(rows.device) for method in METHODS}
+    missing = {"oracle"} if oracle is None else set()
+    missing |= set() if isinstance(model, Pipeline) else {"pipeline"}
+    ranks = {method: RankCounts().to(rows.device) for method in METHODS if method not in missing}
     coverage, against = RankCounts().to(rows.device), Agreement().to(rows.device)
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
@@ -71,8 +74,8 @@ def evaluate(
         coverage.update(candidate_ranks(labels.float(), labels))
         against.update(best == 1, exact == 1)
 
-    counts = {method: ranks[method].compute().cpu().numpy() for method in METHODS}
-    figures: dict[str, Any] = {m: _figures(counts[m]) if counts[m].sum() else None for m in METHODS}
+    counts = {method: metric.compute().cpu().numpy() for method, metric in ranks.items()}
+    figures: dict[str, Any] = {method: _figures(counts[method]) if method in counts else None for method in METHODS}
     total = len(batch.queries)
     covered = int(coverage.compute()[0])
     figures["coverage"] = wilson(covered, total)
@@ -128,7 +131,8 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     """Norms of the gradient of the model's loss on the first queries of a batch and on every parameter.
 
     Returns:
-        `query` and one norm per parameter under `parameters`; `finite`; `vanished`, the names whose norm is zero.
+        `query` and one norm per parameter under `parameters`, None where it is not finite; `finite`, whether all are;
+        `vanished`, the names whose norm is zero.
     """
     model.eval()
     queries = batch.queries[:AUDITED].clone().requires_grad_(True)
@@ -141,11 +145,12 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     gradients = torch.autograd.grad(attention_loss(logits, batch.targets[:AUDITED]), [queries, *named.values()])
     for parameter in frozen:
         parameter.requires_grad_(False)
-    norms = dict(zip(["query", *named], (float(gradient.norm()) for gradient in gradients), strict=True))
+    values = [float(gradient.norm()) for gradient in gradients]
+    norms = {n: v if math.isfinite(v) else None for n, v in zip(["query", *named], values, strict=True)}
     return {
         "query": norms.pop("query"),
         "parameters": norms,
-        "finite": all(bool(gradient.isfinite().all()) for gradient in gradients),
+        "finite": all(math.isfinite(value) for value in values),
         "vanished": [name for name, norm in norms.items() if norm == 0],
     }
 

@@ -3,6 +3,7 @@
 import hashlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ class VectorMemory(nn.Module):
         check_vectors(vectors, "memory")
         self.register_buffer("rows", unit(vectors), persistent=False)
         self.fingerprint = fingerprint or _sha256(vectors)
+
+    @classmethod
+    def restore(cls, rows: Tensor, fingerprint: str) -> "VectorMemory":
+        """A memory with the rows of another one, kept to the last bit, and its fingerprint."""
+        memory = cls(rows, fingerprint=fingerprint)
+        memory.rows = rows
+        return memory
 
     @classmethod
     def synthetic(cls, *, rows: int, dim: int, seed: int) -> "VectorMemory":
@@ -110,7 +118,13 @@ def _merge(left: TopK, right: TopK, k: int) -> TopK:
 
 def unit(vectors: Tensor) -> Tensor:
     """Rows scaled to length 1, float32; lengths near either end of the float range do not over- or underflow."""
-    return F.normalize((vectors / vectors.abs().amax(dim=-1, keepdim=True)).float(), dim=-1)
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return F.normalize((wide / wide.abs().amax(dim=-1, keepdim=True)).float(), dim=-1)
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor of its own with the array's values, whatever their byte order."""
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def check_vectors(vectors: Tensor, name: str) -> None:

@@ -18,9 +18,13 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
         scores: (B, N).
         targets: (B, m) rows, padded with -1.
     """
-    right = scores.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf)
-    best, index = right.max(dim=-1, keepdim=True)
-    return _rank(scores, best, targets.gather(-1, index))
+    padding = targets < 0
+    right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
+    best = right.amax(dim=-1, keepdim=True)
+    first = targets.masked_fill(padding | (right < best), scores.shape[-1]).amin(dim=-1, keepdim=True)
+    order = torch.arange(scores.shape[-1], device=scores.device)
+    above = ~(scores <= best) | ((scores == best) & (order < first))
+    return 1 + above.sum(dim=-1)
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -30,14 +34,8 @@ def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         scores: (B, k), candidates in stage 1's order, which decides between equal scores.
         labels: (B, k) bool.
     """
-    best, position = scores.masked_fill(~labels, -torch.inf).max(dim=-1, keepdim=True)
-    return _rank(scores, best, position).where(labels.any(dim=-1), MISS)
-
-
-def _rank(scores: Tensor, best: Tensor, position: Tensor) -> Tensor:
-    order = torch.arange(scores.shape[-1], device=scores.device)
-    above = ~(scores <= best) | ((scores == best) & (order < position))
-    return 1 + above.sum(dim=-1)
+    positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
+    return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)
 
 
 class RankCounts(Metric):

@@ -52,8 +52,8 @@ class StageModule(L.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         loss, ranks = self.measure(batch)
-        # Logging costs more than a small step.
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        # In the steps whose metrics Lightning hands to the logger, and only there: logging costs more than a small step.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/top1", (ranks() == 1).float().mean())
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

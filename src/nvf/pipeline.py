@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nvf.attention import SoftAttention, attention_loss
 from nvf.errors import InputError
-from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, unit
+from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, from_numpy, unit
 from nvf.reranker import Reranker
 
 FORMAT = "nvf-pipeline-1"
@@ -87,7 +87,7 @@ class Pipeline(nn.Module):
         """
         k = self.k if k is None else k
         check_k(k, len(self.memory))
-        given = torch.from_numpy(np.asarray(queries)) if isinstance(queries, np.ndarray) else queries
+        given = from_numpy(queries) if isinstance(queries, np.ndarray) else queries
         if given.ndim != 2 or given.shape[1] != self.memory.dim or not given.is_floating_point():
             raise InputError(
                 f"queries have shape {tuple(given.shape)} and type {given.dtype}; give floats, (B, {self.memory.dim})"
@@ -164,7 +164,7 @@ class Pipeline(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if config["format"] != FORMAT:
                 raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-            memory = VectorMemory(load_file(folder / "memory.safetensors")["rows"], fingerprint=config["memory"])
+            memory = VectorMemory.restore(load_file(folder / "memory.safetensors")["rows"], config["memory"])
             pipeline = cls(
                 SoftAttention(memory, **config["attention"]),
                 Reranker(memory.dim, **config["reranker"]),

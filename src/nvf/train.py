@@ -122,8 +122,8 @@ def quiet() -> None:
     """Keep the screen for what a user wants to know; Lightning sets its level when it is imported."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in ("does not have many workers", "exists and is not empty", "smaller than the logging interval"):
+        warnings.filterwarnings("ignore", f".*{message}")
 
 
 def remove_traces(folder: Path) -> None:

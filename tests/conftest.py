@@ -1,0 +1,97 @@
+"""What the tests share: small memories, folders of embeddings, and runs as a user makes them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nvf.attention import SoftAttention
+from nvf.memory import VectorMemory
+from nvf.pipeline import Pipeline
+from nvf.reranker import Reranker
+from nvf.train import CONF, train
+
+torch.set_num_threads(1)
+SMALL = ["data.rows=40", "data.dim=8", "queries.val_samples=200", "queries.test_samples=300"]
+SMALL_STEPS = ["attention.epochs=2", "attention.steps_per_epoch=3", "reranker.epochs=2", "reranker.steps_per_epoch=3"]
+
+
+def compose_config(*overrides: str) -> dict[str, Any]:
+    """The plain settings that the entry would hand to `train`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the program in this process, in a folder of its own; returns results.json."""
+
+    def _run(*overrides: str, folder: Path = tmp_path / "run") -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        config = compose_config(*overrides)
+        config["trainer"]["enable_progress_bar"] = False
+        objective = train(config, folder, started=0.0)
+        results = json.loads((folder / "results.json").read_text())
+        fitted = results["val"]["pipeline"] or results["val"]["attention"]
+        assert objective == fitted["top1"]["value"]
+        return results
+
+    return _run
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m nvf.train` as a user types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "nvf.train", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def memory() -> VectorMemory:
+    """Thirty rows of eight dimensions."""
+    return VectorMemory.synthetic(rows=30, dim=8, seed=0)
+
+
+@pytest.fixture
+def pipeline(memory: VectorMemory) -> Pipeline:
+    """An untrained pipeline whose every weight matters: nothing is left at zero."""
+    torch.manual_seed(0)
+    pipeline = Pipeline(SoftAttention(memory, beta=5.0), Reranker(8, kind="residual", hidden=(16, 8)), k=4)
+    with torch.no_grad():
+        for parameter in pipeline.reranker.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return pipeline.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of embeddings: 50 items, 400 queries near their items."""
+    write_folder(tmp_path / "embeddings")
+    return tmp_path / "embeddings"
+
+
+def write_folder(folder: Path, *, rows: int = 50, queries: int = 400, dim: int = 8, seed: int = 0) -> None:
+    """corpus.npy, queries.npy and targets.npy."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = rng.standard_normal((rows, dim)).astype(np.float16)
+    targets = rng.integers(rows, size=queries)
+    np.save(folder / "corpus.npy", corpus)
+    np.save(folder / "queries.npy", (corpus[targets] + 0.5 * rng.standard_normal((queries, dim))).astype(np.float32))
+    np.save(folder / "targets.npy", targets)

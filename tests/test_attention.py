@@ -1,0 +1,102 @@
+"""Stage 1 against loops, and where its transforms start."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nvf.attention import TRANSFORMS, SoftAttention, attention_loss
+from nvf.errors import InputError
+from nvf.memory import VectorMemory
+
+
+def queries(count: int = 6) -> torch.Tensor:
+    return F.normalize(torch.randn(count, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_attention_equals_a_loop(memory: VectorMemory, transform: str) -> None:
+    torch.manual_seed(0)
+    attention = SoftAttention(memory, transform=transform, beta=7.0)
+    logits = attention(queries())
+    for query, row in zip(queries(), logits, strict=True):
+        moved = attention.transform(query)
+        expected = torch.stack([7.0 * torch.dot(moved, key) / moved.norm() for key in memory.rows])
+        torch.testing.assert_close(row, expected)
+    probabilities = logits.softmax(dim=-1)
+    answer = sum(p.unsqueeze(-1) * v for p, v in zip(probabilities.T, memory.rows, strict=True))
+    torch.testing.assert_close(attention.answer(queries()), answer)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_transform_is_what_its_name_says(memory: VectorMemory, transform: str) -> None:
+    torch.manual_seed(0)
+    model = SoftAttention(memory, transform=transform, hidden=None if transform in ("linear", "identity") else 5)
+    start = model.transform(queries())
+    assert torch.equal(start, queries()) == model.transform.starts_at_exact_search == (transform != "mlp")
+    with torch.no_grad():
+        for parameter in model.transform.parameters():
+            parameter += torch.randn(parameter.shape)
+    weights = [*model.transform.parameters()]
+    if transform == "identity":
+        expected = queries()
+    elif transform == "linear":
+        expected = queries() + queries() @ weights[0].T
+    else:
+        expected = F.relu(queries() @ weights[0].T + weights[1]) @ weights[2].T + weights[3]
+        expected = expected + queries() if transform == "residual" else expected
+    torch.testing.assert_close(model.transform(queries()), expected)
+
+
+def test_candidates_are_the_highest_logits(memory: VectorMemory) -> None:
+    attention = SoftAttention(memory)
+    top = attention.candidates(queries(), 4, logsumexp=True)
+    logits = attention(queries())
+    torch.testing.assert_close(top.scores, logits.topk(4).values)
+    assert torch.equal(top.rows, logits.topk(4).indices)
+    torch.testing.assert_close(top.logsumexp, logits.logsumexp(dim=-1))
+
+
+def test_the_temperature_stays_positive_under_any_step(memory: VectorMemory) -> None:
+    attention = SoftAttention(memory)
+    with torch.no_grad():
+        attention.log_beta -= 50
+    assert attention.beta > 0
+    assert attention(queries()).isfinite().all()
+
+
+def test_the_loss_equals_a_loop_and_ignores_padding() -> None:
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.tensor([[3, -1], [0, 8], [2, 2], [-1, 7], [4, -1]])
+    probabilities = logits.softmax(dim=-1)
+    expected = [
+        -math.log(sum(float(row[t]) for t in chosen if t >= 0))
+        for row, chosen in zip(probabilities, ([3], [0, 8], [2, 2], [7], [4]), strict=True)
+    ]
+    torch.testing.assert_close(attention_loss(logits, targets), torch.tensor(expected, dtype=torch.float64).mean())
+    single = targets.amax(dim=-1, keepdim=True)
+    padded = torch.cat([single, torch.full_like(single, -1)], dim=-1)
+    torch.testing.assert_close(attention_loss(logits, single), attention_loss(logits, padded))
+
+
+def test_the_loss_survives_logits_of_any_size() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    loss = attention_loss(logits, torch.tensor([[1]]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 2e4
+    assert gradient.tolist() == [[1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"transform": "cubic"}, "attention.transform=cubic is unknown; choose one of mlp, residual"),
+        ({"beta": 0.0}, "attention.beta=0.0 is not a number above 0"),
+        ({"beta": math.inf}, "attention.beta=inf"),
+        ({"hidden": 0}, "attention.hidden=0"),
+    ],
+)
+def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SoftAttention(memory, **settings)

@@ -1,0 +1,146 @@
+"""Figures against loops, intervals against their definitions, the table and its remarks."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nvf.evaluation import (
+    audit_gradients,
+    evaluate,
+    gap_closed,
+    mcnemar,
+    reciprocal_rank,
+    remarks,
+    table,
+    wilson,
+)
+from nvf.pipeline import Pipeline
+from nvf.queries import Noisy, QueryBatch
+from nvf.streams import stream
+
+
+@pytest.fixture
+def batch(pipeline: Pipeline) -> QueryBatch:
+    return Noisy(pipeline.memory, sigma=0.3).sample(300, stream(0, "test"))
+
+
+def share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+def test_figures_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
+    figures, against = evaluate(pipeline, batch, k=4, oracle=pipeline.memory.rows)
+    with torch.no_grad():
+        scores = {
+            "exact": F.normalize(batch.queries, dim=-1) @ pipeline.memory.rows.T,
+            "attention": pipeline.attention(batch.queries),
+            "pipeline": pipeline(batch.queries).log_probs,
+        }
+    found = {}
+    for method, values in scores.items():
+        orders = values.argsort(dim=-1, descending=True).tolist()
+        ranks = [order.index(target) + 1 for order, (target,) in zip(orders, batch.targets.tolist(), strict=True)]
+        found[method] = ranks
+        assert figures[method]["top1"]["value"] == pytest.approx(share([r == 1 for r in ranks]))
+        assert figures[method]["top5"]["value"] == pytest.approx(share([r <= 5 for r in ranks]))
+        assert figures[method]["mrr10"]["value"] == pytest.approx(np.mean([1 / r if r <= 10 else 0 for r in ranks]))
+    assert figures["oracle"] == figures["exact"]
+    covered = [r <= 4 for r in found["attention"]]
+    assert figures["coverage"]["value"] == pytest.approx(share(covered))
+    top1 = figures["pipeline"]["top1"]["value"]
+    assert figures["rerank_given_coverage"]["value"] == pytest.approx(top1 / share(covered))
+    pairs = list(zip(found["pipeline"], found["exact"], strict=True))
+    assert against["wins"] == sum(p == 1 != e for p, e in pairs)
+    assert against["losses"] == sum(p != 1 == e for p, e in pairs)
+
+
+def test_stage_one_alone_and_no_oracle_leave_nulls(pipeline: Pipeline, batch: QueryBatch) -> None:
+    figures, _ = evaluate(pipeline.attention, batch, k=4, oracle=None)
+    assert figures["pipeline"] is figures["oracle"] is figures["gap_closed"] is figures["rerank_given_coverage"] is None
+    assert figures["coverage"]["value"] >= figures["attention"]["top1"]["value"]
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 10), (10, 10), (97, 100), (6800, 10000)])
+def test_wilson_interval(successes: int, total: int) -> None:
+    interval = wilson(successes, total)
+    for bound in (interval["low"], interval["high"]):  # where the score test just rejects
+        if 0 < bound < 1:
+            z = (successes / total - bound) / math.sqrt(bound * (1 - bound) / total)
+            assert abs(z) == pytest.approx(1.959964, rel=1e-5)
+    assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (3, 7), (40, 60)])
+def test_mcnemar_is_the_binomial_tail(wins: int, losses: int) -> None:
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
+    assert mcnemar(wins, losses) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_the_bootstrap_of_counts_is_the_bootstrap_of_queries() -> None:
+    ranks = np.random.default_rng(1).integers(1, 15, size=400)
+    counts = np.bincount(np.minimum(ranks, 11) - 1, minlength=11)
+    interval = reciprocal_rank(counts)
+    reciprocal = np.where(ranks <= 10, 1 / ranks, 0)
+    resampled = np.random.default_rng(2).choice(reciprocal, size=(4000, 400)).mean(axis=1)
+    assert interval["value"] == pytest.approx(reciprocal.mean())
+    np.testing.assert_allclose([interval["low"], interval["high"]], np.quantile(resampled, [0.025, 0.975]), atol=0.004)
+
+
+def results(exact: float, oracle: float | None, attention: float, pipeline: float, coverage: float) -> dict:
+    def at(value: float | None) -> dict | None:
+        return None if value is None else {m: wilson(round(1000 * value), 1000) for m in ("top1", "top5", "mrr10")}
+
+    figures = {"exact": at(exact), "oracle": at(oracle), "attention": at(attention), "pipeline": at(pipeline)}
+    figures |= {"coverage": wilson(round(1000 * coverage), 1000), "rerank_given_coverage": wilson(9, 10)}
+    figures["gap_closed"] = gap_closed(figures)
+    return {"test": figures, "against_exact": {"wins": 3, "losses": 1, "p": 0.625}}
+
+
+def test_the_gap_ends_at_the_lower_ceiling() -> None:
+    assert results(0.5, None, 0.6, 0.75, 0.9)["test"]["gap_closed"] == pytest.approx(0.5)
+    assert results(0.5, 0.8, 0.6, 0.75, 0.9)["test"]["gap_closed"] == pytest.approx(0.75)
+    assert results(0.5, 0.6, 0.6, 0.6, 0.9)["test"]["gap_closed"] is None
+
+
+def test_the_table_names_every_figure() -> None:
+    printed = table(results(0.5, 0.8, 0.6, 0.75, 0.9), 1000)
+    for text in ("exact search", "oracle", "stage 1", "pipeline", "Top-1", "MRR@10", "75.0 (72.2-77.6)", "coverage"):
+        assert text in printed
+    assert "75.0  of stage 1 to oracle 80.0" in printed
+    assert "3 queries won, 1 lost (McNemar p = 0.62)" in printed
+    assert "oracle" not in table(results(0.5, None, 0.6, 0.75, 0.9), 1000)
+
+
+def test_remarks_say_what_went_wrong() -> None:
+    assert remarks(results(0.5, None, 0.6, 0.7, 0.9)) == []
+    (line,) = remarks(results(0.5, None, 0.6, 0.55, 0.9))
+    assert line.startswith("The pipeline (55.0) is below stage 1 (60.0): try")
+    (line,) = remarks(results(0.7, None, 0.6, 0.65, 0.9))
+    assert line.startswith("Stage 1 (60.0) is below exact search (70.0): try attention=linear")
+    (line,) = remarks(results(0.7, 0.7, 0.6, 0.65, 0.9))
+    assert line.endswith("no method can beat it.")
+
+
+def test_the_audit_sees_every_gradient_and_leaves_no_trace(pipeline: Pipeline, batch: QueryBatch) -> None:
+    pipeline.attention.requires_grad_(False)
+    audit = audit_gradients(pipeline, batch)
+    assert set(audit["parameters"]) == {name for name, _ in pipeline.named_parameters()}
+    assert audit["finite"]
+    assert audit["vanished"] == []
+    assert audit["query"] > 0
+    assert all(p.grad is None for p in pipeline.parameters())
+    assert not any(p.requires_grad for p in pipeline.attention.parameters())
+    with torch.no_grad():
+        pipeline.reranker.rest[-1].weight.zero_()
+    assert "reranker.first.weight" in audit_gradients(pipeline, batch)["vanished"]
+    with torch.no_grad():
+        pipeline.attention.log_beta.fill_(torch.nan)
+    audit = audit_gradients(pipeline, batch)
+    assert not audit["finite"]
+    assert audit["query"] is None
+    json.dumps(audit, allow_nan=False)

@@ -1,0 +1,107 @@
+"""The memory's rows are unit and frozen, its search exact in blocks of any size."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvf.errors import InputError
+from nvf.memory import QUERY_BLOCK, VectorMemory, blockwise_topk, unit
+
+
+@given(
+    rows=st.integers(1, 60),
+    queries=st.integers(0, 5),
+    k=st.integers(1, 60),
+    block=st.integers(1, 200),
+)
+@settings(deadline=None)
+def test_blockwise_search_equals_one_matmul(rows: int, queries: int, k: int, block: int) -> None:
+    k = min(k, rows)
+    generator = torch.Generator().manual_seed(rows)
+    keys = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    asked = torch.randn(queries, 4, generator=generator, dtype=torch.float64)
+    found = blockwise_topk(asked, keys, k, logsumexp=True, scores_per_block=block)
+    scores = asked @ keys.T
+    order = scores.argsort(dim=-1, descending=True)[:, :k]
+    assert torch.equal(found.rows, order)
+    torch.testing.assert_close(found.scores, scores.gather(-1, order))
+    torch.testing.assert_close(found.logsumexp, scores.logsumexp(dim=-1))
+
+
+def test_search_takes_more_queries_than_a_block(memory: VectorMemory) -> None:
+    queries = torch.randn(2 * QUERY_BLOCK + 3, memory.dim)
+    found = memory.search(3 * queries, k=2)  # the length of a query does not matter
+    cosine = torch.cosine_similarity(queries.unsqueeze(1), memory.rows, dim=-1)
+    torch.testing.assert_close(found.scores, cosine.topk(2).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
+def test_rows_are_unit_whatever_is_given(dtype: torch.dtype, length: float) -> None:
+    vectors = (length * torch.rand(5, 3) + length).to(dtype)
+    rows = VectorMemory(vectors).rows
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5))
+    torch.testing.assert_close(rows, torch.nn.functional.normalize(vectors.double(), dim=-1).float())
+
+
+def test_lengths_at_the_ends_of_the_float_range() -> None:
+    vectors = torch.tensor([[3e-300, 4e-300], [3e300, 4e300], [3e-38, 4e-38]], dtype=torch.float64)
+    torch.testing.assert_close(unit(vectors), torch.tensor([[0.6, 0.8]] * 3))
+
+
+def test_rows_stay_out_of_checkpoints_and_gradients(memory: VectorMemory) -> None:
+    assert memory.state_dict() == {}
+    assert list(memory.parameters()) == []
+    assert not memory.rows.requires_grad
+
+
+def test_fingerprint_is_the_content(memory: VectorMemory) -> None:
+    again = VectorMemory.synthetic(rows=30, dim=8, seed=0)
+    other = VectorMemory.synthetic(rows=30, dim=8, seed=1)
+    assert memory.fingerprint == again.fingerprint != other.fingerprint
+    assert memory.fingerprint.startswith("sha256:")
+    flat = torch.arange(1.0, 13.0)
+    assert VectorMemory(flat.view(3, 4)).fingerprint != VectorMemory(flat.view(4, 3)).fingerprint
+
+
+def test_clusters_hold_their_rows_together() -> None:
+    rows = VectorMemory.clustered(clusters=20, rows_per_cluster=5, dim=64, sigma=0.05, seed=0).rows
+    same = torch.arange(100) // 5
+    nearest = (rows @ rows.T).fill_diagonal_(-1).argmax(dim=-1)
+    assert torch.equal(same[nearest], same)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (torch.ones(3), r"shape \(3,\)"),
+        (torch.ones(0, 3), r"shape \(0, 3\)"),
+        (torch.ones(2, 3, dtype=torch.int64), "int64"),
+        (torch.tensor([[1.0], [0.0]]), "row 1 is zero"),
+        (torch.tensor([[1.0], [1.0], [float("nan")]]), "row 2 holds NaN"),
+        (torch.tensor([[float("inf")], [1.0]]), "row 0 holds NaN or infinite"),
+    ],
+)
+def test_bad_vectors_are_refused(vectors: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VectorMemory(vectors)
+
+
+@pytest.mark.parametrize(
+    ("k", "message"), [(31, "k=31 exceeds the memory's 30 rows; lower k"), (0, "k=0"), (-1, "k=-1")]
+)
+def test_k_is_checked(memory: VectorMemory, k: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        memory.search(torch.ones(1, 8), k)
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(InputError, match=r"data.rows=0 is not a whole number of at least 1"):
+        VectorMemory.synthetic(rows=0, dim=8, seed=0)
+    with pytest.raises(InputError, match=r"data.sigma=-0.1"):
+        VectorMemory.clustered(clusters=1, rows_per_cluster=1, dim=1, sigma=-0.1, seed=0)
+    with pytest.raises(InputError, match=r"data.sigma=nan"):
+        VectorMemory.clustered(clusters=1, rows_per_cluster=1, dim=1, sigma=np.nan, seed=0)

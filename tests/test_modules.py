@@ -1,0 +1,129 @@
+"""The modules under a real Trainer: they learn, freeze what they must, log what they say, and resume exactly."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from nvf.attention import SoftAttention
+from nvf.data import VectorDataModule
+from nvf.errors import InputError
+from nvf.memory import VectorMemory
+from nvf.modules import AttentionModule, RerankerModule, StageModule
+from nvf.pipeline import Pipeline
+from nvf.queries import Noisy
+from nvf.reranker import Reranker
+
+STAGES = ("attention", "reranker")
+
+
+class StopAfter(Callback):
+    """Ends a run after an epoch, as a time limit would."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def stage(name: str, schedule: str = "onecycle") -> tuple[StageModule, VectorDataModule]:
+    torch.manual_seed(0)
+    memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
+    attention = SoftAttention(memory, transform="mlp" if name == "attention" else "identity")
+    settings = {"seed": 0, "batch_size": 32, "steps_per_epoch": 5, "val_samples": 300}
+    if name == "attention":
+        module: StageModule = AttentionModule(attention, lr=3e-2, schedule=schedule, k=4)
+        return module, VectorDataModule(Noisy(memory, sigma=0.2), **settings)
+    reranker = Reranker(8, kind="mlp", hidden=(16, 8), dropout=0.3)
+    module = RerankerModule(
+        Pipeline(attention, reranker, k=4), lr=3e-3, schedule=schedule, scalar_lr_ratio=100.0, seed=0
+    )
+    return module, VectorDataModule(Noisy(memory, sigma=0.2), attention=attention, k=4, **settings)
+
+
+def trainer(folder: Path, *callbacks: Callback, epochs: int = 4) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[ModelCheckpoint(folder, save_last=True, monitor="val/top1", mode="max"), *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        use_distributed_sampler=False,
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(name: str, tmp_path: Path) -> None:
+    whole, data = stage(name)
+    trainer(tmp_path / "whole").fit(whole, data)
+
+    first, data = stage(name)
+    trainer(tmp_path / "parts", StopAfter(1)).fit(first, data)
+    second, data = stage(name)
+    torch.rand(17)  # another process has another global random state
+    resumed = trainer(tmp_path / "parts")
+    resumed.fit(second, data, ckpt_path=str(tmp_path / "parts" / "last.ckpt"), weights_only=True)
+
+    assert resumed.global_step == 20
+    before, expected, found = first.state_dict(), whole.state_dict(), second.state_dict()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert any(not torch.equal(before[key], found[key]) for key in found)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "constant"])
+@pytest.mark.parametrize("name", STAGES)
+def test_training_learns(name: str, schedule: str, tmp_path: Path) -> None:
+    module, data = stage(name, schedule)
+    before = trainer(tmp_path / "before").validate(module, data, verbose=False)[0]
+    engine = trainer(tmp_path / "fit", epochs=8)
+    engine.fit(module, data)
+    after = engine.callback_metrics
+    assert after["val/top1"] > before["val/top1"] + 0.1
+    assert after["val/loss"] < before["val/loss"]
+    assert after["val/top1"] <= after["val/coverage"] <= 1
+    assert {"train/loss", "train/top1", "train/lr", "train/temperature", "val/top5"} <= set(after)
+
+
+def test_the_reranker_stage_leaves_stage_one_alone(tmp_path: Path) -> None:
+    module, data = stage("reranker")
+    before = {name: value.clone() for name, value in module.attention.state_dict().items()}
+    trainer(tmp_path, epochs=1).fit(module, data)
+    assert all(torch.equal(before[name], value) for name, value in module.attention.state_dict().items())
+
+
+def test_the_memory_stays_out_of_checkpoints(tmp_path: Path) -> None:
+    module, data = stage("attention")
+    trainer(tmp_path, epochs=1).fit(module, data)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not any("memory" in name for name in checkpoint["state_dict"])
+
+
+def test_scalars_have_a_learning_rate_of_their_own() -> None:
+    torch.manual_seed(0)
+    pipeline = Pipeline(SoftAttention(VectorMemory(torch.eye(8))), Reranker(8, kind="residual"), k=2)
+    module = RerankerModule(pipeline, lr=1e-3, schedule="constant", scalar_lr_ratio=50.0, seed=0)
+    (network, slow), (scalars, fast) = module.learning_rates()
+    assert (slow, fast) == (1e-3, 5e-2)
+    assert [id(p) for p in scalars] == [id(pipeline.reranker.evidence)]
+    assert len(network) + 1 == len(list(pipeline.reranker.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr=0.0 is not a number above 0"),
+        ({"lr": "fast"}, "lr=fast"),
+        ({"schedule": "cosine"}, "schedule=cosine is unknown; choose one of onecycle, constant"),
+    ],
+)
+def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AttentionModule(SoftAttention(memory), **{"lr": 1e-3, "schedule": "constant", **settings})

@@ -1,0 +1,212 @@
+"""One distribution, its gradients, its search, and its folder."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from nvf.attention import SoftAttention
+from nvf.errors import InputError
+from nvf.memory import QUERY_BLOCK, VectorMemory
+from nvf.pipeline import FILES, Pipeline, pipeline_loss
+from nvf.reranker import Reranker
+
+
+def queries(count: int = 6, dim: int = 8, seed: int = 1) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def by_loop(pipeline: Pipeline, query: torch.Tensor) -> list[float]:
+    """The distribution of one query, row by row."""
+    beta = float(pipeline.attention.beta)
+    moved = pipeline.attention.transform(query)
+    logits = [beta * float(moved @ row / moved.norm()) for row in pipeline.memory.rows]
+    total = math.fsum(math.exp(logit) for logit in logits)
+    attention = [math.exp(logit) / total for logit in logits]
+    candidates = sorted(range(len(logits)), key=lambda row: -logits[row])[: pipeline.k]
+    scores = {
+        row: float(
+            pipeline.reranker(
+                query[None], pipeline.memory.rows[None, [row]], torch.tensor([[logits[row]]]), pipeline.attention.beta
+            )
+        )
+        for row in candidates
+    }
+    mass = math.fsum(attention[row] for row in candidates)
+    share = math.fsum(math.exp(score) for score in scores.values())
+    return [mass * math.exp(scores[row]) / share if row in scores else p for row, p in enumerate(attention)]
+
+
+@torch.no_grad()
+def test_the_distribution_equals_a_loop_and_sums_to_one(pipeline: Pipeline) -> None:
+    found = pipeline(queries())
+    torch.testing.assert_close(found.log_probs.exp(), torch.tensor([by_loop(pipeline, q) for q in queries()]))
+    torch.testing.assert_close(found.log_probs.exp().sum(dim=-1), torch.ones(6))
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 30), beta=st.floats(0.1, 100))
+@settings(max_examples=50, deadline=None)
+@torch.no_grad()
+def test_the_most_probable_row_is_the_rerankers_choice(seed: int, k: int, beta: float) -> None:
+    torch.manual_seed(seed)
+    memory = VectorMemory(torch.randn(30, 8))
+    model = Pipeline(SoftAttention(memory, beta=beta), Reranker(8, hidden=(16, 8)), k=k).eval()
+    found = model(queries(seed=seed))
+    choice = found.candidates.gather(-1, found.scores.argmax(dim=-1, keepdim=True))
+    best = found.log_probs.amax(dim=-1, keepdim=True)  # not the arg max: scores may be alike to the last bit
+    torch.testing.assert_close(found.log_probs.gather(-1, choice), best, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.log_probs.logsumexp(dim=-1), torch.zeros(6), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "residual"])
+@pytest.mark.parametrize("transform", ["mlp", "residual", "linear", "identity"])
+def test_gradients_are_exact_on_the_query_and_on_every_parameter(transform: str, kind: str) -> None:
+    torch.manual_seed(0)
+    memory = VectorMemory(torch.randn(12, 4))
+    pipeline = Pipeline(
+        SoftAttention(memory, transform=transform, beta=3.0), Reranker(4, kind=kind, hidden=(6, 5)), k=3
+    )
+    pipeline = pipeline.double().eval()
+    names, parameters = zip(*pipeline.named_parameters(), strict=True)
+    parameters = [(p + 0.2 * torch.randn_like(p)).detach().requires_grad_() for p in parameters]
+    asked = queries(3, 4).double().requires_grad_()
+    targets = torch.tensor([[0, -1], [5, 7], [11, -1]])
+
+    def loss(asked: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        found = torch.func.functional_call(pipeline, dict(zip(names, values, strict=True)), (asked,))
+        return pipeline_loss(found.log_probs, targets)
+
+    assert torch.autograd.gradcheck(loss, (asked, *parameters))
+    gradients = torch.autograd.grad(loss(asked, *parameters), [asked, *parameters])
+    assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("k", [1, 4, 9, 30])
+def test_search_returns_the_most_probable_rows(pipeline: Pipeline, k: int) -> None:
+    asked = queries(50)
+    hits = pipeline.search(asked, k=k)
+    with torch.no_grad():
+        best = pipeline(asked).log_probs.exp().topk(k)
+    torch.testing.assert_close(hits.probabilities, best.values)
+    assert torch.equal(hits.rows, best.indices)
+
+
+def test_search_crosses_blocks_of_queries_and_of_rows(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
+    asked = queries(QUERY_BLOCK + 5)
+    whole = pipeline.search(asked)
+    monkeypatch.setattr("nvf.memory.blockwise_topk.__kwdefaults__", {"logsumexp": False, "scores_per_block": 7000})
+    parts = pipeline.search(asked)
+    assert torch.equal(whole.rows, parts.rows)
+    torch.testing.assert_close(whole.probabilities, parts.probabilities)
+
+
+def test_search_takes_what_people_have(pipeline: Pipeline) -> None:
+    expected = pipeline.search(queries())
+    assert isinstance(expected.rows, torch.Tensor)
+    for dtype in (np.float32, np.float64, ">f4"):
+        hits = pipeline.search((3 * queries()).numpy().astype(dtype))
+        assert isinstance(hits.rows, np.ndarray)
+        assert hits.rows.tolist() == expected.rows.tolist()
+        np.testing.assert_allclose(hits.probabilities, expected.probabilities.numpy(), rtol=1e-5)
+    half = queries().half()
+    assert pipeline.search(half).rows.tolist() == pipeline.search(half.numpy()).rows.tolist()
+    assert pipeline.search(queries().bfloat16()).rows.shape == (6, 4)
+    assert pipeline.search(queries()[:0]).rows.shape == (0, 4)
+
+
+def test_search_leaves_the_mode_and_draws_nothing(pipeline: Pipeline) -> None:
+    pipeline.train()
+    pipeline.reranker.rest[1].p = 0.5
+    assert torch.equal(pipeline.search(queries()).probabilities, pipeline.search(queries()).probabilities)
+    assert pipeline.training
+
+
+@pytest.mark.parametrize(
+    ("asked", "k", "message"),
+    [
+        (torch.ones(8), 1, r"shape \(8,\)"),
+        (torch.ones(2, 7), 1, r"shape \(2, 7\).*\(B, 8\)"),
+        (torch.ones(2, 8, dtype=torch.int32), 1, "int32"),
+        (torch.zeros(2, 8), 1, "queries: row 0 is zero"),
+        (torch.full((2, 8), torch.nan), 1, "queries: row 0 holds NaN"),
+        (torch.ones(2, 8), 31, "k=31 exceeds the memory's 30 rows"),
+        (torch.ones(2, 8), 0, "k=0"),
+    ],
+)
+def test_bad_searches_are_refused(pipeline: Pipeline, asked: torch.Tensor, k: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline.search(asked, k)
+
+
+def test_k_is_checked(memory: VectorMemory) -> None:
+    with pytest.raises(InputError, match="k=31 exceeds the memory's 30 rows; lower k"):
+        Pipeline(SoftAttention(memory), Reranker(8), k=31)
+
+
+def test_a_saved_pipeline_answers_alike(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "pipeline")
+    pipeline.save(tmp_path / "pipeline")  # again, over itself
+    assert {path.name for path in tmp_path.iterdir()} == {"pipeline"}
+    assert {path.name for path in (tmp_path / "pipeline").iterdir()} == set(FILES)
+    loaded = Pipeline.load(tmp_path / "pipeline")
+    assert loaded.memory.fingerprint == pipeline.memory.fingerprint
+    for mine, theirs in zip(pipeline.search(queries()), loaded.search(queries()), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_save_does_not_overwrite_what_is_not_its_own(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(InputError, match="exists and is not a pipeline folder"):
+        pipeline.save(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _cut(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+
+
+BROKEN = {
+    **{f"no {name}": (lambda f, n=name: (f / n).unlink(), f"{name} is missing") for name in FILES},
+    "cut weights": (lambda f: _cut(f, "weights.safetensors"), "is damaged"),
+    "cut memory": (lambda f: _cut(f, "memory.safetensors"), "is damaged"),
+    "cut config": (lambda f: _cut(f, "config.json"), "is damaged"),
+    "list": (lambda f: (f / "config.json").write_text("[]"), "is damaged"),
+    "format": (lambda f: _edit_config(f, format="x"), "format 'x' is not"),
+    "unknown setting": (lambda f: _edit_config(f, attention={"os": "system"}), "is damaged"),
+    "other shape": (lambda f: _edit_config(f, reranker={"hidden": [4, 4]}), "is damaged"),
+    "k": (lambda f: _edit_config(f, k=10**9), "k=1000000000 exceeds"),
+    "k type": (lambda f: _edit_config(f, k="5"), "k=5 is not a whole number"),
+    "other memory": (
+        lambda f: save_file({"rows": torch.ones(5, 3)}, f / "memory.safetensors"),
+        "is damaged|k=4",
+    ),
+    "weights lack one": (
+        lambda f: save_file(dict(list(load_file(f / "weights.safetensors").items())[1:]), f / "weights.safetensors"),
+        "is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize(("break_it", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_refused(pipeline: Pipeline, tmp_path: Path, break_it, message: str) -> None:
+    pipeline.save(tmp_path / "pipeline")
+    break_it(tmp_path / "pipeline")
+    with pytest.raises(InputError, match=message):
+        Pipeline.load(tmp_path / "pipeline")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.config.json is missing"):
+        Pipeline.load(tmp_path / "nowhere")

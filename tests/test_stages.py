@@ -1,0 +1,133 @@
+"""Stages as the program fits them: what is kept, what competes, which checkpoints are taken."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SMALL, SMALL_STEPS, compose_config
+from nvf.errors import InputError
+from nvf.stages import attention_stage, build_source, fit_attention, load_attention
+
+Run = Callable[..., dict[str, Any]]
+
+
+def test_one_seed_gives_one_result(run: Run, tmp_path: Path) -> None:
+    first, again, other = (
+        run(*SMALL, *SMALL_STEPS, f"seed={seed}", folder=tmp_path / name)
+        for name, seed in (("a", 7), ("b", 7), ("c", 8))
+    )
+    for key in ("test", "val", "against_exact", "gradients", "memory"):
+        assert first[key] == again[key]
+    assert first["test"] != other["test"]
+    assert first["memory"] != other["memory"]
+
+
+def test_the_best_epoch_goes_on(run: Run, tmp_path: Path) -> None:
+    results = run(*SMALL, "stage=attention", "attention.epochs=6", "attention.steps_per_epoch=4", "attention.lr=0.1")
+    best = torch.load(tmp_path / "run/checkpoints/attention/best.ckpt", weights_only=True)
+    (state,) = [s for name, s in best["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    assert results["val"]["attention"]["top1"]["value"] == pytest.approx(float(state["best_model_score"]), abs=1e-6)
+    assert results["test"]["pipeline"] is None
+    assert not (tmp_path / "run/pipeline").exists()
+
+
+@pytest.mark.parametrize("transform", ["linear", "residual"])
+def test_the_untrained_start_wins_over_harmful_training(
+    run: Run, tmp_path: Path, folder: Path, transform: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nvf")
+    ruin = [f"{stage}.{setting}" for stage in ("attention", "reranker") for setting in ("lr=30", "schedule=constant")]
+    results = run("data=embeddings", f"data.dir={folder}", f"attention={transform}", *ruin)
+    top1 = {method: results["val"][method]["top1"]["value"] for method in ("exact", "attention", "pipeline")}
+    assert top1["exact"] == top1["attention"] == top1["pipeline"]
+    assert "no epoch validates better than the untrained start" in caplog.text
+    assert {path.name for path in (tmp_path / "run/checkpoints/attention").iterdir()} == {"best.ckpt", "last.ckpt"}
+    source = build_source(compose_config("data=embeddings", f"data.dir={folder}"))
+    module, _ = attention_stage(compose_config("data=embeddings", f"attention={transform}"), source)
+    load_attention(module.attention, tmp_path / "run/checkpoints/attention/best.ckpt")
+    queries = torch.randn(5, 8)
+    assert torch.equal(module.attention.transform(queries), queries)
+
+
+def test_recorded_queries_stop_early(run: Run, tmp_path: Path, folder: Path) -> None:
+    run("data=embeddings", f"data.dir={folder}", "attention.epochs=50", "attention.lr=1", "attention.patience=2")
+    last = torch.load(tmp_path / "run/checkpoints/attention/last.ckpt", weights_only=True)
+    assert last["epoch"] < 40
+
+
+def test_stage_one_can_be_had_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    first = run(*SMALL, *SMALL_STEPS, "stage=attention", folder=tmp_path / "first")
+    path = tmp_path / "first/checkpoints/attention/best.ckpt"
+    second = run(*SMALL, *SMALL_STEPS, f"attention_checkpoint={path}", folder=tmp_path / "second")
+    whole = run(*SMALL, *SMALL_STEPS, folder=tmp_path / "whole")
+    assert second["test"] == whole["test"]
+    assert second["test"]["attention"] == first["test"]["attention"]
+    assert not (tmp_path / "second/checkpoints/attention").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage 1 for the small synthetic memory of seed 0."""
+    folder = tmp_path_factory.mktemp("stage1")
+    config = compose_config(*SMALL, *SMALL_STEPS, "trainer.enable_progress_bar=false")
+    fit_attention(config, build_source(config), folder)
+    return folder / "checkpoints/attention/best.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1"], "has memory sha256:.*, but this run sha256:.*; fit stage 1 anew"),
+        (["data.dim=4"], "has memory"),
+        (["attention=linear"], "has settings .*'mlp'.*, but this run .*'linear'.*; give attention="),
+        (["attention.hidden=3"], "has settings"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(checkpoint: Path, overrides: list[str], message: str) -> None:
+    config = compose_config(*SMALL, *overrides)
+    module, _ = attention_stage(config, build_source(config))
+    with pytest.raises(InputError, match=message):
+        load_attention(module.attention, checkpoint)
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = compose_config(*SMALL)
+    module, _ = attention_stage(config, build_source(config))
+    whole = checkpoint.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="is truncated or not a checkpoint of NVF"):
+            load_attention(module.attention, tmp_path / "cut.ckpt")
+    with pytest.raises(InputError, match="does not exist; name a run's"):
+        load_attention(module.attention, tmp_path / "none.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(InputError, match="not a checkpoint of NVF"):
+        load_attention(module.attention, tmp_path / "foreign.ckpt")
+
+
+def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None:
+    run(*SMALL, *SMALL_STEPS)
+    config = compose_config(*SMALL)
+    module, _ = attention_stage(config, build_source(config))
+    with pytest.raises(InputError, match="has stage reranker, but this run attention"):
+        load_attention(module.attention, tmp_path / "run/checkpoints/reranker/best.ckpt")
+
+
+def test_generated_queries_over_a_folders_memory(run: Run, folder: Path) -> None:
+    (folder / "queries.npy").unlink()
+    (folder / "targets.npy").unlink()
+    small = ["queries.val_samples=100", "queries.test_samples=100", *SMALL_STEPS]
+    results = run("data=embeddings", f"data.dir={folder}", "queries=noisy", *small)
+    assert results["test"]["oracle"] == results["test"]["exact"]
+
+
+def test_several_right_answers_run_to_the_end(run: Run, folder: Path) -> None:
+    targets = np.load(folder / "targets.npy")
+    np.save(folder / "targets.npy", np.stack([targets, (targets + 1) % 50], axis=1))
+    one = run("data=embeddings", f"data.dir={folder}", "attention.epochs=2", "reranker.epochs=2")
+    assert one["test"]["pipeline"]["top1"]["value"] > 0

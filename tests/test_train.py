@@ -1,0 +1,166 @@
+"""The program as people use it: every config, the command line, sweeps, bad input, the wheel."""
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import SMALL, SMALL_STEPS, command, compose_config, write_folder
+from nvf import Pipeline
+from nvf.train import CONF
+
+Run = Callable[..., dict[str, Any]]
+CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) -> None:
+    group, name = choice.split("/")
+    overrides = [f"{group}={name}"]
+    if choice == "trainer/gpu":
+        compose_config(*overrides)  # what it asks for may not be there
+        return
+    if choice in ("data/embeddings", "queries/recorded"):
+        overrides += ["data=embeddings", f"data.dir={folder}"]
+    shortened = SMALL_STEPS if group == "trainer" else ["trainer=debug"]
+    results = run(*overrides, *shortened)
+    assert results["config"][group if group != "experiment" else "seed"] is not None
+    saved = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"results.json", "checkpoints", "attention"} <= saved
+    assert ("pipeline" in saved) == (choice != "stage/attention")
+
+
+def test_results_keep_their_contract(run: Run) -> None:
+    results = run(*SMALL, *SMALL_STEPS)
+    assert set(results) >= {"test", "against_exact", "gradients", "seconds", "config", "versions", "memory"}
+    for method in ("exact", "oracle", "attention", "pipeline"):
+        for metric in ("top1", "top5", "mrr10"):
+            figure = results["test"][method][metric]
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    for name in ("coverage", "rerank_given_coverage"):
+        assert set(results["test"][name]) == {"value", "low", "high"}
+    assert set(results["against_exact"]) == {"wins", "losses", "p"}
+    assert set(results["seconds"]) == {"attention", "reranker", "evaluation", "total"}
+    assert results["config"]["seed"] == results["config"]["attention"]["seed"] == 0
+    assert results["versions"]["torch"] == importlib.metadata.version("torch")
+    assert re.fullmatch("sha256:[0-9a-f]{64}", results["memory"])
+
+
+def test_a_new_user_types_one_line(tmp_path: Path) -> None:
+    done = command(*SMALL, "trainer=debug", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "exact search" in done.stdout
+    assert "against exact search" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    (run,) = tmp_path.glob("outputs/*/*")
+    assert {path.name for path in run.iterdir()} >= {".hydra", "train.log", "checkpoints", "pipeline", "results.json"}
+    assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert "exact search" in (run / "train.log").read_text()
+
+    hits = Pipeline.load(run / "pipeline").search(np.random.default_rng(0).standard_normal((7, 8)), k=5)
+    assert hits.rows.shape == hits.probabilities.shape == (7, 5)
+
+
+def test_a_sweep_leaves_whole_runs_and_one_tree(tmp_path: Path) -> None:
+    done = command("-m", *SMALL, "trainer=debug", "data=synthetic", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout  # no progress bars
+    runs = sorted(tmp_path.glob("outputs/multirun/*/*/[0-9]"))
+    results = [json.loads((run / "results.json").read_text()) for run in runs]
+    assert [result["config"]["seed"] for result in results] == [0, 1]
+    assert results[0]["memory"] != results[1]["memory"]
+    for run in runs:
+        assert list(run.glob("events.out.tfevents.*"))
+        assert list(run.glob("reranker/events.out.tfevents.*"))
+        assert (run / "pipeline/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["k=1001"], "error: k=1001 exceeds the memory's 1000 rows; lower k"),
+        (["k=0"], "error: k=0 is not a whole number of at least 1; 5 is the default"),
+        (["queries=noisy", "queries.sigma=-0.1"], "error: queries.sigma=-0.1 is not a number of at least 0"),
+        (["data=embeddings", "data.dir=folder"], "error: folder/queries.npy: row 3 holds NaN or infinite values"),
+        (["data=embeddings"], "error: data.dir is not set; name the folder"),
+        (["attention_checkpoint=none.ckpt"], "error: attention_checkpoint=none.ckpt does not exist"),
+        (["trainer.devices=many"], "error: trainer: "),
+        (["reranker.lr=-1"], "error: lr=-1 is not a number above 0; 1e-3 is a safe start"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    write_folder(tmp_path / "folder")
+    queries = np.load(tmp_path / "folder/queries.npy")
+    queries[3, 1] = np.nan
+    np.save(tmp_path / "folder/queries.npy", queries)
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"corpus.npy", "queries.npy", "targets.npy"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"), [("colour=red", "Could not override 'colour'"), ("data=moon", "'data/moon'")]
+)
+def test_unknown_settings_are_refused_before_torch_is_imported(tmp_path: Path, argument: str, message: str) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = command(argument, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_bad_input_in_a_sweep_fails_the_sweep(tmp_path: Path) -> None:
+    done = command("-m", "k=0,1001", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "k=0 is not a whole number" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminated_run_says_so(tmp_path: Path) -> None:
+    arguments = [*SMALL, "attention.epochs=10000", "hydra.run.dir=run", "trainer.enable_progress_bar=false"]
+    process = subprocess.Popen([sys.executable, "-m", "nvf.train", *arguments], cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run/checkpoints/attention/last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_the_wheel_carries_everything(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(root)]
+    subprocess.run([*pip, *built], check=True)
+    (wheel,) = tmp_path.glob("nvf-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    (tmp_path / "empty").mkdir()
+    where = {"PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.run(
+        [sys.executable, "-c", "import nvf.train; print(nvf.train.CONF)"],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(tmp_path / "site/nvf/conf")
+    done = command(*SMALL, "trainer=debug", cwd=tmp_path / "empty", **where)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "empty").glob("outputs/*/*/results.json"))
