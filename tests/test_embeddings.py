@@ -52,7 +52,7 @@ def test_the_split_depends_on_the_seed_alone(folder: Path) -> None:
     assert not torch.equal(first, other)
 
 
-@given(groups=st.lists(st.integers(1, 30), min_size=10, max_size=40), seed=st.integers(0, 5))
+@given(groups=st.lists(st.integers(1, 4), min_size=60, max_size=90), seed=st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
 def test_identical_queries_stay_in_one_split(tmp_path_factory, groups: list[int], seed: int) -> None:
     folder = tmp_path_factory.mktemp("repeated")
@@ -61,11 +61,7 @@ def test_identical_queries_stay_in_one_split(tmp_path_factory, groups: list[int]
     queries = np.repeat(distinct, groups, axis=0)
     np.save(folder / "queries.npy", queries)
     np.save(folder / "targets.npy", np.zeros(len(queries), dtype=int))
-    try:
-        splits = read(folder, seed)[1].splits
-    except InputError as error:  # one huge group may leave no room for the others
-        assert "split empty" in str(error)
-        return
+    splits = read(folder, seed)[1].splits
     seen = [{row.tobytes() for row in split.queries.numpy()} for split in splits.values()]
     assert sum(len(rows) for rows in seen) == len(set.union(*seen)) == len(groups)
     assert sum(len(split.queries) for split in splits.values()) == len(queries)

@@ -88,5 +88,5 @@ def test_sigma_is_checked(memory: VectorMemory, sigma: float) -> None:
 
 
 def test_an_unknown_warp_is_refused(memory: VectorMemory) -> None:
-    with pytest.raises(InputError, match="queries.warp=bend is unknown; choose one of rotation, mlp"):
+    with pytest.raises(InputError, match=r"queries.warp=bend is unknown; choose one of rotation, mlp"):
         Warped(memory, sigma=0.1, warp="bend", warp_seed=0)

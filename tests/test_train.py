@@ -1,7 +1,10 @@
 """The program as people use it: every config, the command line, sweeps, bad input, the wheel."""
 
+import copy
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -16,7 +19,8 @@ import numpy as np
 import pytest
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config, write_folder
-from nvf import Pipeline
+from nvf import InputError, Pipeline
+from nvf.stages import build_source, check
 from nvf.train import CONF
 
 Run = Callable[..., dict[str, Any]]
@@ -85,20 +89,62 @@ def test_a_sweep_leaves_whole_runs_and_one_tree(tmp_path: Path) -> None:
         assert (run / "pipeline/config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["k=1001"], "error: k=1001 exceeds the memory's 1000 rows; lower k"),
-        (["k=0"], "error: k=0 is not a whole number of at least 1; 5 is the default"),
-        (["queries=noisy", "queries.sigma=-0.1"], "error: queries.sigma=-0.1 is not a number of at least 0"),
-        (["data=embeddings", "data.dir=folder"], "error: folder/queries.npy: row 3 holds NaN or infinite values"),
-        (["data=embeddings"], "error: data.dir is not set; name the folder"),
-        (["attention_checkpoint=none.ckpt"], "error: attention_checkpoint=none.ckpt does not exist"),
-        (["trainer.devices=many"], "error: trainer: "),
-        (["reranker.lr=-1"], "error: lr=-1 is not a number above 0; 1e-3 is a safe start"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+BAD_SETTINGS = [
+    (["k=0"], "k=0 is not a whole number of at least 1; 5 is the default"),
+    (["k=many"], "k=many is not a whole number"),
+    (["seed=-1"], "seed=-1 is not a whole number of at least 0"),
+    (["queries=noisy", "queries.sigma=-0.1"], "queries.sigma=-0.1 is not a number of at least 0"),
+    (["data=embeddings"], "data.dir is not set; name the folder"),
+    (["queries=recorded"], "data=synthetic has no recorded queries; choose queries=nearest"),
+    (["attention_checkpoint=none.ckpt"], "attention_checkpoint=none.ckpt does not exist; name"),
+    (["attention.epochs=0"], "attention.epochs=0 is not a whole number of at least 1; raise it"),
+    (["attention.steps_per_epoch=null"], "generated queries never end; set steps_per_epoch"),
+    (["reranker.lr=-1"], "lr=-1 is not a number above 0; 1e-3 is a safe start"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_SETTINGS, ids=[" ".join(o) for o, _ in BAD_SETTINGS])
+def test_bad_settings_are_refused_before_any_work(run: Run, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        run(*overrides)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def numbers(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names of the numeric settings in a configuration."""
+    found = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("choices", [["queries=warped"], ["data=clustered", "queries=noisy"], ["data=embeddings"]])
+def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choices: list[str]) -> None:
+    choices = [*choices, *([f"data.dir={folder}"] if "data=embeddings" in choices else [])]
+    config = compose_config(*choices)
+    groups = ("data", "queries", "attention", "reranker")
+    names = ["k", *(name for group in groups for name in numbers({group: config[group]}))]
+    assert len(names) > 15
+    for name in names:
+        *path, leaf = name.split(".")
+        for value in ("abc", -1, math.nan, [1], True):
+            bad = copy.deepcopy(config)
+            functools.reduce(dict.__getitem__, path, bad)[leaf] = value
+            with pytest.raises(InputError, match=re.escape(str(value))):
+                check(bad, build_source(bad))
+
+
+BAD_COMMANDS = [
+    (["k=1001"], "error: k=1001 exceeds the memory's 1000 rows; lower k"),
+    (["data=embeddings", "data.dir=folder"], "error: folder/queries.npy: row 3 holds NaN or infinite values"),
+    (["trainer.devices=many"], "error: trainer: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_COMMANDS, ids=[" ".join(a) for a, _ in BAD_COMMANDS])
 def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
     write_folder(tmp_path / "folder")
     queries = np.load(tmp_path / "folder/queries.npy")

@@ -7,11 +7,12 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number
-from nvf.queries import QueryBatch, QuerySource, Recorded
-from nvf.streams import stream
+from nvf.queries import QueryBatch, Recorded, Source
+from nvf.streams import stream, stream_seed
 
 EVAL_BATCH = 1024
 
@@ -51,7 +52,7 @@ class VectorDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: QuerySource | Recorded,
+        source: Source,
         *,
         seed: int,
         batch_size: int,
@@ -68,8 +69,8 @@ class VectorDataModule(L.LightningDataModule):
         sizes = {"batch_size": batch_size, "val_samples": val_samples, "test_samples": test_samples}
         for name, size in {**sizes, **{n: s for n, s in optional.items() if s is not None}}.items():
             check_number(name, size, minimum=1, whole=True, remedy="raise it")
-        for name, number in {"seed": seed, "queries.seed": eval_seed}.items():
-            check_number(name, number, minimum=0, whole=True, remedy="any such number gives draws of its own")
+        for number in (seed, eval_seed):
+            stream_seed(number, "batch")  # checked now, not in the first step
         recorded = isinstance(source, Recorded)
         if recorded and train_samples is not None:
             raise InputError(f"train_samples={train_samples} fixes generated queries; recorded ones are all used")
@@ -133,18 +134,27 @@ class VectorDataModule(L.LightningDataModule):
         return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
 
     def _fixed(self, split: str) -> QueryBatch | CandidateBatch:
+        """The samples of a fixed set, made once."""
         if split not in self._sets:
             queries = self.queries(split)
-            self._sets[split] = queries if self.attention is None else self.with_candidates(queries)
-            if self.attention is not None and split == "train":
-                valid = self._sets[split].valid  # type: ignore[union-attr]
-                if not valid.any():
-                    raise InputError(
-                        f"none of the {len(valid)} training queries has its target among the k={self.k} candidates; "
-                        "raise k, or train stage 1 for longer"
-                    )
-                self._sets[split] = CandidateBatch(*(part[valid] for part in self._sets[split]))
+            self._sets[split] = queries if self.attention is None else self._all_candidates(queries, split)
         return self._sets[split]
+
+    def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
+        blocks = list(zip(*(part.split(EVAL_BATCH) for part in queries), strict=True))
+        found = [
+            self.with_candidates(QueryBatch(*block))
+            for block in tqdm(blocks, f"candidates ({split})", leave=False, delay=3)
+        ]
+        batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        if split != "train":
+            return batch
+        if not batch.valid.any():
+            raise InputError(
+                f"none of the {len(batch.valid)} training queries has its target among the k={self.k} candidates; "
+                "raise k, or train stage 1 for longer"
+            )
+        return CandidateBatch(*(part[batch.valid] for part in batch))
 
     def _eval_loader(self, split: str) -> DataLoader:
         samples, (rank, ranks) = self._fixed(split), self._ranks

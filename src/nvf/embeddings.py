@@ -16,6 +16,7 @@ from torch import Tensor
 from nvf.errors import InputError
 from nvf.memory import VectorMemory, check_vectors, from_numpy, unit
 from nvf.queries import QueryBatch, Recorded
+from nvf.streams import stream_seed
 
 SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
@@ -103,7 +104,8 @@ def _read_array(path: Path, what: str) -> np.ndarray:
 def _split(pair: QueryBatch, folder: Path, seed: int) -> dict[str, QueryBatch]:
     """Shuffle the distinct queries by seed, then deal whole groups of identical ones to the three splits."""
     distinct, group = np.unique(pair.queries.numpy(), axis=0, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(distinct))[group.reshape(-1)]  # a group's place in the shuffle
+    places = np.random.default_rng(stream_seed(seed, "split")).permutation(len(distinct))
+    order = places[group.reshape(-1)]  # of each query, the place of its group in the shuffle
     by_place = np.argsort(order, kind="stable")
     share_before = np.searchsorted(np.sort(order), order) / len(order)  # of the queries, those in earlier groups
     bounds = np.cumsum(SHARES)

@@ -55,13 +55,13 @@ class VectorMemory(nn.Module):
     @classmethod
     def synthetic(cls, *, rows: int, dim: int, seed: int) -> "VectorMemory":
         """Directions drawn uniformly from the unit sphere."""
-        _check_sizes(rows=rows, dim=dim, seed=seed)
+        _check_sizes(rows=rows, dim=dim)
         return cls(torch.randn(rows, dim, generator=stream(seed, "memory")))
 
     @classmethod
     def clustered(cls, *, clusters: int, rows_per_cluster: int, dim: int, sigma: float, seed: int) -> "VectorMemory":
         """Uniform unit centres, each with rows at normal offsets of deviation sigma a dimension."""
-        _check_sizes(clusters=clusters, rows_per_cluster=rows_per_cluster, dim=dim, seed=seed)
+        _check_sizes(clusters=clusters, rows_per_cluster=rows_per_cluster, dim=dim)
         check_number("data.sigma", sigma, minimum=0, remedy="0.2 makes clusters that are hard to tell apart within")
         generator = stream(seed, "memory")
         centres = F.normalize(torch.randn(clusters, dim, generator=generator), dim=-1)
@@ -144,8 +144,7 @@ def check_k(k: int, rows: int) -> None:
         raise InputError(f"k={k} exceeds the memory's {rows} rows; lower k")
 
 
-def _check_sizes(*, seed: int, **sizes: int) -> None:
-    check_number("data.seed", seed, minimum=0, whole=True, remedy="any such number gives a memory of its own")
+def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         check_number(f"data.{name}", size, minimum=1, whole=True, remedy="give the memory at least one")
 

@@ -52,7 +52,7 @@ class StageModule(L.LightningModule):
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         loss, ranks = self.measure(batch)
-        # In the steps whose metrics Lightning hands to the logger, and only there: logging costs more than a small step.
+        # Only in the steps whose metrics Lightning hands to the logger: logging costs more than a small step.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/top1", (ranks() == 1).float().mean())

@@ -85,9 +85,6 @@ class Warped(Noisy):
 
     def __init__(self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int) -> None:
         super().__init__(memory, sigma=sigma)
-        check_number(
-            "queries.warp_seed", warp_seed, minimum=0, whole=True, remedy="any such number gives a map of its own"
-        )
         if warp not in WARPS:
             raise InputError(f"queries.warp={warp} is unknown; choose one of {', '.join(WARPS)}")
         generator, dim = stream(warp_seed, "warp"), memory.dim
@@ -114,6 +111,9 @@ class Recorded:
     def __init__(self, memory: VectorMemory, splits: dict[str, QueryBatch]) -> None:
         self.memory = memory
         self.splits = splits
+
+
+Source = QuerySource | Recorded
 
 
 def _normal(count: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Stage 2, foveal vision: a small network compares the query with each candidate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,13 @@ class Reranker(nn.Module):
         InputError: an unknown kind, or a dropout outside [0, 1).
     """
 
-    def __init__(
-        self, dim: int, *, kind: str = "mlp", hidden: tuple[int, int] = (128, 64), dropout: float = 0.1
-    ) -> None:
+    def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
         super().__init__()
         if kind not in RERANKERS:
             raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
         check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
-        if len(hidden) != 2:
-            raise InputError(f"reranker.hidden={[*hidden]} has {len(hidden)} widths; give two, such as [128, 64]")
+        if not isinstance(hidden, list | tuple) or len(hidden) != 2:
+            raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
         for width in hidden:
             check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
         self.kind = kind

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nvf.errors import InputError, check_number
 from nvf.memory import VectorMemory, check_k
 from nvf.modules import AttentionModule, RerankerModule, StageModule
 from nvf.pipeline import Pipeline
-from nvf.queries import Nearest, Noisy, QueryBatch, QuerySource, Recorded, Warped
+from nvf.queries import Nearest, Noisy, QueryBatch, QuerySource, Source, Warped
 from nvf.reranker import Reranker
 from nvf.streams import stream_seed
 
@@ -28,7 +28,7 @@ Settings = Mapping[str, Any]
 BEST = "name a run's checkpoints/attention/best.ckpt"
 
 
-def build_source(config: Settings) -> QuerySource | Recorded:
+def build_source(config: Settings) -> Source:
     """The memory and the queries over it, everything about them checked.
 
     Raises:
@@ -43,19 +43,19 @@ def build_source(config: Settings) -> QuerySource | Recorded:
     elif kind == "clustered":
         memory = VectorMemory.clustered(**data)
     else:
-        memory = read_memory(data["dir"])
+        memory = read_memory(str(data["dir"]))
     check_k(config["k"], len(memory))
     if source == "recorded":
         if kind != "embeddings":
             raise InputError(f"data={kind} has no recorded queries; choose queries=nearest, noisy or warped")
-        return read_recorded(data["dir"], memory, seed=queries["seed"])
+        return read_recorded(str(data["dir"]), memory, seed=queries["seed"])
     for size in ("seed", "val_samples", "test_samples"):
         queries.pop(size)
-    sources = {"nearest": Nearest, "noisy": Noisy, "warped": Warped}
+    sources: dict[str, Callable[..., QuerySource]] = {"nearest": Nearest, "noisy": Noisy, "warped": Warped}
     return sources[source](memory, **queries)
 
 
-def attention_stage(config: Settings, source: QuerySource | Recorded) -> tuple[AttentionModule, VectorDataModule]:
+def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
     """Stage 1, untrained, and its batches."""
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
@@ -67,13 +67,14 @@ def attention_stage(config: Settings, source: QuerySource | Recorded) -> tuple[A
 
 
 def reranker_stage(
-    config: Settings, source: QuerySource | Recorded, attention: SoftAttention
+    config: Settings, source: Source, attention: SoftAttention
 ) -> tuple[RerankerModule, VectorDataModule]:
     """Stage 2, untrained, behind a stage 1, and its batches."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    hidden = tuple(settings["hidden"])
-    reranker = Reranker(attention.memory.dim, kind=settings["kind"], hidden=hidden, dropout=settings["dropout"])
+    reranker = Reranker(
+        attention.memory.dim, kind=settings["kind"], hidden=settings["hidden"], dropout=settings["dropout"]
+    )
     module = RerankerModule(
         Pipeline(attention, reranker, k=config["k"]),
         lr=settings["lr"],
@@ -84,7 +85,7 @@ def reranker_stage(
     return module, _build_data(config, "reranker", source, attention)
 
 
-def check(config: Settings, source: QuerySource | Recorded) -> None:
+def check(config: Settings, source: Source) -> None:
     """Build once what the stages will build, so that bad settings are refused before any work.
 
     Raises:
@@ -101,7 +102,7 @@ def check(config: Settings, source: QuerySource | Recorded) -> None:
         reranker_stage(config, source, module.attention)
 
 
-def fit_attention(config: Settings, source: QuerySource | Recorded, folder: Path) -> SoftAttention:
+def fit_attention(config: Settings, source: Source, folder: Path) -> SoftAttention:
     """Stage 1 with the weights of its best validation Top-1, or those that `attention_checkpoint` names."""
     module, data = attention_stage(config, source)
     if config["attention_checkpoint"] is not None:
@@ -112,14 +113,14 @@ def fit_attention(config: Settings, source: QuerySource | Recorded, folder: Path
     return module.attention
 
 
-def fit_reranker(config: Settings, source: QuerySource | Recorded, attention: SoftAttention, folder: Path) -> Pipeline:
+def fit_reranker(config: Settings, source: Source, attention: SoftAttention, folder: Path) -> Pipeline:
     """Both stages: a reranker with the weights of its best validation Top-1 behind the frozen stage 1."""
     module, data = reranker_stage(config, source, attention)
     _fit(config, "reranker", module, data, folder, module.model.reranker.starts_at_stage_one)
     return module.model
 
 
-def fixed_queries(config: Settings, source: QuerySource | Recorded, split: str) -> QueryBatch:
+def fixed_queries(config: Settings, source: Source, split: str) -> QueryBatch:
     """The `val` or `test` queries of a run."""
     return _build_data(config, "attention", source).queries(split)
 
@@ -171,7 +172,7 @@ class _Describe(Callback):
 
 
 def _build_data(
-    config: Settings, stage: str, source: QuerySource | Recorded, attention: SoftAttention | None = None
+    config: Settings, stage: str, source: Source, attention: SoftAttention | None = None
 ) -> VectorDataModule:
     settings, queries = config[stage], config["queries"]
     return VectorDataModule(

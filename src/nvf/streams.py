@@ -5,9 +5,16 @@ import zlib
 import numpy as np
 import torch
 
+from nvf.errors import check_number
+
 
 def stream_seed(seed: int, name: str, *position: int) -> int:
-    """64 bits that belong to a seed, a stream's name and a position in it, and to nothing else."""
+    """64 bits that belong to a seed, a stream's name and a position in it, and to nothing else.
+
+    Raises:
+        InputError: the seed is not a whole number of at least 0.
+    """
+    check_number("seed", seed, minimum=0, whole=True, remedy=f"any such number draws a {name} of its own")
     entropy = [seed, zlib.crc32(name.encode()), *position]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 

@@ -50,7 +50,7 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     source = build_source(config)
     check(config, source)
 
-    seconds: dict[str, float] = {"attention": 0.0, "reranker": 0.0}
+    seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     with timed(seconds, "attention"):
         attention = fit_attention(config, source, folder)
     model: SoftAttention | Pipeline = attention
@@ -63,13 +63,13 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         val_figures, _ = evaluate(model, val, k=config["k"], oracle=source.oracle, title="validation")
         test_figures, against_exact = evaluate(model, test, k=config["k"], oracle=source.oracle, title="test")
         gradients = audit_gradients(model, val)
-    seconds["total"] = time.perf_counter() - started
+    total = time.perf_counter() - started
     results = {
         "test": test_figures,
         "val": val_figures,
         "against_exact": against_exact,
         "gradients": gradients,
-        "seconds": seconds,
+        "seconds": {**seconds, "total": total},
         "config": config,
         "versions": versions(),
         "memory": source.memory.fingerprint,
@@ -80,12 +80,12 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     log.info("\n%s\n", table(results, len(test.queries)))
     for line in remarks(results):
         log.warning(line)
-    log.info("%.0f s; everything is in %s", seconds["total"], folder)
+    log.info("%.0f s; everything is in %s", total, folder)
     return (val_figures["pipeline"] or val_figures["attention"])["top1"]["value"]
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float | None], name: str) -> Iterator[None]:
     """Note how long the block took."""
     start = time.perf_counter()
     yield
@@ -98,7 +98,8 @@ def main(cfg: DictConfig) -> float:
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    config["trainer"]["enable_progress_bar"] &= not sweep  # the bars of several jobs would run into each other
+    if sweep:
+        config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
     try:
         return train(config, folder, time.perf_counter() if sweep else START)
     except InputError as error:
@@ -128,11 +129,11 @@ def quiet() -> None:
 
 def remove_traces(folder: Path) -> None:
     """Remove what Hydra wrote for a run that never began, and the folders that this leaves empty."""
-    shutil.rmtree(folder / ".hydra", ignore_errors=True)
-    (folder / "train.log").unlink(missing_ok=True)
-    for path in (folder, folder.parent):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    if not {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
+        return  # it did begin, or the folder holds something else
+    shutil.rmtree(folder)
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 if __name__ == "__main__":
