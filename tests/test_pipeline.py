@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +90,11 @@ def test_gradients_are_exact_on_the_query_and_on_every_parameter(transform: str,
     assert all(gradient.norm() > 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("certainty", [1, 300])  # a certain reranker leaves candidates behind rows outside
 @pytest.mark.parametrize("k", [1, 4, 9, 30])
-def test_search_returns_the_most_probable_rows(pipeline: Pipeline, k: int) -> None:
+def test_search_returns_the_most_probable_rows(pipeline: Pipeline, k: int, certainty: float) -> None:
+    with torch.no_grad():
+        pipeline.reranker.rest[-1].weight *= certainty
     asked = queries(50)
     hits = pipeline.search(asked, k=k)
     with torch.no_grad():
@@ -210,3 +215,14 @@ def test_a_broken_folder_is_refused(pipeline: Pipeline, tmp_path: Path, break_it
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.config.json is missing"):
         Pipeline.load(tmp_path / "nowhere")
+
+
+def test_the_models_need_neither_lightning_nor_hydra() -> None:
+    use = (
+        "import sys, torch; from nvf import Pipeline, Reranker, SoftAttention, VectorMemory;"
+        "memory = VectorMemory(torch.randn(9, 4));"
+        "Pipeline(SoftAttention(memory), Reranker(4), k=3).search(torch.randn(2, 4));"
+        "print(sorted({'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'tensorboard'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
