@@ -6,23 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvf.attention import TRANSFORMS, SoftAttention, attention_loss
+from nvf.attention import TRANSFORMS, SoftAttention, attention_loss, fit_temperature
 from nvf.errors import InputError
 from nvf.memory import VectorMemory
+from nvf.queries import Noisy
+from nvf.streams import stream
 
 
 def queries(count: int = 6) -> torch.Tensor:
     return F.normalize(torch.randn(count, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_attention_equals_a_loop(memory: VectorMemory, transform: str) -> None:
+def test_attention_equals_a_loop(memory: VectorMemory, transform: str, normalize: bool) -> None:
     torch.manual_seed(0)
-    attention = SoftAttention(memory, transform=transform, beta=7.0)
+    attention = SoftAttention(memory, transform=transform, normalize=normalize, beta=7.0)
     logits = attention(queries())
     for query, row in zip(queries(), logits, strict=True):
         moved = attention.transform(query)
-        expected = torch.stack([7.0 * torch.dot(moved, key) / moved.norm() for key in memory.rows])
+        length = moved.norm() if normalize else 1.0
+        expected = torch.stack([7.0 * torch.dot(moved, key) / length for key in memory.rows])
         torch.testing.assert_close(row, expected)
     probabilities = logits.softmax(dim=-1)
     answer = sum(p.unsqueeze(-1) * v for p, v in zip(probabilities.T, memory.rows, strict=True))
@@ -88,6 +92,18 @@ def test_the_loss_survives_logits_of_any_size() -> None:
     assert gradient.tolist() == [[1.0, -1.0, 0.0]]
 
 
+@pytest.mark.parametrize("start", [0.5, 20.0, 900.0])
+def test_the_fitted_temperature_is_the_best_of_a_grid(memory: VectorMemory, start: float) -> None:
+    asked, targets = Noisy(memory, sigma=0.3).sample(400, stream(0, "val"))
+    attention = SoftAttention(memory, transform="identity", beta=start)
+    fit_temperature(attention, asked, targets)
+    cosines = attention(asked) / attention.beta
+    grid = torch.logspace(-1, 3, 401)
+    losses = torch.stack([attention_loss(beta * cosines, targets) for beta in grid])
+    assert float(attention.beta) == pytest.approx(float(grid[losses.argmin()]), rel=0.02)
+    assert attention_loss(attention(asked), targets) <= losses.min() + 1e-6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -95,6 +111,7 @@ def test_the_loss_survives_logits_of_any_size() -> None:
         ({"beta": 0.0}, "attention.beta=0.0 is not a number above 0"),
         ({"beta": math.inf}, "attention.beta=inf"),
         ({"hidden": 0}, "attention.hidden=0"),
+        ({"normalize": "no"}, "attention.normalize=no is neither true nor false"),
     ],
 )
 def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:

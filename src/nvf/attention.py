@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.memory import TopK, VectorMemory, blockwise_topk, check_k
+from nvf.memory import SCORE_BLOCK, TopK, VectorMemory, blockwise_topk, check_k
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
+BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 
 
 class QueryTransform(nn.Module):
@@ -50,9 +51,10 @@ class QueryTransform(nn.Module):
 
 
 class SoftAttention(nn.Module):
-    """Attention over memory: logits = beta normalize(T(q)) V^T, (B, N); their softmax sums to one over the rows.
+    """Attention over memory: logits = beta z V^T, (B, N), with z = normalize(T(q)); their softmax sums to one.
 
-    beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does.
+    beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
+    `normalize`, z = T(q): its length is a confidence that each query has for itself, as in the original system.
 
     Raises:
         InputError: an unknown transform, or a beta that is not positive and finite.
@@ -64,14 +66,18 @@ class SoftAttention(nn.Module):
         *,
         transform: str = "mlp",
         hidden: int | None = None,
+        normalize: bool = True,
         beta: float = 20.0,
     ) -> None:
         super().__init__()
         check_number("attention.beta", beta, above=0, remedy="20 is a good start for unit vectors")
+        if not isinstance(normalize, bool):
+            raise InputError(f"attention.normalize={normalize} is neither true nor false; true is the default")
         self.memory = memory
+        self.normalize = normalize
         self.transform = QueryTransform(transform, memory.dim, hidden)
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
-        self.settings = {"transform": transform, "hidden": hidden}
+        self.settings = {"transform": transform, "hidden": hidden, "normalize": normalize}
 
     @property
     def beta(self) -> Tensor:
@@ -82,9 +88,14 @@ class SoftAttention(nn.Module):
         """What queries are compared with, (N, D) unit rows."""
         return self.memory.rows
 
+    def transformed(self, queries: Tensor) -> Tensor:
+        """z, (B, D)."""
+        moved = self.transform(queries)
+        return F.normalize(moved, dim=-1) if self.normalize else moved
+
     def project(self, queries: Tensor) -> Tensor:
-        """beta normalize(T(q)), (B, D): its inner products with the keys are the logits."""
-        return self.beta * F.normalize(self.transform(queries), dim=-1)
+        """beta z, (B, D): its inner products with the keys are the logits."""
+        return self.beta * self.transformed(queries)
 
     def forward(self, queries: Tensor) -> Tensor:
         return self.project(queries) @ self.keys().T  # (B, N)
@@ -114,3 +125,23 @@ def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets[:, 0])
     right = logits.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -math.inf)
     return (logits.logsumexp(dim=-1) - right.logsumexp(dim=-1)).mean()
+
+
+def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
+    """Set beta to the minimum of the loss over held-out queries, which orders no row anew.
+
+    Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
+    outside the candidates depends on both. The loss is convex in beta, so bisection on the sign of its slope finds the
+    minimum within BETA_RANGE. As many queries are used as keep the scores in one block, at least 256.
+    """
+    count = max(256, SCORE_BLOCK // len(attention.memory))
+    queries, targets = queries[:count], targets[:count]
+    with torch.no_grad():
+        scores = attention.transformed(queries) @ attention.keys().T  # (B, N)
+        low, high = (math.log(beta) for beta in BETA_RANGE)
+        for _ in range(20):
+            middle = torch.full((), (low + high) / 2, device=scores.device, requires_grad=True)
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(attention_loss(middle.exp() * scores, targets), middle)
+            low, high = (low, float(middle)) if slope > 0 else (float(middle), high)
+        attention.log_beta.fill_((low + high) / 2)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from nvf.attention import SoftAttention
+from nvf.attention import SoftAttention, fit_temperature
 from nvf.data import VectorDataModule
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError, check_number
@@ -60,7 +60,7 @@ def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, 
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
     attention = SoftAttention(
-        source.memory, transform=settings["transform"], hidden=settings["hidden"], beta=settings["beta"]
+        source.memory, **{name: settings[name] for name in ("transform", "hidden", "normalize", "beta")}
     )
     module = AttentionModule(attention, lr=settings["lr"], schedule=settings["schedule"], k=config["k"])
     return module, _build_data(config, "attention", source)
@@ -103,13 +103,17 @@ def check(config: Settings, source: Source) -> None:
 
 
 def fit_attention(config: Settings, source: Source, folder: Path) -> SoftAttention:
-    """Stage 1 with the weights of its best validation Top-1, or those that `attention_checkpoint` names."""
+    """Stage 1 with the weights of its best validation Top-1, or those that `attention_checkpoint` names.
+
+    Either way its temperature is then fitted to the validation queries.
+    """
     module, data = attention_stage(config, source)
     if config["attention_checkpoint"] is not None:
         load_attention(module.attention, config["attention_checkpoint"])
         log.info("stage 1: loaded from %s", config["attention_checkpoint"])
     else:
         _fit(config, "attention", module, data, folder, module.attention.transform.starts_at_exact_search)
+    fit_temperature(module.attention, *fixed_queries(config, source, "val"))
     return module.attention
 
 
@@ -146,7 +150,7 @@ def load_attention(attention: SoftAttention, path: str | Path) -> None:
     for what, remedy in (
         ("stage", BEST),
         ("memory", "fit stage 1 anew, or run on the data and seed that it was made for"),
-        ("settings", "give attention= and attention.hidden= the values that it was made with"),
+        ("settings", "give attention= and its settings the values that it was made with"),
     ):
         if about.get(what) != mine[what]:
             raise InputError(
