@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nvf.attention import SoftAttention
 from nvf.evaluation import (
     audit_gradients,
     evaluate,
@@ -18,8 +19,10 @@ from nvf.evaluation import (
     table,
     wilson,
 )
+from nvf.memory import VectorMemory
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
+from nvf.reranker import Reranker
 from nvf.streams import stream
 
 
@@ -62,6 +65,14 @@ def test_stage_one_alone_and_no_oracle_leave_nulls(pipeline: Pipeline, batch: Qu
     figures, _ = evaluate(pipeline.attention, batch, k=4, oracle=None)
     assert figures["pipeline"] is figures["oracle"] is figures["gap_closed"] is figures["rerank_given_coverage"] is None
     assert figures["coverage"]["value"] >= figures["attention"]["top1"]["value"]
+
+
+def test_a_memory_of_duplicates_is_evaluated(batch: QueryBatch) -> None:
+    memory = VectorMemory(torch.ones(30, 8))
+    model = Pipeline(SoftAttention(memory), Reranker(8), k=4)
+    figures, _ = evaluate(model, batch, k=4, oracle=None)
+    assert figures["exact"]["top1"]["value"] == share([target == 0 for (target,) in batch.targets.tolist()])
+    assert figures["pipeline"]["top1"]["value"] < 0.2
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 10), (10, 10), (97, 100), (6800, 10000)])

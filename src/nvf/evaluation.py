@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nvf.attention import SoftAttention, attention_loss
 from nvf.memory import SCORE_BLOCK
-from nvf.metrics import DEEPEST, Agreement, RankCounts, candidate_ranks, target_ranks
+from nvf.metrics import DEEPEST, Agreement, RankCounts, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch
 
@@ -51,7 +51,7 @@ def evaluate(
     missing = {"oracle"} if oracle is None else set()
     missing |= set() if isinstance(model, Pipeline) else {"pipeline"}
     ranks = {method: RankCounts().to(rows.device) for method in METHODS if method not in missing}
-    coverage, against = RankCounts().to(rows.device), Agreement().to(rows.device)
+    covered, against = RankCounts().to(rows.device), Agreement().to(rows.device)  # ranks of covered targets alone
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
     blocks = zip(*(part.split(size) for part in batch), strict=True)
@@ -70,21 +70,16 @@ def evaluate(
             candidates = logits.topk(k, dim=-1).indices
             best = target_ranks(logits, targets)
         ranks["attention"].update(target_ranks(logits, targets))
-        labels = (candidates.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
-        coverage.update(candidate_ranks(labels.float(), labels))
+        covered.update(best[(candidates.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1).any(dim=-1)])
         against.update(best == 1, exact == 1)
 
     counts = {method: metric.compute().cpu().numpy() for method, metric in ranks.items()}
     figures: dict[str, Any] = {method: _figures(counts[method]) if method in counts else None for method in METHODS}
-    total = len(batch.queries)
-    covered = int(coverage.compute()[0])
-    figures["coverage"] = wilson(covered, total)
-    figures["rerank_given_coverage"] = None
-    figures["gap_closed"] = None
-    if figures["pipeline"] is not None:
-        right = int(counts["pipeline"][0])
-        figures["rerank_given_coverage"] = wilson(right, covered) if covered else None
-        figures["gap_closed"] = gap_closed(figures)
+    right, found_at_all = int(covered.compute()[0]), int(covered.compute().sum())
+    figures["coverage"] = wilson(found_at_all, len(batch.queries))
+    reranked = figures["pipeline"] is not None
+    figures["rerank_given_coverage"] = wilson(right, found_at_all) if reranked and found_at_all else None
+    figures["gap_closed"] = gap_closed(figures) if reranked else None
     wins, losses = (int(count) for count in against.compute())
     return figures, {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
 
