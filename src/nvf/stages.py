@@ -231,6 +231,7 @@ def _fit(
         )
     except (MisconfigurationException, TypeError, ValueError) as fault:
         raise InputError(f"trainer: {fault}; correct trainer=, or trainer.<argument>= of lightning.Trainer") from None
+    log.info("fitting %s", stage)
     start_score = float("-inf")
     if start_competes:
         start_score = trainer.validate(module, data, verbose=False)[0]["val/top1"]
