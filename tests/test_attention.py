@@ -100,7 +100,7 @@ def test_the_fitted_temperature_is_the_best_of_a_grid(memory: VectorMemory, star
     cosines = attention(asked) / attention.beta
     grid = torch.logspace(-1, 3, 401)
     losses = torch.stack([attention_loss(beta * cosines, targets) for beta in grid])
-    assert float(attention.beta) == pytest.approx(float(grid[losses.argmin()]), rel=0.02)
+    assert attention.beta.item() == pytest.approx(float(grid[losses.argmin()]), rel=0.02)
     assert attention_loss(attention(asked), targets) <= losses.min() + 1e-6
 
 
