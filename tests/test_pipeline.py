@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nvf.attention import SoftAttention
+from nvf.attention import SoftAttention, attention_loss
 from nvf.errors import InputError
 from nvf.memory import QUERY_BLOCK, VectorMemory
-from nvf.pipeline import FILES, Pipeline, pipeline_loss
+from nvf.pipeline import FILES, Pipeline
 from nvf.reranker import Reranker
 
 
@@ -83,7 +83,7 @@ def test_gradients_are_exact_on_the_query_and_on_every_parameter(transform: str,
 
     def loss(asked: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         found = torch.func.functional_call(pipeline, dict(zip(names, values, strict=True)), (asked,))
-        return pipeline_loss(found.log_probs, targets)
+        return attention_loss(found.log_probs, targets)
 
     assert torch.autograd.gradcheck(loss, (asked, *parameters))
     gradients = torch.autograd.grad(loss(asked, *parameters), [asked, *parameters])

@@ -118,7 +118,7 @@ def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-log of the probability of the right rows, mean over the batch.
 
     Args:
-        logits: (B, N); any additive constant per query cancels.
+        logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.
         targets: (B, m) rows of the memory, padded with -1; with m = 1 this is cross-entropy.
     """
     if targets.shape[1] == 1:

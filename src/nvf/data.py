@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number
-from nvf.queries import QueryBatch, Recorded, Source
+from nvf.metrics import are_targets
+from nvf.queries import QueryBatch, Recorded, Source, blocks
 from nvf.streams import stream, stream_seed
 
 EVAL_BATCH = 1024
@@ -103,12 +104,10 @@ class VectorDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         if isinstance(self.source, Recorded) or self.train_samples is not None:
             samples = self._fixed("train")
-            steps = self.steps_per_epoch or -(-len(samples.queries) // (self.batch_size * self._ranks[1]))
-            batches: Dataset = _FiniteBatches(samples, self.batch_size, steps, self.seed, self._ranks)
+            batches: _FiniteBatches | _FreshBatches = _FiniteBatches(self, samples)
         else:
-            steps = self.steps_per_epoch or 0
             batches = _FreshBatches(self)
-        return DataLoader(batches, batch_size=None, sampler=_StepSampler(steps), generator=torch.Generator())
+        return DataLoader(batches, batch_size=None, sampler=_StepSampler(batches.steps), generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader("val")
@@ -121,7 +120,7 @@ class VectorDataModule(L.LightningDataModule):
         assert self.attention is not None
         with torch.no_grad():
             top = self.attention.candidates(batch.queries, self.k)
-        labels = (top.rows.unsqueeze(-1) == batch.targets.unsqueeze(1)).any(dim=-1)  # (B, k)
+        labels = are_targets(top.rows, batch.targets)
         return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1))
 
     def queries(self, split: str) -> QueryBatch:
@@ -141,11 +140,8 @@ class VectorDataModule(L.LightningDataModule):
         return self._sets[split]
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
-        blocks = list(zip(*(part.split(EVAL_BATCH) for part in queries), strict=True))
-        found = [
-            self.with_candidates(QueryBatch(*block))
-            for block in tqdm(blocks, f"candidates ({split})", leave=False, delay=3)
-        ]
+        parts = tqdm(blocks(queries, EVAL_BATCH), f"candidates ({split})", leave=False, delay=3)
+        found = [self.with_candidates(part) for part in parts]
         batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         if split != "train":
             return batch
@@ -158,8 +154,8 @@ class VectorDataModule(L.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         samples, (rank, ranks) = self._fixed(split), self._ranks
-        batches = zip(*(part[rank::ranks].split(EVAL_BATCH) for part in samples), strict=True)
-        return DataLoader(_Batches([type(samples)(*batch) for batch in batches]), batch_size=None)
+        mine = type(samples)(*(part[rank::ranks] for part in samples))
+        return DataLoader(blocks(mine, EVAL_BATCH), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -188,6 +184,7 @@ class _FreshBatches(Dataset):
 
     def __init__(self, data: VectorDataModule) -> None:
         self.data = data
+        self.steps = data.steps_per_epoch or 0
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
         data = self.data
@@ -199,16 +196,13 @@ class _FreshBatches(Dataset):
 class _FiniteBatches(Dataset):
     """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short."""
 
-    def __init__(self, samples: Any, size: int, steps: int, seed: int, ranks: tuple[int, int]) -> None:
-        self.samples, self.size, self.steps, self.seed, (self.rank, self.ranks) = (
-            samples,
-            size,
-            steps,
-            seed,
-            ranks,
-        )
+    def __init__(self, data: VectorDataModule, samples: Any) -> None:
+        self.samples = samples
         self.count = len(samples.queries)
-        self.slices = -(-self.count // (size * self.ranks))  # a pass has so many
+        self.size, self.seed = data.batch_size, data.seed
+        self.rank, self.ranks = data._ranks
+        self.slices = -(-self.count // (self.size * self.ranks))  # a pass has so many
+        self.steps = data.steps_per_epoch or self.slices
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
@@ -220,16 +214,3 @@ class _FiniteBatches(Dataset):
         start = (index * self.ranks + self.rank) * self.size
         chosen = self._order[1][start : start + self.size]
         return type(self.samples)(*(part[chosen] for part in self.samples))
-
-
-class _Batches(Dataset):
-    """A list of batches."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.batches[index]

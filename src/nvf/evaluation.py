@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from nvf.attention import SoftAttention, attention_loss
 from nvf.memory import SCORE_BLOCK
-from nvf.metrics import DEEPEST, Agreement, RankCounts, target_ranks
+from nvf.metrics import DEEPEST, Agreement, RankCounts, are_targets, target_ranks
 from nvf.pipeline import Pipeline
-from nvf.queries import QueryBatch
+from nvf.queries import QueryBatch, blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
 METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10"}
@@ -54,8 +54,7 @@ def evaluate(
     covered, against = RankCounts().to(rows.device), Agreement().to(rows.device)  # ranks of covered targets alone
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
-    blocks = zip(*(part.split(size) for part in batch), strict=True)
-    for queries, targets in tqdm(blocks, title, total=-(-len(batch.queries) // size), leave=False, delay=3):
+    for queries, targets in tqdm(blocks(batch, size), title, leave=False, delay=3):
         exact = target_ranks(F.normalize(queries, dim=-1) @ rows.T, targets)
         ranks["exact"].update(exact)
         if oracle is not None:
@@ -70,7 +69,7 @@ def evaluate(
             candidates = logits.topk(k, dim=-1).indices
             best = target_ranks(logits, targets)
         ranks["attention"].update(target_ranks(logits, targets))
-        covered.update(best[(candidates.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1).any(dim=-1)])
+        covered.update(best[are_targets(candidates, targets).any(dim=-1)])
         against.update(best == 1, exact == 1)
 
     counts = {method: metric.compute().cpu().numpy() for method, metric in ranks.items()}

@@ -27,6 +27,11 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return 1 + above.sum(dim=-1)
 
 
+def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
+    """Which of the rows, (B, k), are among their query's targets, (B, m) padded with -1: (B, k) bool."""
+    return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
+
+
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """The rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nvf.attention import SoftAttention, attention_loss
+from nvf.attention import SoftAttention
 from nvf.errors import InputError
 from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, from_numpy, unit
 from nvf.reranker import Reranker
@@ -65,9 +65,9 @@ class Pipeline(nn.Module):
         logits = self.attention(queries)  # (B, N)
         top = logits.topk(self.k, dim=-1)
         scores = self.rerank(queries, top.indices, top.values)
-        log_mass = top.values.logsumexp(dim=-1, keepdim=True) - logits.logsumexp(dim=-1, keepdim=True)
-        inside = log_mass + scores.log_softmax(dim=-1)  # (B, k)
-        log_probs = logits.log_softmax(dim=-1).scatter(-1, top.indices, inside)
+        log_attention = logits.log_softmax(dim=-1)  # (B, N)
+        inside = _share_out(log_attention.gather(-1, top.indices), scores)
+        log_probs = log_attention.scatter(-1, top.indices, inside)
         return Retrieval(log_probs, logits, top.indices, scores)
 
     def rerank(self, queries: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ class Pipeline(nn.Module):
         assert top.logsumexp is not None
         scores = self.rerank(queries, top.rows[:, : self.k], top.scores[:, : self.k])
         log_attention = top.scores - top.logsumexp.unsqueeze(-1)
-        log_mass = log_attention[:, : self.k].logsumexp(dim=-1, keepdim=True)
-        log_probs = torch.cat([log_mass + scores.log_softmax(dim=-1), log_attention[:, self.k :]], dim=-1)
+        inside = _share_out(log_attention[:, : self.k], scores)
+        log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
         best = log_probs.topk(k, dim=-1)
         return top.rows.gather(-1, best.indices), best.values.exp().float()
 
@@ -178,9 +178,9 @@ class Pipeline(nn.Module):
         return pipeline.eval().to(device)
 
 
-def pipeline_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """-log of the probability that the distribution, (B, N), gives to the right rows, (B, m), mean over the batch."""
-    return attention_loss(log_probs, targets)  # log-probabilities are logits whose log-sum-exp is zero
+def _share_out(log_attention: Tensor, scores: Tensor) -> Tensor:
+    """The candidates' log-probabilities, (B, k): stage 1's total for them, shared out by softmax(scores)."""
+    return log_attention.logsumexp(dim=-1, keepdim=True) + scores.log_softmax(dim=-1)
 
 
 def _line(fault: BaseException) -> str:

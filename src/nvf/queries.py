@@ -1,6 +1,6 @@
 """Where queries come from: three generated sources with their oracles, and the user's own."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from nvf.memory import VectorMemory
 from nvf.streams import stream
 
 WARPS = ("rotation", "mlp")
+Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
 
 
 class QueryBatch(NamedTuple):
@@ -18,6 +19,11 @@ class QueryBatch(NamedTuple):
 
     queries: Tensor  # (B, D)
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+
+
+def blocks(batch: Batch, size: int) -> list[Batch]:
+    """A named tuple of tensors, cut into pieces of at most `size` samples."""
+    return [type(batch)(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
 
 
 class QuerySource(Protocol):
