@@ -95,3 +95,14 @@ def write_folder(folder: Path, *, rows: int = 50, queries: int = 400, dim: int =
     np.save(folder / "corpus.npy", corpus)
     np.save(folder / "queries.npy", (corpus[targets] + 0.5 * rng.standard_normal((queries, dim))).astype(np.float32))
     np.save(folder / "targets.npy", targets)
+
+
+def to_parquet(folder: Path, to: Path) -> None:
+    """The same as corpus.parquet and queries.parquet, with ids `item 0`, `item 1` and so on."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    corpus, queries, targets = (np.load(folder / f"{name}.npy") for name in ("corpus", "queries", "targets"))
+    to.mkdir()
+    ids = [f"item {row}" for row in range(len(corpus))]
+    pq.write_table(pa.table({"id": ids, "vector": list(corpus)}), to / "corpus.parquet")
+    answers = [ids[row] for row in targets]
+    pq.write_table(pa.table({"vector": list(queries), "targets": answers}), to / "queries.parquet")

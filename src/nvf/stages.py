@@ -37,18 +37,18 @@ def build_source(config: Settings) -> Source:
     data, queries = dict(config["data"]), dict(config["queries"])
     kind, source = data.pop("name"), queries.pop("name")
     if kind == "embeddings" and data["dir"] is None:
-        raise InputError("data.dir is not set; name the folder that holds corpus.npy: data.dir=path/to/folder")
+        raise InputError("data.dir is not set; name the folder that holds your corpus: data.dir=path/to/folder")
     if kind == "synthetic":
         memory = VectorMemory.synthetic(**data)
     elif kind == "clustered":
         memory = VectorMemory.clustered(**data)
     else:
-        memory = read_memory(str(data["dir"]))
+        memory = read_memory(str(data["dir"]), columns=data["columns"])
     check_k(config["k"], len(memory))
     if source == "recorded":
         if kind != "embeddings":
             raise InputError(f"data={kind} has no recorded queries; choose queries=nearest, noisy or warped")
-        return read_recorded(str(data["dir"]), memory, seed=queries["seed"])
+        return read_recorded(str(data["dir"]), memory, seed=queries["seed"], columns=data["columns"])
     for size in ("seed", "val_samples", "test_samples"):
         queries.pop(size)
     sources: dict[str, Callable[..., QuerySource]] = {"nearest": Nearest, "noisy": Noisy, "warped": Warped}
