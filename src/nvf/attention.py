@@ -1,16 +1,18 @@
 """Stage 1, peripheral vision: softmax attention of a transformed query over the whole memory."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.memory import SCORE_BLOCK, TopK, VectorMemory, blockwise_topk, check_k
+from nvf.memo import Memo
+from nvf.memory import TopK, VectorMemory, blockwise_topk, check_k
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
-BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
+KEYS = ("frozen", "learned")
 
 
 class QueryTransform(nn.Module):
@@ -51,14 +53,18 @@ class QueryTransform(nn.Module):
 
 
 class SoftAttention(nn.Module):
-    """Attention over memory: logits = beta z V^T, (B, N), with z = normalize(T(q)); their softmax sums to one.
+    """Attention over memory: logits = beta (z K^T + b), (B, N), with z = normalize(T(q)); their softmax sums to one.
 
     beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q): its length is a confidence that each query has for itself, as in the original system.
+    Keys are the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the
+    values V stay frozen. The bias b, one number a row, corrects hubs; it is there if `biased`, zero until it is set.
 
     Raises:
-        InputError: an unknown transform, or a beta that is not positive and finite.
+        InputError: an unknown transform or kind of keys, or a beta that is not positive and finite.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -67,17 +73,30 @@ class SoftAttention(nn.Module):
         transform: str = "mlp",
         hidden: int | None = None,
         normalize: bool = True,
+        keys: str = "frozen",
+        biased: bool = False,
         beta: float = 20.0,
     ) -> None:
         super().__init__()
         check_number("attention.beta", beta, above=0, remedy="20 is a good start for unit vectors")
-        if not isinstance(normalize, bool):
-            raise InputError(f"attention.normalize={normalize} is neither true nor false; true is the default")
+        for name, flag in (("normalize", normalize), ("biased", biased)):
+            if not isinstance(flag, bool):
+                raise InputError(f"attention.{name}={flag} is neither true nor false; leave it out for the default")
+        if keys not in KEYS:
+            raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
         self.memory = memory
         self.normalize = normalize
         self.transform = QueryTransform(transform, memory.dim, hidden)
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
-        self.settings = {"transform": transform, "hidden": hidden, "normalize": normalize}
+        self.delta = nn.Parameter(torch.zeros_like(memory.rows)) if keys == "learned" else None
+        self.register_buffer("bias", torch.zeros_like(memory.rows[:, 0]) if biased else None)
+        self._settings = {"transform": transform, "hidden": hidden, "normalize": normalize, "keys": keys}
+        self._keys = Memo()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make a stage 1 of this shape."""
+        return {**self._settings, "biased": self.bias is not None}
 
     @property
     def beta(self) -> Tensor:
@@ -85,16 +104,29 @@ class SoftAttention(nn.Module):
         return self.log_beta.exp()
 
     def keys(self) -> Tensor:
-        """What queries are compared with, (N, D) unit rows."""
-        return self.memory.rows
+        """What transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last column."""
+        rows, delta, bias = self.memory.rows, self.delta, self.bias
+        if delta is None and bias is None:
+            return rows
 
-    def transformed(self, queries: Tensor) -> Tensor:
+        def compute() -> Tensor:
+            keys = rows if delta is None else F.normalize(rows + delta, dim=-1)
+            return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1)], dim=-1)
+
+        return self._keys(compute, [tensor for tensor in (rows, delta, bias) if tensor is not None])
+
+    def moved(self, queries: Tensor) -> Tensor:
         """z, (B, D)."""
         moved = self.transform(queries)
         return F.normalize(moved, dim=-1) if self.normalize else moved
 
+    def transformed(self, queries: Tensor) -> Tensor:
+        """What is compared with the keys: z, (B, D); with a bias [z, 1], (B, D + 1)."""
+        moved = self.moved(queries)
+        return moved if self.bias is None else F.pad(moved, (0, 1), value=1.0)
+
     def project(self, queries: Tensor) -> Tensor:
-        """beta z, (B, D): its inner products with the keys are the logits."""
+        """beta times that: its inner products with the keys are the logits."""
         return self.beta * self.transformed(queries)
 
     def forward(self, queries: Tensor) -> Tensor:
@@ -125,23 +157,3 @@ def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets[:, 0])
     right = logits.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -math.inf)
     return (logits.logsumexp(dim=-1) - right.logsumexp(dim=-1)).mean()
-
-
-def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
-    """Set beta to the minimum of the loss over held-out queries, which orders no row anew.
-
-    Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
-    outside the candidates depends on both. The loss is convex in beta, so bisection on the sign of its slope finds the
-    minimum within BETA_RANGE. As many queries are used as keep the scores in one block, at least 256.
-    """
-    count = max(256, SCORE_BLOCK // len(attention.memory))
-    queries, targets = queries[:count], targets[:count]
-    with torch.no_grad():
-        scores = attention.transformed(queries) @ attention.keys().T  # (B, N)
-        low, high = (math.log(beta) for beta in BETA_RANGE)
-        for _ in range(20):
-            middle = torch.full((), (low + high) / 2, device=scores.device, requires_grad=True)
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(attention_loss(middle.exp() * scores, targets), middle)
-            low, high = (low, float(middle)) if slope > 0 else (float(middle), high)
-        attention.log_beta.fill_((low + high) / 2)

@@ -1,6 +1,6 @@
 """Batches of queries, or of candidates once the datamodule is given a stage 1."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number
+from nvf.evidence import Evidence
 from nvf.metrics import are_targets
 from nvf.queries import QueryBatch, Recorded, Source, blocks
 from nvf.streams import stream, stream_seed
@@ -26,6 +27,14 @@ class CandidateBatch(NamedTuple):
     logits: Tensor  # (B, k)
     labels: Tensor  # (B, k) bool, true where the candidate is a target
     valid: Tensor  # (B,) bool, true where any candidate is
+    evidence: Tensor  # (B, k, F); F = 0 for a reranker that weighs none
+
+
+class Fold(NamedTuple):
+    """A stage 1 that has not seen some of the training queries."""
+
+    attention: SoftAttention
+    unseen: Tensor  # (u,) places of those in the training split
 
 
 class VectorDataModule(L.LightningDataModule):
@@ -43,6 +52,9 @@ class VectorDataModule(L.LightningDataModule):
         batch_size: training queries a step and rank.
         steps_per_epoch: steps between two validations; None is one pass over a finite training set.
         attention: a trained stage 1, used without gradients.
+        evidence: what the reranker weighs; gathered from the training split.
+        folds: stages 1 that choose the candidates of the training queries that they have not seen, all of them
+            together. A stage 1 ranks the targets of its own training queries too well to teach a reranker.
         k: candidates a query.
         train_samples: size of the finite training set of a generated source.
         val_samples, test_samples: sizes of a generated source's fixed splits.
@@ -59,6 +71,8 @@ class VectorDataModule(L.LightningDataModule):
         batch_size: int,
         steps_per_epoch: int | None = None,
         attention: SoftAttention | None = None,
+        evidence: Evidence | None = None,
+        folds: Sequence[Fold] = (),
         k: int = 5,
         train_samples: int | None = None,
         val_samples: int = 10_000,
@@ -79,6 +93,8 @@ class VectorDataModule(L.LightningDataModule):
             raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
         self.source = source
         self.attention = attention
+        self.evidence = evidence
+        self.folds = folds
         self.k = k
         self.seed = seed
         self.stage = "attention" if attention is None else "reranker"
@@ -91,10 +107,10 @@ class VectorDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Move the frozen parts to the trainer's device; fixed sets are made when their loader is first asked for."""
-        device = self.device
-        self.source.memory.to(device)
-        if self.attention is not None:
-            self.attention.to(device)
+        stages = [self.attention, self.evidence, *(fold.attention for fold in self.folds)]
+        for module in (self.source.memory, *stages):
+            if module is not None:
+                module.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +119,7 @@ class VectorDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         if isinstance(self.source, Recorded) or self.train_samples is not None:
-            samples = self._fixed("train")
+            samples = self.samples_of("train")
             batches: _FiniteBatches | _FreshBatches = _FiniteBatches(self, samples)
         else:
             batches = _FreshBatches(self)
@@ -118,10 +134,19 @@ class VectorDataModule(L.LightningDataModule):
     def with_candidates(self, batch: QueryBatch) -> CandidateBatch:
         """The batch with stage 1's candidates and their labels, all in whole-tensor operations."""
         assert self.attention is not None
-        with torch.no_grad():
-            top = self.attention.candidates(batch.queries, self.k)
+        return self._candidates(self.attention, batch)
+
+    @torch.no_grad()
+    def _candidates(
+        self, attention: SoftAttention, batch: QueryBatch, logged_as: Tensor | None = None
+    ) -> CandidateBatch:
+        top = attention.candidates(batch.queries, self.k, logsumexp=self.evidence is not None)
+        if self.evidence is None:
+            evidence = top.scores.new_empty(*top.rows.shape, 0)
+        else:
+            evidence = self.evidence(attention, batch.queries, top, logged_as)
         labels = are_targets(top.rows, batch.targets)
-        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1))
+        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence)
 
     def queries(self, split: str) -> QueryBatch:
         """A fixed set of queries: `val`, `test`, or a finite `train`."""
@@ -132,7 +157,7 @@ class VectorDataModule(L.LightningDataModule):
             return self.source.sample(self.train_samples or 0, generator)
         return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
 
-    def _fixed(self, split: str) -> QueryBatch | CandidateBatch:
+    def samples_of(self, split: str) -> QueryBatch | CandidateBatch:
         """The samples of a fixed set, made once."""
         if split not in self._sets:
             queries = self.queries(split)
@@ -140,10 +165,24 @@ class VectorDataModule(L.LightningDataModule):
         return self._sets[split]
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
-        parts = tqdm(blocks(queries, EVAL_BATCH), f"candidates ({split})", leave=False, delay=3)
-        found = [self.with_candidates(part) for part in parts]
+        assert self.attention is not None
+        every = torch.arange(len(queries.queries), device=self.device)
+        training = split == "train"
+        folds = self.folds if training and self.folds else [Fold(self.attention, every)]
+        work = [
+            (fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)
+        ]
+        logged = self.evidence.logged.to(self.device) if training and self.evidence is not None else None
+        found = [
+            self._candidates(
+                attention,
+                QueryBatch(*(part[places] for part in queries)),
+                None if logged is None else logged[places],
+            )
+            for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3)
+        ]
         batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        if split != "train":
+        if not training:
             return batch
         if not batch.valid.any():
             raise InputError(
@@ -153,7 +192,7 @@ class VectorDataModule(L.LightningDataModule):
         return CandidateBatch(*(part[batch.valid] for part in batch))
 
     def _eval_loader(self, split: str) -> DataLoader:
-        samples, (rank, ranks) = self._fixed(split), self._ranks
+        samples, (rank, ranks) = self.samples_of(split), self._ranks
         mine = type(samples)(*(part[rank::ranks] for part in samples))
         return DataLoader(blocks(mine, EVAL_BATCH), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 

@@ -122,7 +122,14 @@ def _read_pair(
         )
     if (lonely := (rows < 0).all(axis=1)).any():
         raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")
-    return QueryBatch(unit(queries), torch.from_numpy(rows))
+    return QueryBatch(unit(queries), torch.from_numpy(_once(rows)))
+
+
+def _once(rows: np.ndarray) -> np.ndarray:
+    """Targets, (n, m), each named once; the padding comes last."""
+    rows = -np.sort(-rows, axis=1)
+    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
+    return rows
 
 
 def _checked_rows(targets: np.ndarray, rows: int, path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Every figure next to its baseline, its interval and its ceiling; the gradient audit; the table."""
+"""Every figure next to its baseline, its interval and its ceiling; the gradient audit."""
 
 import math
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention, attention_loss
 from nvf.memory import SCORE_BLOCK
-from nvf.metrics import DEEPEST, Agreement, RankCounts, are_targets, target_ranks
+from nvf.metrics import DEEPEST, Agreement, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
-METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10"}
+METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
 RESAMPLES = 2000
 AUDITED = 256  # queries
 
@@ -32,6 +32,7 @@ def evaluate(
     *,
     k: int,
     oracle: Tensor | None,
+    seen: Tensor | None = None,
     title: str = "evaluation",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
@@ -39,8 +40,9 @@ def evaluate(
     Args:
         model: stage 1 alone, or the pipeline.
         batch: the queries and targets to report on.
-        k: the number of candidates that coverage counts.
+        k: the number of candidates that coverage and recall count.
         oracle: rows (N, D) that an informed search would use; None where nobody knows them.
+        seen: which rows answer a training query, (N,) bool; None where that is no question.
         title: of the progress bar.
 
     Returns:
@@ -50,30 +52,31 @@ def evaluate(
     rows = attention.memory.rows
     missing = {"oracle"} if oracle is None else set()
     missing |= set() if isinstance(model, Pipeline) else {"pipeline"}
-    ranks = {method: RankCounts().to(rows.device) for method in METHODS if method not in missing}
+    counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
     covered, against = RankCounts().to(rows.device), Agreement().to(rows.device)  # ranks of covered targets alone
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
     for queries, targets in tqdm(blocks(batch, size), title, leave=False, delay=3):
-        exact = target_ranks(F.normalize(queries, dim=-1) @ rows.T, targets)
-        ranks["exact"].update(exact)
+        known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
+        scores = {"exact": F.normalize(queries, dim=-1) @ rows.T}
         if oracle is not None:
-            ranks["oracle"].update(exact if oracle is rows else target_ranks(queries @ oracle.T, targets))
+            scores["oracle"] = scores["exact"] if oracle is rows else queries @ oracle.T
         if isinstance(model, Pipeline):
             found = model(queries)
-            logits, candidates = found.logits, found.candidates
-            best = target_ranks(found.log_probs, targets)
-            ranks["pipeline"].update(best)
+            scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates
         else:
-            logits = model(queries)
-            candidates = logits.topk(k, dim=-1).indices
-            best = target_ranks(logits, targets)
-        ranks["attention"].update(target_ranks(logits, targets))
+            scores["attention"] = model(queries)
+            candidates = scores["attention"].topk(k, dim=-1).indices
+        ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
+        best = ranks["pipeline" if "pipeline" in ranks else "attention"]
         covered.update(best[are_targets(candidates, targets).any(dim=-1)])
-        against.update(best == 1, exact == 1)
+        against.update(best == 1, ranks["exact"] == 1)
 
-    counts = {method: metric.compute().cpu().numpy() for method, metric in ranks.items()}
-    figures: dict[str, Any] = {method: _figures(counts[method]) if method in counts else None for method in METHODS}
+    figures: dict[str, Any] = {
+        method: counted[method].figures() if method in counted else None for method in METHODS
+    }
+    for name, of in (("seen_rows", True), ("unseen_rows", False)):
+        figures[name] = None if seen is None else {method: counted[method].top1(of) for method in counted}
     right, found_at_all = int(covered.compute()[0]), int(covered.compute().sum())
     figures["coverage"] = wilson(found_at_all, len(batch.queries))
     reranked = figures["pipeline"] is not None
@@ -81,6 +84,46 @@ def evaluate(
     figures["gap_closed"] = gap_closed(figures) if reranked else None
     wins, losses = (int(count) for count in against.compute())
     return figures, {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
+
+
+class _Counts(nn.Module):
+    """What is counted of one method, over batches."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.ranks, self.ndcg, self.recall = RankCounts(), MeanAndError(), MeanAndError()
+        self.known = nn.ModuleDict({"True": RankCounts(), "False": RankCounts()})
+
+    def update(self, scores: Tensor, targets: Tensor, known: Tensor | None) -> Tensor:
+        """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""
+        ranks = target_ranks(scores, targets)
+        self.ranks.update(ranks)
+        gains = are_targets(scores.topk(min(max(self.k, DEEPEST), scores.shape[1])).indices, targets)
+        self.ndcg.update(ndcg(gains[:, :DEEPEST], targets))
+        self.recall.update(recall(gains[:, : self.k], targets))
+        if known is not None:
+            for of, counts in self.known.items():
+                counts.update(ranks[known == (of == "True")])
+        return ranks
+
+    def figures(self) -> dict[str, Interval]:
+        """Every metric with its interval."""
+        counts = self.ranks.compute().cpu().numpy()
+        total = int(counts.sum())
+        return {
+            "top1": wilson(int(counts[0]), total),
+            "top5": wilson(int(counts[:5].sum()), total),
+            "mrr10": reciprocal_rank(counts),
+            "ndcg10": _around(*self.ndcg.compute()),
+            "recall": _around(*self.recall.compute()),
+        }
+
+    def top1(self, known: bool) -> dict[str, Any] | None:
+        """Top-1 of the queries whose target answers a training query, or of the others; None if there are none."""
+        counts = self.known[str(known)].compute()  # type: ignore[operator]
+        total = int(counts.sum())
+        return {"queries": total, "top1": wilson(int(counts[0]), total)} if total else None
 
 
 def wilson(successes: int, total: int) -> Interval:
@@ -149,71 +192,7 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     }
 
 
-def table(results: Mapping[str, Any], queries: int) -> str:
-    """What a run prints: a row a method, in percent with 95% intervals, and below it what bounds the pipeline."""
-    figures, against = results["test"], results["against_exact"]
-    names = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
-    lines = [
-        f"test queries: {queries:,}; percent (95% interval)",
-        "".ljust(14) + "".join(title.ljust(20) for title in METRICS.values()).rstrip(),
-    ]
-    for method, name in names.items():
-        if figures[method] is not None:
-            lines.append(name.ljust(14) + "".join(_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
-    lines.append("coverage".ljust(26) + _percent(figures["coverage"]) + "  target among the candidates")
-    if figures["rerank_given_coverage"] is not None:
-        lines.append("reranker given coverage".ljust(26) + _percent(figures["rerank_given_coverage"]))
-    if figures["gap_closed"] is not None:
-        name, value = ceiling(figures)
-        lines.append(
-            "gap closed".ljust(26)
-            + f"{100 * figures['gap_closed']:.1f}".ljust(6)
-            + f"of stage 1 to {name} {100 * value:.1f}"
-        )
-    lines.append(
-        "against exact search".ljust(26)
-        + f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
-    )
-    return "\n".join(lines)
-
-
-def remarks(results: Mapping[str, Any]) -> list[str]:
-    """One plain line for each thing that is not as it should be, with what to try."""
-    figures, lines = results["test"], []
-    exact, attention, pipeline = (
-        figures[m] and figures[m]["top1"]["value"] for m in ("exact", "attention", "pipeline")
-    )
-    if pipeline is not None and pipeline < attention:
-        lines.append(
-            f"The pipeline ({100 * pipeline:.1f}) is below stage 1 ({100 * attention:.1f}): "
-            "try reranker=residual, more reranker.epochs or a lower reranker.lr."
-        )
-    if attention < exact:
-        remedy = (
-            "exact search is the oracle of these queries, so no method can beat it."
-            if figures["oracle"] == figures["exact"]
-            else "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr."
-        )
-        lines.append(f"Stage 1 ({100 * attention:.1f}) is below exact search ({100 * exact:.1f}): {remedy}")
-    gradients = results.get("gradients")
-    if gradients and not gradients["finite"]:
-        lines.append("A gradient is not finite: lower the learning rates.")
-    if gradients and gradients["vanished"]:
-        lines.append(
-            f"No gradient reaches {', '.join(gradients['vanished'])}: the untrained start validated best, "
-            "or the units died; a lower learning rate may help."
-        )
-    return lines
-
-
-def _figures(counts: np.ndarray) -> dict[str, Interval]:
-    total = int(counts.sum())
-    return {
-        "top1": wilson(int(counts[0]), total),
-        "top5": wilson(int(counts[:5].sum()), total),
-        "mrr10": reciprocal_rank(counts),
-    }
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
+def _around(mean: Tensor, error: Tensor) -> Interval:
+    """A mean in 0..1 with its normal 95% interval."""
+    value, reach = float(mean), 1.96 * float(error)
+    return {"value": value, "low": max(0.0, value - reach), "high": min(1.0, value + reach)}

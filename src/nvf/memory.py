@@ -1,6 +1,7 @@
 """The frozen memory of unit vectors, and exact search over it."""
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -122,6 +123,18 @@ def _merge(left: TopK, right: TopK, k: int) -> TopK:
     if left.logsumexp is not None and right.logsumexp is not None:
         total = torch.logaddexp(left.logsumexp, right.logsumexp)
     return TopK(top.values, rows.gather(-1, top.indices), total)
+
+
+@torch.no_grad()
+def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
+    """How near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta, in blocks.
+
+    A key that is near many queries is a hub: it is found too often. Query-bank normalisation (arXiv 2112.12777)
+    subtracts a share of this from the key's scores.
+    """
+    total = blockwise_topk(beta * keys, queries, 1, logsumexp=True).logsumexp
+    assert total is not None
+    return (total - math.log(len(queries))) / beta
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -32,6 +32,29 @@ def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
     return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
 
 
+def recall(found: Tensor, targets: Tensor) -> Tensor:
+    """The share of each query's targets that are among the rows it found, (B,).
+
+    Args:
+        found: (B, k) bool, which of the rows are targets.
+        targets: (B, m) different rows, padded with -1.
+    """
+    return found.sum(dim=-1) / (targets >= 0).sum(dim=-1)
+
+
+def ndcg(found: Tensor, targets: Tensor) -> Tensor:
+    """Normalised discounted cumulative gain of binary relevance, (B,): each found target counts 1 / log2(1 + rank).
+
+    Args:
+        found: (B, k) bool, which of the k best rows are targets, best first.
+        targets: (B, m) different rows, padded with -1.
+    """
+    discounts = 1 / torch.arange(2, found.shape[-1] + 2, device=found.device).log2()  # (k,)
+    ideal = discounts.cumsum(dim=0)  # of 1, 2, ... targets at the top
+    count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
+    return (found * discounts).sum(dim=-1) / ideal[count - 1]
+
+
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """The rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
 
@@ -65,6 +88,31 @@ class RankCounts(Metric):
         """The share of queries whose target is among the first `rank` rows, rank <= 10."""
         counts = self.compute()
         return counts[:rank].sum() / counts.sum()
+
+
+class MeanAndError(Metric):
+    """The mean of values a query, and its standard error."""
+
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("count", "total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Count values, (B,)."""
+        self.count += len(values)
+        self.total += values.double().sum()
+        self.squares += values.double().square().sum()
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard error."""
+        mean = self.total / self.count
+        return mean, ((self.squares / self.count - mean.square()).clamp(min=0) / self.count).sqrt()
 
 
 class Agreement(Metric):

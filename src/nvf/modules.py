@@ -88,11 +88,22 @@ class StageModule(L.LightningModule):
 
 
 class AttentionModule(StageModule):
-    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows."""
+    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows.
 
-    def __init__(self, attention: SoftAttention, *, lr: float, schedule: str, k: int = 5) -> None:
+    Args:
+        attention: stage 1.
+        learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
+            only ever be pushed away, and be lost to the queries that want it.
+    """
+
+    def __init__(
+        self, attention: SoftAttention, *, lr: float, schedule: str, k: int = 5, learnable: Tensor | None = None
+    ) -> None:
         super().__init__(lr=lr, schedule=schedule, k=k)
         self.model = attention
+        self.register_buffer("learnable", learnable, persistent=False)
+        if attention.delta is not None and learnable is not None:
+            attention.delta.register_hook(lambda gradient: gradient * self.learnable.unsqueeze(-1))
 
     @property
     def attention(self) -> SoftAttention:
@@ -131,7 +142,7 @@ class RerankerModule(StageModule):
         torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
 
     def measure(self, batch: CandidateBatch) -> LossAndRanks:
-        scores = self.model.rerank(batch.queries, batch.rows, batch.logits)
+        scores = self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
         return reranker_loss(scores, batch.labels), lambda: candidate_ranks(scores, batch.labels)
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
+from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
-from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, from_numpy, unit
-from nvf.reranker import Reranker
+from nvf.memory import QUERY_BLOCK, TopK, VectorMemory, check_k, check_vectors, from_numpy, unit
+from nvf.reranker import EvidenceReranker, Reranker
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
@@ -48,33 +49,76 @@ class Pipeline(nn.Module):
     mass / k, which no row outside exceeds. The choice of the candidates is piecewise constant; gradients flow through
     masses and scores to the query and every weight of both stages.
 
+    Args:
+        attention: stage 1.
+        reranker: stage 2; an `EvidenceReranker` needs `evidence`.
+        k: the number of candidates.
+        evidence: what it weighs.
+
     Raises:
-        InputError: k is not in 1..N.
+        InputError: k is not in 1..N, or evidence and reranker do not go together.
     """
 
-    def __init__(self, attention: SoftAttention, reranker: Reranker, *, k: int = 5) -> None:
+    def __init__(
+        self,
+        attention: SoftAttention,
+        reranker: Reranker | EvidenceReranker,
+        *,
+        k: int = 5,
+        evidence: Evidence | None = None,
+    ) -> None:
         super().__init__()
         check_k(k, len(attention.memory))
+        if (evidence is None) == isinstance(reranker, EvidenceReranker):
+            raise InputError("an EvidenceReranker needs evidence=, and no other reranker takes it")
         self.attention = attention
         self.reranker = reranker
         self.k = k
+        self.evidence = evidence
 
     @property
     def memory(self) -> VectorMemory:
         """The rows that are searched."""
         return self.attention.memory
 
+    def keys(self) -> Tensor:
+        """Stage 1's keys, to load into any index of inner products, which is then asked for `transform(queries)`.
+
+        (N, D) unit rows; (N, D + 1) where stage 1 corrects hubs, the correction as the last column.
+        """
+        with torch.no_grad():
+            return self.attention.keys().clone()
+
+    @torch.no_grad()
+    def transform(self, queries: np.ndarray | Tensor) -> Any:
+        """What to ask an index of `keys()` for: queries of any length and float type, as numpy or torch, as given.
+
+        Raises:
+            InputError: queries of another shape or type, zero or not finite.
+        """
+        given = self._checked(queries)
+        moved = self.attention.transformed(unit(given).to(self.memory.rows))
+        return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
+
     def forward(self, queries: Tensor) -> Retrieval:
         logits = self.attention(queries)  # (B, N)
-        top = logits.topk(self.k, dim=-1)
-        scores = self.rerank(queries, top.indices, top.values)
-        log_attention = logits.log_softmax(dim=-1)  # (B, N)
-        inside = _share_out(log_attention.gather(-1, top.indices), scores)
-        log_probs = log_attention.scatter(-1, top.indices, inside)
-        return Retrieval(log_probs, logits, top.indices, scores)
+        total = logits.logsumexp(dim=-1)
+        best = logits.topk(self.k, dim=-1)
+        scores = self.rerank(queries, TopK(best.values, best.indices, total))
+        log_attention = logits - total.unsqueeze(-1)  # (B, N)
+        inside = _share_out(log_attention.gather(-1, best.indices), scores)
+        log_probs = log_attention.scatter(-1, best.indices, inside)
+        return Retrieval(log_probs, logits, best.indices, scores)
 
-    def rerank(self, queries: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
-        """The reranker's scores, (B, k), of candidates given as rows of the memory and their logits, (B, k) each."""
+    def rerank(self, queries: Tensor, top: TopK) -> Tensor:
+        """The reranker's scores, (B, k), of stage 1's candidates and their logits."""
+        evidence = None if self.evidence is None else self.evidence(self.attention, queries, top)
+        return self.score(queries, top.rows, top.scores, evidence)
+
+    def score(self, queries: Tensor, rows: Tensor, logits: Tensor, evidence: Tensor | None) -> Tensor:
+        """The reranker's scores, (B, k), where the evidence, (B, k, F), if it weighs any, is known already."""
+        if isinstance(self.reranker, EvidenceReranker):
+            return self.reranker(logits, evidence)
         return self.reranker(queries, self.memory.rows[rows], logits, self.attention.beta)
 
     @torch.no_grad()
@@ -90,13 +134,7 @@ class Pipeline(nn.Module):
         """
         k = self.k if k is None else k
         check_k(k, len(self.memory))
-        given = from_numpy(queries) if isinstance(queries, np.ndarray) else queries
-        if given.ndim != 2 or given.shape[1] != self.memory.dim or not given.is_floating_point():
-            raise InputError(
-                f"queries have shape {tuple(given.shape)} and type {given.dtype}; give floats, (B, {self.memory.dim})"
-            )
-        if len(given):
-            check_vectors(given, "queries")
+        given = self._checked(queries)
         training = self.training
         self.eval()  # no dropout in a search
         try:
@@ -109,6 +147,16 @@ class Pipeline(nn.Module):
             return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
+    def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
+        given = from_numpy(queries) if isinstance(queries, np.ndarray) else queries
+        if given.ndim != 2 or given.shape[1] != self.memory.dim or not given.is_floating_point():
+            raise InputError(
+                f"queries have shape {tuple(given.shape)} and type {given.dtype}; give floats, (B, {self.memory.dim})"
+            )
+        if len(given):
+            check_vectors(given, "queries")
+        return given
+
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rows = self.memory.rows
         queries = unit(queries).to(rows)
@@ -116,7 +164,7 @@ class Pipeline(nn.Module):
         # that stage 1 likes best.
         top = self.attention.candidates(queries, min(self.k + k, len(rows)), logsumexp=True)
         assert top.logsumexp is not None
-        scores = self.rerank(queries, top.rows[:, : self.k], top.scores[:, : self.k])
+        scores = self.rerank(queries, TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp))
         log_attention = top.scores - top.logsumexp.unsqueeze(-1)
         inside = _share_out(log_attention[:, : self.k], scores)
         log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
@@ -177,17 +225,24 @@ class Pipeline(nn.Module):
             if config.get("ids"):
                 ids = read_ids(folder / IDS_FILE, len(rows), remedy="save the pipeline again")
             memory = VectorMemory.restore(rows, config["memory"], ids)
-            pipeline = cls(
-                SoftAttention(memory, **config["attention"]),
-                Reranker(memory.dim, **config["reranker"]),
-                k=config["k"],
-            )
-            pipeline.load_state_dict(load_file(folder / "weights.safetensors"))
+            weights = load_file(folder / "weights.safetensors")
+            attention = SoftAttention(memory, **config["attention"])
+            pipeline = cls(attention, **_second_stage(memory, config["reranker"], weights), k=config["k"])
+            pipeline.load_state_dict(weights)
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
             raise InputError(f"{folder} is damaged ({_line(fault)}); save the pipeline again") from None
         return pipeline.eval().to(device)
+
+
+def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The reranker of a saved pipeline, untrained, and its evidence."""
+    if settings["kind"] != "evidence":
+        return {"reranker": Reranker(memory.dim, **settings)}
+    given = {name: value for name, value in settings.items() if name != "kind"}
+    parts = {n.removeprefix("evidence."): tensor for n, tensor in weights.items() if n.startswith("evidence.")}
+    return {"reranker": EvidenceReranker(len(FEATURES), **given), "evidence": Evidence(memory, **parts)}
 
 
 def _share_out(log_attention: Tensor, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage 2, foveal vision: a small network compares the query with each candidate."""
+"""Stage 2, foveal vision: a small network compares the query with each candidate, or weighs evidence about it."""
 
 import math
 from collections.abc import Sequence
@@ -27,11 +27,7 @@ class Reranker(nn.Module):
         super().__init__()
         if kind not in RERANKERS:
             raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
-        check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
-        if not isinstance(hidden, list | tuple) or len(hidden) != 2:
-            raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
-        for width in hidden:
-            check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
+        _check_network(hidden, dropout)
         self.kind = kind
         self.first = nn.Linear(4 * dim, hidden[0])
         last = nn.Linear(hidden[1], 1, bias=False)
@@ -77,6 +73,58 @@ class Reranker(nn.Module):
         from_candidates = F.linear(candidates, w_candidate - w_difference)  # (B, k, hidden)
         from_products = F.linear(queries.unsqueeze(1) * candidates, w_product)  # (B, k, hidden)
         return from_query.unsqueeze(1) + from_candidates + from_products
+
+
+class EvidenceReranker(nn.Module):
+    """Scores logit + w x + mlp(x), (B, k), with x the candidates' evidence, standardised over the training candidates.
+
+    w and the network's last layer are zero at the start, so that it starts at stage 1's order.
+
+    Raises:
+        InputError: two widths are not given, or a dropout outside [0, 1).
+    """
+
+    starts_at_stage_one = True
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, *, hidden: Sequence[int] = (64, 64), dropout: float = 0.1) -> None:
+        super().__init__()
+        _check_network(hidden, dropout)
+        last = nn.Linear(hidden[1], 1, bias=False)
+        self.network = nn.Sequential(
+            nn.Linear(features, hidden[0]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            last,
+        )
+        nn.init.zeros_(last.weight)
+        self.weight = nn.Parameter(torch.zeros(features))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.settings = {"kind": "evidence", "hidden": [*hidden], "dropout": dropout}
+
+    def standardise(self, evidence: Tensor) -> None:
+        """Take mean and deviation from the training candidates' evidence, (n, k, F)."""
+        flat = evidence.flatten(0, 1)
+        deviation = flat.std(dim=0, correction=0)
+        self.mean.copy_(flat.mean(dim=0))
+        self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
+
+    def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
+        """Scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""
+        standard = (evidence - self.mean) / self.scale
+        return logits + standard @ self.weight + self.network(standard).squeeze(-1)
+
+
+def _check_network(hidden: Sequence[int], dropout: float) -> None:
+    check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
+    if not isinstance(hidden, list | tuple) or len(hidden) != 2:
+        raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
+    for width in hidden:
+        check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
 
 
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:

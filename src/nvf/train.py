@@ -42,9 +42,11 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     """
     # Imported here so that --help and a config error answer without importing torch.
     from nvf.dashboards import log_hparams
-    from nvf.evaluation import audit_gradients, evaluate, remarks, table
+    from nvf.evaluation import audit_gradients, evaluate
+    from nvf.report import remarks, table
     from nvf.results import versions, write_results
-    from nvf.stages import build_source, check, fit_attention, fit_reranker, fixed_queries
+    from nvf.selection import fit_attention, fit_reranker
+    from nvf.stages import build_source, check, fixed_queries, seen_rows
 
     quiet()
     source = build_source(config)
@@ -52,22 +54,25 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     with timed(seconds, "attention"):
-        attention = fit_attention(config, source, folder)
-    model: SoftAttention | Pipeline = attention
+        chosen = fit_attention(config, source, folder)
+    model: SoftAttention | Pipeline = chosen.attention
     if "reranker" in config["stage"]["fit"]:
         with timed(seconds, "reranker"):
-            model = fit_reranker(config, source, attention, folder)
+            model = fit_reranker(config, source, chosen, folder)
         model.save(folder / "pipeline")
     with timed(seconds, "evaluation"):
         val, test = (fixed_queries(config, source, split) for split in ("val", "test"))
-        val_figures, _ = evaluate(model, val, k=config["k"], oracle=source.oracle, title="validation")
-        test_figures, against_exact = evaluate(model, test, k=config["k"], oracle=source.oracle, title="test")
+        known: dict[str, Any] = {"k": config["k"], "oracle": source.oracle, "seen": seen_rows(source)}
+        val_figures, _ = evaluate(model, val, **known, title="validation")
+        test_figures, against_exact = evaluate(model, test, **known, title="test")
         gradients = audit_gradients(model, val)
     total = time.perf_counter() - started
     results = {
         "test": test_figures,
         "val": val_figures,
         "against_exact": against_exact,
+        "selection": chosen.tried,
+        "duplicates": getattr(source, "duplicates", None),
         "gradients": gradients,
         "seconds": {**seconds, "total": total},
         "config": config,

@@ -1,0 +1,165 @@
+"""What frozen vectors and a log of answered queries say of a candidate, beyond stage 1's logit."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvf.attention import SoftAttention
+from nvf.errors import InputError
+from nvf.memo import Memo
+from nvf.memory import SCORE_BLOCK, TopK, VectorMemory, blockwise_topk, hubness
+
+FEATURES = (
+    "logit",  # stage 1's
+    "log_probability",  # stage 1's, over all rows
+    "cosine",  # of query and row, both as they are
+    "log_count",  # log(1 + the number of logged queries that the row answers)
+    "nearest",  # the highest similarity of the query to one of those, after stage 1's transform
+    "support",  # log(1 + sum of exp(SHARPNESS similarity)) over those
+    "hubness",  # of the row, among the logged queries
+    "density",  # mean cosine of the row to its nearest other rows
+    "local_cosine",  # of query and row, both seen from the mean of the candidates
+    "crowding",  # mean cosine of the row to the candidates
+)
+SHARPNESS = 20.0  # inverse temperature of similarities: that at which stage 1 starts
+LOGGED = 32  # logged queries of a row that are compared, evenly spaced over the log where there are more
+NEIGHBOURS = 10
+
+
+class Evidence(nn.Module):
+    """Features of candidates, (B, k, F), from the memory and a log of queries with the rows that answered them.
+
+    The log is kept: buffers `queries` (n, D), unit rows, and `pairs` (P,), row * n + query in ascending order, one
+    for each target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,).
+
+    Raises:
+        InputError: buffers that do not fit together.
+    """
+
+    queries: Tensor
+    pairs: Tensor
+    hubness: Tensor
+    density: Tensor
+
+    def __init__(
+        self, memory: VectorMemory, *, queries: Tensor, pairs: Tensor, hubness: Tensor, density: Tensor
+    ) -> None:
+        super().__init__()
+        rows, count = len(memory), len(queries)
+        if (
+            queries.shape != (count, memory.dim)
+            or pairs.shape != (len(pairs),)
+            or min(count, len(pairs)) == 0
+            or pairs.dtype != torch.int64
+            or not bool((pairs.diff() > 0).all())
+            or not 0 <= int(pairs[0]) <= int(pairs[-1]) < rows * count
+            or hubness.shape != (rows,)
+            or density.shape != (rows,)
+        ):
+            raise InputError("the log of queries does not fit the memory; gather it again")
+        self.memory = memory
+        for name, tensor in (("queries", queries), ("pairs", pairs), ("hubness", hubness), ("density", density)):
+            self.register_buffer(name, tensor)
+        starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
+        self.register_buffer("starts", starts, persistent=False)  # of each row's pairs, (N + 1,)
+        self.logged = torch.empty(0, dtype=torch.int64)  # known while the log's own queries are at hand
+        self.slots = min(LOGGED, int(starts.diff().max()))
+        self._moved = Memo()
+
+    @classmethod
+    def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor) -> "Evidence":
+        """From unit queries, (n, D), and their targets, (n, m) rows padded with -1.
+
+        Identical queries are one query of the log, with all their targets; `logged` is the place of each, (n,).
+        """
+        distinct, logged = queries.unique(dim=0, return_inverse=True)
+        query, place = (targets >= 0).nonzero(as_tuple=True)
+        pairs = targets[query, place] * len(distinct) + logged[query]
+        found = cls(
+            memory,
+            queries=distinct,
+            pairs=pairs.unique(),  # sorted
+            hubness=hubness(distinct, memory.rows, SHARPNESS),
+            density=_density(memory.rows),
+        )
+        found.logged = logged
+        return found
+
+    @classmethod
+    def of_one(cls, memory: VectorMemory, query: Tensor) -> "Evidence":
+        """A log of one query, (1, D), for row 0: enough to build on."""
+        nothing = torch.zeros_like(memory.rows[:, 0])
+        return cls(memory, queries=query, pairs=torch.zeros(1, dtype=torch.int64), hubness=nothing, density=nothing)
+
+    def forward(
+        self, attention: SoftAttention, queries: Tensor, top: TopK, logged_as: Tensor | None = None
+    ) -> Tensor:
+        """The features in the order of FEATURES, (B, k, F).
+
+        Args:
+            attention: the stage 1 that chose the candidates.
+            queries: (B, D) unit rows.
+            top: the candidates, with their log-sum-exp over all rows.
+            logged_as: (B,), the place in the log of each query, where the queries are the log's own: evidence then
+                leaves each query itself out, as if it had never been logged.
+        """
+        assert top.logsumexp is not None
+        candidates = self.memory.rows[top.rows]  # (B, k, D)
+        count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
+        centre = candidates.mean(dim=1, keepdim=True)
+        local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(candidates - centre, dim=-1)
+        features = {
+            "logit": top.scores,
+            "log_probability": top.scores - top.logsumexp.unsqueeze(-1),
+            "cosine": (candidates @ queries.unsqueeze(-1)).squeeze(-1),
+            "log_count": count.log1p(),
+            "nearest": nearest,
+            "support": support,
+            "hubness": self.hubness[top.rows],
+            "density": self.density[top.rows],
+            "local_cosine": local.sum(dim=-1),
+            "crowding": (candidates @ centre.transpose(1, 2)).squeeze(-1),
+        }
+        return torch.stack([features[name] for name in FEATURES], dim=-1)
+
+    def _from_log(
+        self, attention: SoftAttention, queries: Tensor, rows: Tensor, logged_as: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, nearest and support, (B, k) each, in blocks of queries that hold few log vectors at a time."""
+        asked = attention.moved(queries)
+        log = self._moved(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
+        size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
+        alone = [None] * -(-len(rows) // size) if logged_as is None else logged_as.split(size)
+        parts = [
+            self._block(log, *block) for block in zip(asked.split(size), rows.split(size), alone, strict=True)
+        ]  # at least one: splitting nothing gives one empty block
+        count, nearest, support = (torch.cat(part) for part in zip(*parts, strict=True))
+        return count, nearest, support
+
+    def _block(
+        self, log: Tensor, asked: Tensor, rows: Tensor, logged_as: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        start, count = self.starts[rows], self.starts[rows + 1] - self.starts[rows]  # (b, k)
+        slot = torch.arange(self.slots, device=rows.device)
+        spread = slot * count.unsqueeze(-1).clamp(min=self.slots) // self.slots  # (b, k, slots): evenly, or 0, 1, ...
+        known = slot < count.unsqueeze(-1)
+        compared = known.sum(dim=-1)
+        query = self.pairs[(start.unsqueeze(-1) + spread).clamp(max=len(self.pairs) - 1)] % len(self.queries)
+        if logged_as is not None:
+            itself = known & (query == logged_as.view(-1, 1, 1))
+            known = known & ~itself
+            pair = rows * len(self.queries) + logged_as.unsqueeze(-1)
+            found = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
+            count = count - (self.pairs[found] == pair).long()
+            compared = compared - itself.sum(dim=-1)
+        similarity = (log[query.flatten(1)] @ asked.unsqueeze(-1)).view(query.shape)  # (b, k, slots)
+        similarity = similarity.masked_fill(~known, 0.0)
+        mass = (SHARPNESS * similarity).exp().where(known, 0.0).sum(dim=-1)
+        return count, similarity.amax(dim=-1), (mass * count / compared.clamp(min=1)).log1p()
+
+
+def _density(rows: Tensor) -> Tensor:
+    neighbours = min(NEIGHBOURS, len(rows) - 1)
+    if neighbours == 0:
+        return torch.zeros_like(rows[:, 0])
+    return blockwise_topk(rows, rows, neighbours + 1).scores[:, 1:].mean(dim=-1)  # the first is the row itself

@@ -1,0 +1,108 @@
+"""Fitting one module with Lightning, and keeping the weights that validate best."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from nvf.checkpoints import Describe
+from nvf.data import VectorDataModule
+from nvf.errors import InputError
+from nvf.modules import StageModule
+from nvf.stages import Settings
+
+log = logging.getLogger("nvf")
+
+
+def fit(
+    config: Settings,
+    stage: str,
+    module: StageModule,
+    data: VectorDataModule,
+    folder: Path,
+    *,
+    start_competes: bool,
+    name: str | None = None,
+) -> int:
+    """Fit a module and leave the weights of its best validation Top-1 in it; returns the epochs they were fitted for.
+
+    Where the untrained start is a search that works, it is validated too and wins unless training beats or equals it:
+    the weights are then of 0 epochs. So they are if the stage's `epochs` are 0.
+
+    Args:
+        stage: whose settings are used.
+        name: of the folder for checkpoints and curves, where it is not the stage's.
+    """
+    settings, name = config[stage], name or stage
+    checkpoints = folder / "checkpoints" / name
+    best = ModelCheckpoint(
+        checkpoints,
+        filename="best",
+        monitor="val/top1",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[Callback] = [best, Describe(stage)]
+    if settings["patience"] is not None:
+        callbacks.append(EarlyStopping("val/top1", mode="max", patience=settings["patience"]))
+    logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
+    trainer = _trainer(config, stage, folder, callbacks, logger=logger)
+    log.info("fitting %s", name)
+    start_score = float("-inf")
+    if start_competes or settings["epochs"] == 0:
+        start_score = trainer.validate(module, data, verbose=False)[0]["val/top1"]
+        trainer.save_checkpoint(checkpoints / "start.ckpt")
+    if settings["epochs"] == 0:
+        os.replace(checkpoints / "start.ckpt", checkpoints / "best.ckpt")
+        return 0
+    trainer.fit(module, data)
+    assert best.best_model_score is not None
+    score = float(best.best_model_score)
+    if start_score > score:
+        log.info("%s: no epoch validates better than the untrained start (Top-1 %.1f)", name, 100 * start_score)
+        os.replace(checkpoints / "start.ckpt", best.best_model_path)
+    (checkpoints / "start.ckpt").unlink(missing_ok=True)
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"])
+    return 0 if start_score > score else checkpoint["epoch"] + 1
+
+
+def fit_blindly(
+    config: Settings, stage: str, module: StageModule, data: VectorDataModule, folder: Path, epochs: int
+) -> None:
+    """Fit a module for the first `epochs` epochs of the stage's schedule; nothing is validated, chosen or written."""
+    trainer = _trainer(
+        config, stage, folder, [_StopAfter(epochs)], logger=False, enable_checkpointing=False, limit_val_batches=0
+    )
+    trainer.fit(module, data)
+
+
+class _StopAfter(Callback):
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def _trainer(config: Settings, stage: str, folder: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
+    if config["trainer"].get("enable_progress_bar", True):
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
+    try:
+        return L.Trainer(
+            **{"max_epochs": config[stage]["epochs"], **config["trainer"], **arguments},
+            default_root_dir=folder,
+            callbacks=callbacks,
+            use_distributed_sampler=False,  # the datamodule deals the batches to the ranks
+            num_sanity_val_steps=0,
+            inference_mode=False,  # the metrics that validating the start leaves behind are used in the fit
+        )
+    except (MisconfigurationException, TypeError, ValueError) as fault:
+        raise InputError(f"trainer: {fault}; correct trainer=, or trainer.<argument>= of lightning.Trainer") from None

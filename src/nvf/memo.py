@@ -1,0 +1,34 @@
+"""A value that depends on parameters, kept until one of them changes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Memo:
+    """Keeps the last value of a computation while no gradients are recorded; with gradients it computes anew."""
+
+    def __init__(self) -> None:
+        self._sources: list[tuple[Tensor, int, torch.device]] = []
+        self._value: Tensor | None = None
+
+    def __call__(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        """The value of `compute()`, which depends on nothing that ever changes but `sources`."""
+        if torch.is_grad_enabled():
+            return compute()
+        if self._value is None or not self._unchanged(sources):
+            self._value = compute()
+            # The tensors themselves are held: an id may return once its tensor is gone.
+            self._sources = [(source, source._version, source.device) for source in sources]
+        return self._value
+
+    def _unchanged(self, sources: Sequence[Tensor]) -> bool:
+        return len(sources) == len(self._sources) and all(
+            new is old and new._version == version and new.device == device
+            for new, (old, version, device) in zip(sources, self._sources, strict=True)
+        )
+
+    def __deepcopy__(self, _: Any) -> "Memo":
+        return Memo()  # the copy has tensors of its own

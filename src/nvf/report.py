@@ -1,0 +1,89 @@
+"""What a run prints: the table, and a plain line for each thing that is not as it should be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvf.evaluation import METHODS, METRICS, ceiling
+
+NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
+
+
+def table(results: Mapping[str, Any], queries: int) -> str:
+    """A row a method, in percent with 95% intervals, and below it what bounds the pipeline and what it rests on."""
+    figures, against = results["test"], results["against_exact"]
+    titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
+    lines = [
+        f"test queries: {queries:,}; percent (95% interval)",
+        "".ljust(14) + "".join(title.ljust(20) for title in titles.values()).rstrip(),
+    ]
+    for method, name in NAMES.items():
+        if figures[method] is not None:
+            lines.append(name.ljust(14) + "".join(_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
+    lines.append(_entry("coverage", _percent(figures["coverage"]) + "  target among the candidates"))
+    if figures["rerank_given_coverage"] is not None:
+        lines.append(_entry("reranker given coverage", _percent(figures["rerank_given_coverage"])))
+    if figures["gap_closed"] is not None:
+        name, value = ceiling(figures)
+        closed = f"{100 * figures['gap_closed']:5.1f}"
+        lines.append(_entry("gap closed", f"{closed}  of stage 1 to {name} {100 * value:.1f}"))
+    counts = f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
+    lines.append(_entry("against exact search", f"{counts}"))
+    for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
+        if figures.get(group) and figures[group]["exact"] is not None:
+            lines.append(_entry(name, _by_method(figures[group])))
+    tried = results.get("selection", [])
+    for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
+        name = "stage 1, by validation" if variant["chosen"] else ""
+        lines.append(_entry(name, f"{100 * variant['val_top1']:5.1f}  {_describe(variant)}"))
+    return "\n".join(lines)
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """One plain line for each thing that is not as it should be, with what to try."""
+    figures, lines = results["test"], []
+    exact, attention, pipeline = (
+        figures[m] and figures[m]["top1"]["value"] for m in ("exact", "attention", "pipeline")
+    )
+    if pipeline is not None and pipeline < attention:
+        lines.append(
+            f"The pipeline ({100 * pipeline:.1f}) is below stage 1 ({100 * attention:.1f}): "
+            "try reranker=residual, more reranker.epochs or a lower reranker.lr."
+        )
+    if attention < exact:
+        remedy = (
+            "exact search is the oracle of these queries, so no method can beat it."
+            if figures["oracle"] == figures["exact"]
+            else "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr."
+        )
+        lines.append(f"Stage 1 ({100 * attention:.1f}) is below exact search ({100 * exact:.1f}): {remedy}")
+    gradients = results.get("gradients")
+    if gradients and not gradients["finite"]:
+        lines.append("A gradient is not finite: lower the learning rates.")
+    if gradients and gradients["vanished"]:
+        lines.append(
+            f"No gradient reaches {', '.join(gradients['vanished'])}: the untrained start validated best, "
+            "or the units died; a lower learning rate may help."
+        )
+    return lines
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
+
+
+def _entry(name: str, text: str) -> str:
+    return name.ljust(26) + text
+
+
+def _by_method(group: Mapping[str, Any]) -> str:
+    """Top-1 of every method on some of the queries."""
+    shares = [f"{NAMES[m]} {100 * found['top1']['value']:.1f}" for m, found in group.items() if found is not None]
+    return f"Top-1 of {', '.join(shares)} ({group['exact']['queries']:,} queries)"
+
+
+def _describe(variant: Mapping[str, Any]) -> str:
+    if variant["epochs"]:
+        name = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
+    else:
+        name = "exact search"
+    return f"{name}, {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else name

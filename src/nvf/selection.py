@@ -1,0 +1,149 @@
+"""Which stage 1 a run goes on with, chosen on validation queries within a time budget, and stage 2 behind it."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nvf.attention import SoftAttention, attention_loss
+from nvf.calibration import fit_hub_correction, fit_temperature, top1
+from nvf.data import Fold
+from nvf.evidence import Evidence
+from nvf.fitting import fit, fit_blindly
+from nvf.pipeline import Pipeline
+from nvf.queries import QueryBatch, Recorded, Source
+from nvf.stages import Settings, attention_stage, fixed_queries, loaded_attention, reranker_stage, variants
+from nvf.streams import stream
+
+log = logging.getLogger("nvf")
+SHARE = 0.75  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
+FEWEST_EPOCHS = 3
+
+
+class Chosen(NamedTuple):
+    """A fitted stage 1, and what its choice rested on."""
+
+    attention: SoftAttention
+    config: Settings  # its own, of the variant that was chosen
+    epochs: int  # of training
+    hub_share: float  # of the rows' hubness that its bias subtracts
+    tried: list[dict[str, Any]]  # every variant with its validation Top-1
+
+
+def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
+    """The stage 1 that validates best of the configured variants, or the one that `attention_checkpoint` names.
+
+    Of equals, the first wins. Each has the weights of its best validation Top-1; then its hubs are corrected, if that
+    is asked for, and its temperature is fitted, on validation queries both.
+    """
+    if config["attention_checkpoint"] is not None:
+        variant, attention = loaded_attention(config, source)
+        log.info("stage 1: loaded from %s", config["attention_checkpoint"])
+        return _calibrated(variant, source, attention, variant["attention"]["epochs"])
+    checkpoints = folder / "checkpoints" / "attention"
+    fitted, several = [], len(variants(config)) > 1
+    for variant in plan(config, source):
+        module, data = attention_stage(variant, source)
+        name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
+        starts_well = module.attention.transform.starts_at_exact_search
+        epochs = fit(
+            variant, "attention", module, data, folder, start_competes=starts_well, name=f"attention/{name}".rstrip("/")
+        )
+        fitted.append((_calibrated(variant, source, module.attention, epochs), checkpoints / name / "best.ckpt"))
+    chosen, checkpoint = max(fitted, key=lambda pair: pair[0].tried[0]["val_top1"])
+    if several:
+        shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
+    return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
+
+
+def fit_reranker(config: Settings, source: Source, chosen: Chosen, folder: Path) -> Pipeline:
+    """Both stages: a reranker with the weights of its best validation Top-1 behind the frozen stage 1."""
+    evidence, folds = None, []
+    if config["reranker"]["folds"] is not None and chosen.epochs:
+        folds = cross_fit(chosen, source, folder, config["reranker"]["folds"])
+    if config["reranker"]["kind"] == "evidence":
+        evidence = Evidence.gather(source.memory, *_training_queries(source))
+    module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
+    if evidence is not None:
+        module.model.reranker.standardise(data.samples_of("train").evidence)  # type: ignore[union-attr]
+    fit(config, "reranker", module, data, folder, start_competes=module.model.reranker.starts_at_stage_one)
+    return module.model
+
+
+def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[Fold]:
+    """Stages 1 like the chosen one, each fitted without one of `count` parts of the training queries.
+
+    Identical queries are in one part.
+    """
+    assert isinstance(source, Recorded)
+    train, held_out = source.splits["train"], fixed_queries(chosen.config, source, "val")
+    distinct, group = train.queries.unique(dim=0, return_inverse=True)
+    seed = chosen.config["attention"]["seed"]
+    part = torch.randperm(len(distinct), generator=stream(seed, "folds"))[group] % count
+    folds = []
+    for number in range(count):
+        log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
+        rest = QueryBatch(*(tensor[part != number] for tensor in train))
+        partial = Recorded(source.memory, {**source.splits, "train": rest})
+        module, data = attention_stage(chosen.config, partial)
+        fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs)
+        if chosen.hub_share:
+            fit_hub_correction(module.attention, data.queries("train").queries, *held_out, shares=(chosen.hub_share,))
+        fit_temperature(module.attention, *held_out)
+        folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))
+    return folds
+
+
+def plan(config: Settings, source: Source) -> list[Settings]:
+    """The variants, with no more epochs each than the time budget allows for; the simplest alone if that is few."""
+    budget, given = config["data"].get("budget_s"), variants(config)
+    if budget is None:
+        return given
+    folds = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
+    seconds = _epoch_seconds(given[-1], source)
+    for several in (given, given[:2]):
+        fits = sum(variant["attention"]["epochs"] > 0 for variant in several) + (folds or 1) - 1
+        epochs = int(SHARE * budget / (seconds * max(1, fits)))
+        if epochs >= FEWEST_EPOCHS:
+            break
+    epochs = max(1, epochs)
+    if several is not given or any(variant["attention"]["epochs"] > epochs for variant in several):
+        log.info(
+            "data.budget_s=%g: an epoch of stage 1 takes some %.0f s, so %d of %d variants get %d epochs at most",
+            *(budget, seconds, len(several), len(given), epochs),
+        )
+    return [
+        {**variant, "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])}}
+        for variant in several
+    ]
+
+
+def _calibrated(variant: Settings, source: Source, attention: SoftAttention, epochs: int) -> Chosen:
+    held_out, share = fixed_queries(variant, source, "val"), 0.0
+    if variant["attention"]["hub_correction"] and isinstance(source, Recorded):
+        share = fit_hub_correction(attention, _training_queries(source).queries, *held_out)
+    fit_temperature(attention, *held_out)
+    about = {name: variant["attention"][name] for name in ("transform", "keys")}
+    about = {**about, "hub_share": share, "epochs": epochs, "val_top1": top1(attention, held_out), "chosen": True}
+    return Chosen(attention, variant, epochs, share, [about])
+
+
+def _training_queries(source: Source) -> QueryBatch:
+    assert isinstance(source, Recorded)
+    device = source.memory.rows.device
+    return QueryBatch(*(part.to(device) for part in source.splits["train"]))
+
+
+def _epoch_seconds(variant: Settings, source: Source) -> float:
+    """What an epoch of a variant's training takes here, from two steps after one to warm up."""
+    module, data = attention_stage(variant, source)
+    batch = QueryBatch(*(part[: data.batch_size] for part in data.queries("train")))
+    for step in range(3):
+        if step == 1:
+            started = time.perf_counter()
+        attention_loss(module.attention(batch.queries), batch.targets).backward()
+    steps = data.steps_per_epoch or -(-len(data.queries("train").queries) // data.batch_size)
+    return (time.perf_counter() - started) / 2 * steps
