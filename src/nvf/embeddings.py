@@ -50,7 +50,7 @@ def read_recorded(folder: str | Path, memory: VectorMemory, *, seed: int) -> Rec
 
 def _read_pair(queries_path: Path, targets_path: Path, memory: VectorMemory) -> QueryBatch:
     queries = _read_vectors(queries_path, "the vectors of your queries")
-    targets = _read_array(targets_path, "for each query the row of corpus.npy that answers it")
+    targets = read_array(targets_path, "for each query the row of corpus.npy that answers it")
     if queries.shape[1] != memory.dim:
         raise InputError(
             f"{queries_path}: {queries.shape[1]} dimensions, but corpus.npy has {memory.dim}; "
@@ -79,7 +79,7 @@ def _read_pair(queries_path: Path, targets_path: Path, memory: VectorMemory) -> 
 
 
 def _read_vectors(path: Path, what: str) -> Tensor:
-    array = _read_array(path, what)
+    array = read_array(path, what)
     if array.ndim != 2 or array.size == 0:
         raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -89,7 +89,8 @@ def _read_vectors(path: Path, what: str) -> Tensor:
     return vectors
 
 
-def _read_array(path: Path, what: str) -> np.ndarray:
+def read_array(path: Path, what: str) -> np.ndarray:
+    """The array of a .npy file, mapped and not read; `what` it holds is for the error where it is missing."""
     if not path.is_file():
         raise InputError(f"{path} is missing; it holds {what}")
     try:

@@ -129,7 +129,11 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 def check_vectors(vectors: Tensor, name: str) -> None:
     """Raise an InputError that names the first row, if any, that is zero or not finite."""
-    largest = vectors.abs().amax(dim=-1)  # NaN if any is NaN
+    check_largest(vectors.abs().amax(dim=-1), name)
+
+
+def check_largest(largest: Tensor, name: str) -> None:
+    """The same, from each row's largest absolute value, (n,), which is NaN where any of the row's is."""
     for fault, wrong in (("holds NaN or infinite values", ~largest.isfinite()), ("is zero", largest == 0)):
         if wrong.any():
             raise InputError(
