@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvf.options import Option, find_device, path, run, whole
+from nvf.options import Option, find_device, path, run, two_digits, whole
 
 if TYPE_CHECKING:
     from nvf.pipeline import Hits, Pipeline
@@ -45,8 +45,8 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     start = time.perf_counter()
     write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k, ids=memory_ids(model))
     seconds = time.perf_counter() - start
-    rate = _two_digits(vectors.count / seconds)
-    return f"{vectors.count:,} queries in {_two_digits(seconds)} s ({rate} queries/s, k={k}); answers in {output}"
+    rate = two_digits(vectors.count / seconds)
+    return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, k={k}); answers in {output}"
 
 
 def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"]:
@@ -58,12 +58,6 @@ def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"
         for block in vectors.blocks(QUERY_BLOCK):
             yield model.search(block, k)
             bar.update(len(block))
-
-
-def _two_digits(value: float) -> str:
-    """Two significant digits: 8,300, 1.2 or 0.043."""
-    rounded = float(f"{value:.2g}")
-    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
 
 
 if __name__ == "__main__":
