@@ -146,9 +146,14 @@ def test_an_empty_folder_is_filled(place: Path, stub: Stub) -> None:
 
 D, Q = {"id": "a", "text": "t"}, {"query": "q", "id": "d1"}
 BAD_TEXTS = [
-    ("documents.jsonl", [D, "{oops"], "documents.jsonl: line 2 is not JSON (Expecting property name"),
+    ("documents.jsonl", [D, "{oops"], "documents.jsonl: line 2 is not JSON in UTF-8 (Expecting property name"),
     ("documents.jsonl", [D, "", "3"], "documents.jsonl: line 3 is no JSON object; write one object a line"),
-    ("documents.jsonl", ["[" * 100_000], "documents.jsonl: line 1 is not JSON ("),
+    ("documents.jsonl", ["[" * 100_000], "documents.jsonl: line 1 is not JSON in UTF-8 ("),
+    (
+        "documents.jsonl",
+        [{**D, "text": "a smile \ud83d"}],
+        "documents.jsonl: line 1 is not JSON in UTF-8 ('utf-8' codec",
+    ),
     ("documents.jsonl", [], "documents.jsonl is empty; give at least one line"),
     ("documents.jsonl", [D, {**D, "text": "u"}], "documents.jsonl: line 2: id 'a' is also that of line 1; make"),
     ("documents.jsonl", [{**D, "id": 7}, {**D, "id": "7"}], "documents.jsonl: line 2: id '7' is also that of line 1"),

@@ -136,8 +136,10 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[Record]:
             continue
         try:
             fields = json.loads(text)
+            if "\\ud" in text.lower():  # half a pair, as of an emoji cut in two, is no character
+                json.dumps(fields, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as fault:
-            raise InputError(f"{path}: line {line} is not JSON ({fault}); write one object a line") from None
+            raise InputError(f"{path}: line {line} is not JSON in UTF-8 ({fault}); write one object a line") from None
         if not isinstance(fields, dict):
             raise InputError(f"{path}: line {line} is no JSON object; write one object a line")
         yield Record(path, line, fields)
