@@ -97,3 +97,30 @@ def write_folder(folder: Path, *, rows: int = 50, queries: int = 400, dim: int =
     np.save(folder / "corpus.npy", corpus)
     np.save(folder / "queries.npy", (corpus[targets] + 0.5 * rng.standard_normal((queries, dim))).astype(np.float32))
     np.save(folder / "targets.npy", targets)
+
+
+def to_parquet(folder: Path, to: Path, *, ids: list[Any] | None = None) -> None:
+    """The same as corpus.parquet and queries.parquet, with ids of its own, or `item 0`, `item 1` and so on."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    corpus, queries, targets = (np.load(folder / f"{name}.npy") for name in ("corpus", "queries", "targets"))
+    to.mkdir()
+    ids = [f"item {row}" for row in range(len(corpus))] if ids is None else ids
+    pq.write_table(pa.table({"id": ids, "vector": list(corpus)}), to / "corpus.parquet")
+    answers = [ids[row] for row in targets]
+    pq.write_table(pa.table({"vector": list(queries), "targets": answers}), to / "queries.parquet")
+
+
+def to_collection(
+    folder: Path, path: Path, *, ids: list[int | str] | None = None, order: list[int] | None = None
+) -> None:
+    """The corpus as the collection `items` of a local storage; row i is point ids[i], written in any order."""
+    client, models = pytest.importorskip("qdrant_client"), pytest.importorskip("qdrant_client.models")
+    corpus = np.load(folder / "corpus.npy").astype(np.float32)
+    ids = list(range(len(corpus))) if ids is None else ids
+    vectors = models.VectorParams(size=corpus.shape[1], distance=models.Distance.DOT)
+    storage = client.QdrantClient(path=str(path))
+    storage.create_collection("items", vectors_config=vectors)
+    rows = range(len(corpus)) if order is None else order
+    points = [models.PointStruct(id=ids[row], vector=corpus[row].tolist()) for row in rows]
+    storage.upsert("items", points)
+    storage.close()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from nvf.embed import BLOCK, OPTIONS, embed, load_model
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
 from nvf.options import parse
+from nvf.search import search
+from nvf.splits import SPLITS
+from nvf.texts import SPLITS as SPLITS_OF_TEXTS
 
 DOCUMENTS = [{"id": f"d{i}", "text": f"dokument nümber {i},\nsecond line"} for i in range(20)]
 QUERIES = [{"query": f"where is {i % 30}", "id": f"d{i % 20}"} for i in range(60)]
@@ -127,6 +131,10 @@ def test_splits_stay_apart(place: Path, stub: Stub) -> None:
     assert read_recorded(place / "out", read_memory(place / "out"), seed=0).splits["train"].queries.shape == (2, 8)
 
 
+def test_splits_have_one_set_of_names() -> None:
+    assert SPLITS_OF_TEXTS == SPLITS
+
+
 def test_columns_have_other_names_and_vectors_half_the_size(place: Path, stub: Stub) -> None:
     write(place / "texts", "documents.jsonl", [{"url": i, "body": f"b{i}"} for i in range(3)])
     (place / "texts/queries.jsonl").unlink()
@@ -136,6 +144,23 @@ def test_columns_have_other_names_and_vectors_half_the_size(place: Path, stub: S
     assert np.load(place / "out/corpus.npy").dtype == np.load(place / "out/queries.npy").dtype == np.float16
     assert json.loads((place / "out/ids.json").read_text()) == [0, 1, 2]
     assert np.load(place / "out/targets.npy").tolist() == [2]
+
+
+def test_a_search_answers_with_the_documents_ids(place: Path, stub: Stub, run: Callable[..., dict[str, Any]]) -> None:
+    make(place)
+    run("data=embeddings", f"data.dir={place / 'out'}", "trainer=debug")
+    search(
+        pipeline=place / "run/pipeline",
+        queries=place / "out/corpus.npy",
+        output=place / "answers.jsonl",
+        k=20,
+        column="vector",
+        device="cpu",
+    )
+    answers = [json.loads(line) for line in (place / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 20
+    for answer in answers:
+        assert sorted(answer["ids"]) == sorted(d["id"] for d in DOCUMENTS)
 
 
 def test_an_empty_folder_is_filled(place: Path, stub: Stub) -> None:
@@ -158,6 +183,11 @@ BAD_TEXTS = [
     ("documents.jsonl", [D, {**D, "text": "u"}], "documents.jsonl: line 2: id 'a' is also that of line 1; make"),
     ("documents.jsonl", [{**D, "id": 7}, {**D, "id": "7"}], "documents.jsonl: line 2: id '7' is also that of line 1"),
     ("documents.jsonl", [{**D, "id": 0.5}], "documents.jsonl: line 1: the id 0.5 is neither a text nor a whole"),
+    (
+        "documents.jsonl",
+        [D | {"id": 2**64}, D | {"id": 1}],
+        "documents.jsonl: the ids 1 to 18446744073709551616 do",
+    ),
     ("documents.jsonl", [{**D, "id": ""}], "documents.jsonl: line 1: the id '' is neither a text nor a whole"),
     ("documents.jsonl", [{**D, "text": " \n"}], "documents.jsonl: line 1: text is empty; write a text, or remove"),
     ("documents.jsonl", [{**D, "text": 3}], "documents.jsonl: line 1: text is 3; give a text"),

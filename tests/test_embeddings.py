@@ -1,5 +1,6 @@
 """The door: a good folder is read as numpy reads it, every fault is named with its file, row and remedy."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import write_folder
-from nvf.embeddings import SPLITS, read_memory, read_recorded
+from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
+from nvf.splits import SPLITS
 
 
 def read(folder: Path, seed: int = 0):
@@ -83,6 +85,18 @@ def test_given_splits_are_kept(folder: Path) -> None:
         read(folder)
 
 
+def test_rows_may_have_ids(folder: Path) -> None:
+    assert read(folder)[0].ids is None
+    (folder / "ids.json").write_text(json.dumps([f"item {row}" for row in range(50)]))
+    memory, recorded = read(folder)
+    assert memory.ids is not None
+    assert memory.ids[7] == "item 7"
+    assert sorted(recorded.splits["train"].targets.unique().tolist()) == list(range(50))  # still rows
+    (folder / "ids.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match=r"ids.json: 2 ids for 50 rows; give each row"):
+        read(folder)
+
+
 def test_several_targets_are_padded(folder: Path) -> None:
     edit(folder, "targets.npy", lambda t: np.stack([t, np.where(t % 2, -1, (t + 1) % 50)], axis=1))
     _, recorded = read(folder)
@@ -105,10 +119,10 @@ FAULTS = {
     "no queries": (lambda f: edit(f, "queries.npy", lambda a: a[:0]), r"queries.npy: shape \(0, 8\)"),
     "integers": (lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)), r"corpus.npy: type int64.*float16"),
     "dimensions": (lambda f: edit(f, "queries.npy", lambda a: a[:, :5]), r"queries.npy: 5 dimensions.*has 8"),
-    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"9 targets, but queries.npy has 400"),
+    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: 9 targets for 400 queries"),
     "too high": (lambda f: edit(f, "targets.npy", put(7, 50)), r"targets.npy: row 7: target 50 is outside 0..49"),
     "too low": (lambda f: edit(f, "targets.npy", put(7, -2)), r"targets.npy: row 7: target -2 is outside 0..49"),
-    "no target": (lambda f: edit(f, "targets.npy", put(7, -1)), r"targets.npy: row 7: target -1 has no target"),
+    "no target": (lambda f: edit(f, "targets.npy", put(7, -1)), r"targets.npy: row 7 has no target; give it one"),
     "float rows": (lambda f: edit(f, "targets.npy", lambda a: a / 1.0), r"targets.npy: type float64; give integer"),
     "target rank": (lambda f: edit(f, "targets.npy", lambda a: a[:, None, None]), r"targets.npy: shape \(400, 1, 1\)"),
     "NaN": (lambda f: edit(f, "corpus.npy", put((3, 2), np.nan)), r"corpus.npy: row 3 holds NaN or infinite"),

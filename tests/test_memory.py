@@ -67,6 +67,38 @@ def test_fingerprint_is_the_content(memory: VectorMemory) -> None:
     assert VectorMemory(flat.view(3, 4)).fingerprint != VectorMemory(flat.view(4, 3)).fingerprint
 
 
+def test_ids_are_no_part_of_the_fingerprint() -> None:
+    vectors = torch.eye(3)
+    plain, named = VectorMemory(vectors), VectorMemory(vectors, ids=np.array(["a", "b", "c"]))
+    assert plain.ids is None
+    assert named.ids is not None
+    assert named.ids.tolist() == ["a", "b", "c"]
+    assert plain.fingerprint == named.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.arange(2), "memory: 2 ids for 3 rows; give each row"),
+        (np.array(4), "memory: 1 ids for 3 rows"),
+        (np.eye(3), r"row 0 has the id \[1.0, 0.0, 0.0\], which is not an integer or a string"),
+        (np.array([1.0, 2.0, 3.0]), "row 0 has the id 1.0, which is not an integer or a string"),
+        (np.array([1, "b", 3], dtype=object), "row 1 has the id 'b', which is not the type of the first"),
+        (np.array([0, 1, True], dtype=object), "row 2 has the id True"),
+        (np.array(["a", "b", "a"]), "row 2 has the id 'a' of row 0; give each row an integer or a string of its own"),
+        (np.array([0, 1, 2**64], dtype=object), "do not fit into 64 bits"),
+    ],
+)
+def test_bad_ids_are_refused(ids: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VectorMemory(torch.eye(3), ids=ids)
+
+
+def test_a_bad_row_is_named_by_its_id_too() -> None:
+    with pytest.raises(InputError, match=r"memory: row 1 \(id b\) is zero"):
+        VectorMemory(torch.tensor([[1.0], [0.0]]), ids=np.array(["a", "b"]))
+
+
 def test_clusters_hold_their_rows_together() -> None:
     rows = VectorMemory.clustered(clusters=20, rows_per_cluster=5, dim=64, sigma=0.05, seed=0).rows
     same = torch.arange(100) // 5

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import SMALL, SMALL_STEPS, command, compose_config, write_folder
+from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
 from nvf.stages import build_source, check
 from nvf.train import CONF
@@ -36,6 +36,9 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
         return
     if choice in ("data/embeddings", "queries/recorded"):
         overrides += ["data=embeddings", f"data.dir={folder}"]
+    if choice == "data/qdrant":
+        to_collection(folder, tmp_path / "storage")
+        overrides += [f"data.path={tmp_path / 'storage'}", "data.collection=items", f"data.dir={folder}"]
     shortened = SMALL_STEPS if group == "trainer" else ["trainer=debug"]
     results = run(*overrides, *shortened)
     assert results["config"][group if group != "experiment" else "seed"] is not None

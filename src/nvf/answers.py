@@ -4,27 +4,27 @@
     .parquet  a row a query: query int64, ids list, probabilities list of float
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
 
-Best first in all three; `query` counts from 0 in the order of the queries.
+Best first in all three; `query` counts from 0 in the order of the queries; `ids` are row numbers where the memory
+has none.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nvf.errors import InputError
-from nvf.pipeline import Hits, Pipeline
-from nvf.vectors import import_pyarrow
+from nvf.pipeline import Hits
 from nvf.whole import written_whole
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 ENDINGS = (".npy", ".parquet", ".jsonl")
-
-
-def memory_ids(pipeline: Pipeline) -> np.ndarray:
-    """What the user calls the rows of the memory, (N,): their ids, or the row numbers where there are none."""
-    ids = getattr(pipeline.memory, "ids", None)
-    return np.arange(len(pipeline.memory)) if ids is None else ids
 
 
 def check_output(output: Path, queries: Path) -> None:
@@ -36,18 +36,18 @@ def check_output(output: Path, queries: Path) -> None:
     if output.resolve() == queries.resolve():
         raise InputError(f"output={output} is the file of the queries; give another path")
     if output.suffix == ".parquet":
-        import_pyarrow()
+        import_module("nvf.parquet")  # now, since without pyarrow it raises
 
 
-def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int, ids: np.ndarray) -> None:
+def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
     """Write the answers to `count` queries, given in blocks of (b, k); whole or not at all."""
     with written_whole(output) as partial:
         if output.suffix == ".npy":
             _write_npy(partial, hits, count, k)
         elif output.suffix == ".parquet":
-            _write_parquet(partial, hits, ids)
+            _write_parquet(partial, hits)
         else:
-            _write_jsonl(partial, hits, ids)
+            _write_jsonl(partial, hits)
 
 
 def _write_npy(path: Path, hits: Iterable[Hits], count: int, k: int) -> None:
@@ -61,26 +61,39 @@ def _write_npy(path: Path, hits: Iterable[Hits], count: int, k: int) -> None:
             file.write(answers.tobytes())
 
 
-def _write_jsonl(path: Path, hits: Iterable[Hits], ids: np.ndarray) -> None:
+def _write_jsonl(path: Path, hits: Iterable[Hits]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for start, block in _numbered(hits):
-            pairs = zip(ids[block.rows].tolist(), block.probabilities.tolist(), strict=True)
+            pairs = zip(_names(block).tolist(), block.probabilities.tolist(), strict=True)
             for query, (names, probabilities) in enumerate(pairs, start):
                 answer = {"query": query, "ids": names, "probabilities": probabilities}
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(path: Path, hits: Iterable[Hits], ids: np.ndarray) -> None:
-    pa = import_pyarrow()
-    names = pa.array(ids)
-    schema = pa.schema({"query": pa.int64(), "ids": pa.list_(names.type), "probabilities": pa.list_(pa.float32())})
-    with pa.parquet.ParquetWriter(path, schema) as file:
-        for start, block in _numbered(hits):
-            b, k = block.rows.shape
-            ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
-            columns = (names.take(pa.array(block.rows.ravel())), pa.array(block.probabilities.ravel()))
-            lists = [pa.ListArray.from_arrays(ends, column) for column in columns]
-            file.write_table(pa.table([pa.array(np.arange(start, start + b)), *lists], schema=schema))
+def _write_parquet(path: Path, hits: Iterable[Hits]) -> None:
+    from nvf.parquet import pq  # needs pyarrow, which is an extra
+
+    tables = (_table(start, block) for start, block in _numbered(hits))
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema) as file:
+        for table in chain([first], tables):
+            file.write_table(table)
+
+
+def _table(start: int, block: Hits) -> "pa.Table":
+    from nvf.parquet import pa
+
+    b, k = block.rows.shape
+    ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
+    ids, probabilities = (
+        pa.ListArray.from_arrays(ends, pa.array(values.ravel())) for values in (_names(block), block.probabilities)
+    )
+    return pa.table({"query": np.arange(start, start + b), "ids": ids, "probabilities": probabilities})
+
+
+def _names(block: Hits) -> np.ndarray:
+    """What the user calls the rows, (b, k): their ids, or the row numbers where there are none."""
+    return block.rows if block.ids is None else block.ids
 
 
 def _numbered(hits: Iterable[Hits]) -> Iterator[tuple[int, Hits]]:

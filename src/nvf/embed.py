@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvf.errors import InputError, check_number
+from nvf.ids import FILE as IDS_FILE
+from nvf.ids import write_ids
 from nvf.options import Option, find_device, path, run, two_digits, whole
 from nvf.texts import Documents, read_documents, read_queries
 from nvf.whole import written_whole
@@ -153,7 +155,7 @@ def progress(total: int) -> "tqdm[Any]":
 def write_documents(folder: Path, documents: Documents, corpus: np.ndarray) -> None:
     """corpus.npy, ids.json and texts.jsonl: a row, an id and a line for each document."""
     np.save(folder / "corpus.npy", corpus)
-    (folder / "ids.json").write_text(json.dumps(documents.ids, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_ids(documents.ids, folder / IDS_FILE)
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents.texts)
 

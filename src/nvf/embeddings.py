@@ -1,124 +1,146 @@
-"""A folder of the user's own embeddings, checked at the door.
+"""A folder of the user's own embeddings, checked at the door; either all .npy or all .parquet.
 
     corpus.npy                                                  (N, D) float16/32/64
+    ids.json                                                    if the rows have ids: a list of integers or strings
     queries.npy, targets.npy                                    (n, D), and (n,) or (n, m) int rows padded with -1
     or {train,val,test}_queries.npy, {train,val,test}_targets.npy
+
+    corpus.parquet                                              columns id, integer or string, and vector
+    queries.parquet                                             columns vector and targets, an id or a list of ids
+    or {train,val,test}_queries.parquet
 
 Every fault raises an InputError that names the file, the row where there is one, and the remedy.
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from nvf import npy
 from nvf.errors import InputError
-from nvf.memory import VectorMemory, check_vectors, from_numpy, unit
+from nvf.ids import FILE, read_ids, target_rows
+from nvf.memory import VectorMemory, check_dim, unit
 from nvf.queries import QueryBatch, Recorded
-from nvf.streams import stream_seed
+from nvf.splits import SPLITS, deal, repeats
 
-SPLITS = ("train", "val", "test")
-SHARES = (0.8, 0.1, 0.1)
-
-
-def read_memory(folder: str | Path) -> VectorMemory:
-    """The corpus of a folder as a memory, (N, D)."""
-    path = Path(folder) / "corpus.npy"
-    return VectorMemory(_read_vectors(path, "the vectors of your items"))
+PARTS = {"npy": ("queries.npy", "targets.npy"), "parquet": ("queries.parquet",)}
+COLUMNS = {"id": "id", "vector": "vector", "targets": "targets"}
+log = logging.getLogger("nvf")
 
 
-def read_recorded(folder: str | Path, memory: VectorMemory, *, seed: int) -> Recorded:
-    """The queries of a folder: the user's splits, or 80/10/10 by seed with identical queries kept together."""
+def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS) -> VectorMemory:
+    """The corpus of a folder as a memory, (N, D), with the ids that the folder gives its rows."""
     folder = Path(folder)
-    named = [f"{split}_{part}.npy" for split in SPLITS for part in ("queries", "targets")]
-    whole = ["queries.npy", "targets.npy"]
-    given = [name for name in named + whole if (folder / name).exists()]
-    if set(given) & set(named) and set(given) & set(whole):
-        raise InputError(f"{folder} holds both {given[0]} and {given[-1]}; keep either your splits or the whole")
-    if not set(given) & set(named):
-        pair = _read_pair(folder / "queries.npy", folder / "targets.npy", memory)
-        return Recorded(memory, _split(pair, folder, seed))
-    return Recorded(
-        memory,
-        {
-            split: _read_pair(folder / f"{split}_queries.npy", folder / f"{split}_targets.npy", memory)
-            for split in SPLITS
-        },
-    )
+    if _corpus_format(folder) == "parquet":
+        from nvf.parquet import read_corpus  # needs pyarrow, which is an extra
+
+        vectors, ids = read_corpus(folder / "corpus.parquet", columns)
+        return VectorMemory(vectors, ids=ids)
+    vectors = npy.read_vectors(folder / "corpus.npy", "the vectors of your items; corpus.parquet would do as well")
+    given = (folder / FILE).exists()
+    return VectorMemory(vectors, ids=read_ids(folder / FILE, len(vectors)) if given else None)
 
 
-def _read_pair(queries_path: Path, targets_path: Path, memory: VectorMemory) -> QueryBatch:
-    queries = _read_vectors(queries_path, "the vectors of your queries")
-    targets = read_array(targets_path, "for each query the row of corpus.npy that answers it")
-    if queries.shape[1] != memory.dim:
-        raise InputError(
-            f"{queries_path}: {queries.shape[1]} dimensions, but corpus.npy has {memory.dim}; "
-            "embed both with the same model"
-        )
-    if targets.dtype.kind not in "iu":
-        raise InputError(f"{targets_path}: type {targets.dtype}; give integer rows of corpus.npy")
-    if targets.ndim not in (1, 2) or targets.size == 0:
-        raise InputError(f"{targets_path}: shape {targets.shape}; give (n,) or (n, m) rows, padded with -1")
-    if len(targets) != len(queries):
-        raise InputError(
-            f"{targets_path}: {len(targets)} targets, but {queries_path.name} has {len(queries)} queries; "
-            "give each query its targets"
-        )
-    rows = np.array(targets, dtype=np.int64).reshape(len(targets), -1)
-    for fault, wrong in (
-        (f"is outside 0..{len(memory) - 1} (-1 pads)", (rows < -1) | (rows >= len(memory))),
-        ("has no target", np.broadcast_to((rows < 0).all(axis=1, keepdims=True), rows.shape)),
-    ):
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise InputError(
-                f"{targets_path}: row {row}: target {rows[row, column]} {fault}; correct or remove this query"
-            )
+def read_recorded(
+    folder: str | Path,
+    memory: VectorMemory,
+    *,
+    seed: int,
+    columns: Mapping[str, str] = COLUMNS,
+    by_id: bool = False,
+) -> Recorded:
+    """The queries of a folder: the user's splits, or 80/10/10 by seed with identical queries kept together.
+
+    Args:
+        by_id: the memory is not from this folder, so that targets.npy holds ids, as .parquet files always do, and
+            the queries may be in either format.
+    """
+    folder = Path(folder)
+    names = _given_queries(folder)
+    corpus = None if by_id else _corpus_format(folder)
+    kind = names[0].rpartition(".")[2] if names else corpus or "parquet"
+    if corpus not in (None, kind):
+        raise InputError(f"{folder} holds corpus.{corpus}, but {names[0]}; give both as .npy or both as .parquet")
+
+    def read(prefix: str) -> QueryBatch:
+        return _read_pair(folder, prefix, kind, memory, columns, by_id)
+
+    if not names or names[0] in PARTS[kind]:
+        return Recorded(memory, deal(read(""), folder / PARTS[kind][0], seed))
+    splits = {split: read(f"{split}_") for split in SPLITS}
+    duplicates = repeats(splits)
+    if duplicates:
+        log.warning("%s: %s", folder, _warn_of(duplicates, splits))
+    return Recorded(memory, splits, duplicates)
+
+
+def _corpus_format(folder: Path) -> str:
+    given = [kind for kind in PARTS if (folder / f"corpus.{kind}").exists()]
+    if len(given) > 1:
+        raise InputError(f"{folder} holds both corpus.npy and corpus.parquet; keep the one that is meant")
+    return given[0] if given else "npy"
+
+
+def _given_queries(folder: Path) -> list[str]:
+    """The names of the files that hold queries and targets; of one format, and either the user's splits or not."""
+    whole = [name for parts in PARTS.values() for name in parts]
+    splits = [f"{split}_{name}" for name in whole for split in SPLITS]
+    whole, splits = ([name for name in names if (folder / name).exists()] for names in (whole, splits))
+    if whole and splits:
+        raise InputError(f"{folder} holds both {splits[0]} and {whole[0]}; keep either your splits or the whole")
+    names = splits or whole
+    if len({Path(name).suffix for name in names}) > 1:
+        raise InputError(f"{folder} holds both {names[0]} and {names[-1]}; keep one format")
+    return names
+
+
+def _read_pair(
+    folder: Path, prefix: str, kind: str, memory: VectorMemory, columns: Mapping[str, str], by_id: bool
+) -> QueryBatch:
+    path = folder / f"{prefix}queries.{kind}"
+    if kind == "parquet":
+        from nvf.parquet import read_queries  # needs pyarrow, which is an extra
+
+        targets_path = path
+        queries, ids, counts = read_queries(path, columns)
+        rows = target_rows(memory.ids, ids, counts, str(path))
+    else:
+        targets_path = folder / f"{prefix}targets.npy"
+        queries = npy.read_vectors(path, "the vectors of your queries")
+        targets = npy.read_targets(targets_path, "id" if by_id else "row of corpus.npy", len(queries))
+        if by_id:
+            given = targets != -1
+            rows = target_rows(memory.ids, targets[given], given.sum(axis=1), str(targets_path))
+        else:
+            rows = _checked_rows(targets, len(memory), targets_path)
+    check_dim(queries.shape[1], memory.dim, str(path))
+    if (lonely := (rows < 0).all(axis=1)).any():
+        raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")
     return QueryBatch(unit(queries), torch.from_numpy(rows))
 
 
-def _read_vectors(path: Path, what: str) -> Tensor:
-    array = read_array(path, what)
-    if array.ndim != 2 or array.size == 0:
-        raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
-    vectors = from_numpy(array)
-    check_vectors(vectors, str(path))
-    return vectors
+def _checked_rows(targets: np.ndarray, rows: int, path: Path) -> np.ndarray:
+    """The targets as int64, all of them rows of the memory or padding."""
+    wrong = (targets < -1) | (targets >= rows)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise InputError(
+            f"{path}: row {row}: target {targets[row, column]} is outside 0..{rows - 1} (-1 pads); "
+            "correct or remove this query"
+        )
+    return targets.astype(np.int64)
 
 
-def read_array(path: Path, what: str) -> np.ndarray:
-    """The array of a .npy file, mapped and not read; `what` it holds is for the error where it is missing."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; it holds {what}")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as fault:
-        raise InputError(f"{path} is truncated or not a plain .npy array ({fault}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} is an archive of arrays; write the one array with numpy.save")
-    return array
-
-
-def _split(pair: QueryBatch, folder: Path, seed: int) -> dict[str, QueryBatch]:
-    """Shuffle the distinct queries by seed, then deal whole groups of identical ones to the three splits."""
-    distinct, group = np.unique(pair.queries.numpy(), axis=0, return_inverse=True)
-    places = np.random.default_rng(stream_seed(seed, "split")).permutation(len(distinct))
-    order = places[group.reshape(-1)]  # of each query, the place of its group in the shuffle
-    by_place = np.argsort(order, kind="stable")
-    share_before = np.searchsorted(np.sort(order), order) / len(order)  # of the queries, those in earlier groups
-    bounds = np.cumsum(SHARES)
-    which = np.searchsorted(bounds[:-1], share_before, side="right")
-    splits = {
-        name: QueryBatch(*(part[torch.from_numpy(by_place[which[by_place] == i])] for part in pair))
-        for i, name in enumerate(SPLITS)
-    }
-    for name, split in splits.items():
-        if len(split.queries) == 0:
-            raise InputError(
-                f"{folder / 'queries.npy'}: {len(distinct)} distinct queries leave the {name} split empty; "
-                "record at least 10, or give the splits as train_queries.npy and so on"
-            )
-    return splits
+def _warn_of(duplicates: Mapping[str, int], splits: Mapping[str, QueryBatch]) -> str:
+    """What it means that splits share queries."""
+    shared = []
+    for pair, count in duplicates.items():
+        first, second = pair.split("/")
+        shared.append(f"{count} of {len(splits[second].queries)} {second} queries are also in {first}")
+    return (
+        f"{', '.join(shared)}; they were seen before, so the figures flatter what new queries will find; "
+        "remove them from one split, or give the queries whole and let NVF split them"
+    )

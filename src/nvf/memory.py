@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
+from nvf.ids import checked_ids
 from nvf.streams import stream
 
 QUERY_BLOCK = 1024  # queries per matmul
@@ -29,26 +30,33 @@ class VectorMemory(nn.Module):
     The rows are a non-persistent buffer: they follow the module to a device but stay out of checkpoints, which
     name their memory by `fingerprint`, the SHA-256 of the vectors as given, instead.
 
+    Args:
+        vectors: (N, D).
+        ids: what the user calls the rows, (N,) integers or strings; no part of the fingerprint.
+        fingerprint: of the vectors, where it is known.
+
     Raises:
-        InputError: not a matrix of floats, empty, or a row that is zero or not finite.
+        InputError: not a matrix of floats, empty, a row that is zero or not finite, or ids that are not one a row, of
+            one type and all different.
     """
 
     rows: Tensor
 
-    def __init__(self, vectors: Tensor, *, fingerprint: str | None = None) -> None:
+    def __init__(self, vectors: Tensor, *, ids: np.ndarray | None = None, fingerprint: str | None = None) -> None:
         super().__init__()
         if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.numel() == 0:
             raise InputError(
                 f"memory has shape {tuple(vectors.shape)} and type {vectors.dtype}; give non-empty floats, (N, D)"
             )
-        check_vectors(vectors, "memory")
+        self.ids = None if ids is None else checked_ids(ids, len(vectors), "memory")
+        check_vectors(vectors, "memory", self.ids)
         self.register_buffer("rows", unit(vectors), persistent=False)
         self.fingerprint = fingerprint or _sha256(vectors)
 
     @classmethod
-    def restore(cls, rows: Tensor, fingerprint: str) -> "VectorMemory":
-        """A memory with the rows of another one, kept to the last bit, and its fingerprint."""
-        memory = cls(rows, fingerprint=fingerprint)
+    def restore(cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None) -> "VectorMemory":
+        """A memory with the rows of another one, kept to the last bit, its fingerprint and its ids."""
+        memory = cls(rows, fingerprint=fingerprint, ids=ids)
         memory.rows = rows
         return memory
 
@@ -127,18 +135,29 @@ def from_numpy(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def check_vectors(vectors: Tensor, name: str) -> None:
+def check_vectors(vectors: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Raise an InputError that names the first row, if any, that is zero or not finite."""
-    check_largest(vectors.abs().amax(dim=-1), name)
+    check_largest(largest(vectors), name, ids)
 
 
-def check_largest(largest: Tensor, name: str) -> None:
-    """The same, from each row's largest absolute value, (n,), which is NaN where any of the row's is."""
-    for fault, wrong in (("holds NaN or infinite values", ~largest.isfinite()), ("is zero", largest == 0)):
+def largest(vectors: Tensor) -> Tensor:
+    """Each row's largest absolute value, (n,); NaN where any of the row's is."""
+    return vectors.abs().amax(dim=-1)
+
+
+def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
+    """The check of `check_vectors` by what `largest` says of the rows, for vectors that are never held at once."""
+    for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():
-            raise InputError(
-                f"{name}: row {int(wrong.nonzero()[0])} {fault} ({int(wrong.sum())} such rows); remove or repair them"
-            )
+            row = int(wrong.nonzero()[0])
+            known = "" if ids is None else f" (id {ids[row]})"
+            raise InputError(f"{name}: row {row}{known} {fault} ({int(wrong.sum())} such rows); remove or repair them")
+
+
+def check_dim(found: int, dim: int, name: str) -> None:
+    """Raise an InputError unless queries have as many dimensions as the memory."""
+    if found != dim:
+        raise InputError(f"{name}: {found} dimensions, but the memory has {dim}; embed both with the same model")
 
 
 def check_k(k: int, rows: int) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
+from nvf.ids import FILE as IDS_FILE
+from nvf.ids import read_ids, write_ids
 from nvf.memory import QUERY_BLOCK, VectorMemory, check_k, check_vectors, from_numpy, unit
 from nvf.reranker import Reranker
 
@@ -35,6 +37,7 @@ class Hits(NamedTuple):
 
     rows: Any  # (B, k) int64
     probabilities: Any  # (B, k) float32
+    ids: np.ndarray | None = None  # (B, k), of the rows, numpy always; None where the memory has none
 
 
 class Pipeline(nn.Module):
@@ -76,7 +79,7 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
-        """The k most probable rows and their probabilities, in blocks that never hold (B, N).
+        """The k most probable rows, their probabilities and ids, in blocks that never hold (B, N).
 
         Args:
             queries: (B, D) of any float type and length; numpy or torch.
@@ -101,9 +104,10 @@ class Pipeline(nn.Module):
         finally:
             self.train(training)
         rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        ids = None if self.memory.ids is None else self.memory.ids[rows.cpu().numpy()]
         if isinstance(queries, np.ndarray):
-            return Hits(rows.cpu().numpy(), probabilities.cpu().numpy())
-        return Hits(rows.to(given.device), probabilities.to(given.device))
+            return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
+        return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rows = self.memory.rows
@@ -120,7 +124,9 @@ class Pipeline(nn.Module):
         return top.rows.gather(-1, best.indices), best.values.exp().float()
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder that `load` reads: config.json and two safetensors files; whole or not at all.
+        """Write the folder that `load` reads, whole or not at all.
+
+        It holds config.json, two safetensors files, and ids.json where the memory has ids.
 
         Raises:
             InputError: the path holds something that is not a pipeline.
@@ -136,10 +142,13 @@ class Pipeline(nn.Module):
             "format": FORMAT,
             "k": self.k,
             "memory": self.memory.fingerprint,
+            "ids": self.memory.ids is not None,
             "attention": self.attention.settings,
             "reranker": self.reranker.settings,
         }
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self.memory.ids is not None:
+            write_ids(self.memory.ids, partial / IDS_FILE)
         save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
         save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
         if folder.exists():
@@ -164,7 +173,10 @@ class Pipeline(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if config["format"] != FORMAT:
                 raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-            memory = VectorMemory.restore(load_file(folder / "memory.safetensors")["rows"], config["memory"])
+            rows, ids = load_file(folder / "memory.safetensors")["rows"], None
+            if config.get("ids"):
+                ids = read_ids(folder / IDS_FILE, len(rows), remedy="save the pipeline again")
+            memory = VectorMemory.restore(rows, config["memory"], ids)
             pipeline = cls(
                 SoftAttention(memory, **config["attention"]),
                 Reranker(memory.dim, **config["reranker"]),

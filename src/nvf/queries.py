@@ -110,13 +110,19 @@ class Warped(Noisy):
 
 
 class Recorded:
-    """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle."""
+    """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle.
+
+    `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a.
+    """
 
     oracle = None
 
-    def __init__(self, memory: VectorMemory, splits: dict[str, QueryBatch]) -> None:
+    def __init__(
+        self, memory: VectorMemory, splits: dict[str, QueryBatch], duplicates: dict[str, int] | None = None
+    ) -> None:
         self.memory = memory
         self.splits = splits
+        self.duplicates = duplicates or {}
 
 
 Source = QuerySource | Recorded

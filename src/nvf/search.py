@@ -31,7 +31,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
         InputError: anything about the pipeline, the queries or the output that is not as it must be.
     """
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.answers import check_output, memory_ids, write_answers
+    from nvf.answers import check_output, write_answers
     from nvf.memory import check_k
     from nvf.pipeline import Pipeline
     from nvf.vectors import open_vectors
@@ -43,7 +43,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     vectors = open_vectors(queries, column, dim=model.memory.dim)
 
     start = time.perf_counter()
-    write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k, ids=memory_ids(model))
+    write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(vectors.count / seconds)
     return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, k={k}); answers in {output}"

@@ -36,19 +36,26 @@ def build_source(config: Settings) -> Source:
     """
     data, queries = dict(config["data"]), dict(config["queries"])
     kind, source = data.pop("name"), queries.pop("name")
-    if kind == "embeddings" and data["dir"] is None:
-        raise InputError("data.dir is not set; name the folder that holds corpus.npy: data.dir=path/to/folder")
+    if data.get("dir", "") is None and (kind == "embeddings" or source == "recorded"):
+        holds = "corpus and queries" if kind == "embeddings" else "queries"
+        raise InputError(f"data.dir is not set; name the folder that holds your {holds}: data.dir=path/to/folder")
     if kind == "synthetic":
         memory = VectorMemory.synthetic(**data)
     elif kind == "clustered":
         memory = VectorMemory.clustered(**data)
+    elif kind == "embeddings":
+        memory = read_memory(str(data["dir"]), columns=data["columns"])
     else:
-        memory = read_memory(str(data["dir"]))
+        from nvf import qdrant  # needs qdrant-client, which is an extra, and takes seconds to import
+
+        memory = qdrant.read_memory(**{name: data[name] for name in ("path", "url", "collection", "vector")})
     check_k(config["k"], len(memory))
     if source == "recorded":
-        if kind != "embeddings":
+        if "dir" not in data:
             raise InputError(f"data={kind} has no recorded queries; choose queries=nearest, noisy or warped")
-        return read_recorded(str(data["dir"]), memory, seed=queries["seed"])
+        return read_recorded(
+            str(data["dir"]), memory, seed=queries["seed"], columns=data["columns"], by_id=kind == "qdrant"
+        )
     for size in ("seed", "val_samples", "test_samples"):
         queries.pop(size)
     sources: dict[str, Callable[..., QuerySource]] = {"nearest": Nearest, "noisy": Noisy, "warped": Warped}

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from nvf.errors import InputError
+from nvf.ids import checked_ids
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")  # not imported from nvf.splits, so that a fault is named without importing torch
 Id = str | int
 
 
 class Documents(NamedTuple):
     """What is searched; the place in the lists is the row of the memory."""
 
-    ids: list[Id]  # all of one type
+    ids: np.ndarray  # (N,) integers or strings
     texts: list[str]
 
 
@@ -53,7 +54,8 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
     lines: dict[str, int] = {}
     ids: list[Id] = []
     texts = []
-    for record in _records(_find(folder, "documents", "id, text")):
+    path = _find(folder, "documents", "id, text")
+    for record in _records(path):
         name = _id(_field(record, id_column, "id_column"), record)
         if str(name) in lines:
             raise InputError(f"{record.place}: id {name!r} is also that of line {lines[str(name)]}; make each its own")
@@ -62,14 +64,14 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
         texts.append(_text(record, text_column, "text_column"))
     if any(isinstance(name, str) for name in ids):
         ids = [str(name) for name in ids]
-    return Documents(ids, texts)
+    return Documents(checked_ids(ids, len(texts), str(path)), texts)
 
 
 def read_queries(
     folder: Path, documents: Documents, *, query_column: str, target_column: str | None
 ) -> dict[str | None, Queries]:
     """The queries of a folder, by split, or all under None where there are no splits."""
-    rows = {str(name): row for row, name in enumerate(documents.ids)}
+    rows = {str(name): row for row, name in enumerate(documents.ids.tolist())}
     found: dict[str | None, tuple[list[str], list[list[int]]]] = {}
     for record in _records(_find(folder, "queries", "query, id")):
         split = record.fields.get("split")

@@ -1,0 +1,88 @@
+"""Ids of a memory's rows, integers or strings: their checks, their file, and the rows they stand for."""
+
+import json
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvf.errors import InputError
+
+FILE = "ids.json"
+REMEDY = "give each row an integer or a string of its own"
+
+
+def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
+    """The ids as an array of their own, (N,) for N > 0 rows, of integers or of Python strings.
+
+    Raises:
+        InputError: not one id a row, neither all integers nor all strings, or two alike.
+    """
+    values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
+    if len(values) != rows:
+        raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
+    wanted = str if isinstance(values[0], str) else Integral
+    for row, value in enumerate(values):
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            kind = "the type of the first" if row else "an integer or a string"
+            raise InputError(f"{name}: row {row} has the id {value!r}, which is not {kind}; {remedy}")
+    if len(set(values)) < rows:
+        first: dict[Any, int] = {}
+        row, value = next((row, value) for row, value in enumerate(values) if first.setdefault(value, row) != row)
+        raise InputError(f"{name}: row {row} has the id {value!r} of row {first[value]}; {remedy}")
+    array = np.array(values, dtype=object if wanted is str else None)
+    if wanted is Integral and array.dtype.kind not in "iu":
+        raise InputError(f"{name}: the ids {min(values)} to {max(values)} do not fit into 64 bits; {remedy}")
+    return array
+
+
+def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
+    """The ids that a JSON list holds, one a row.
+
+    Raises:
+        InputError: no such file, not a list, or ids that `checked_ids` refuses.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing; {remedy}")
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise InputError(f"{path} is truncated or not JSON ({fault}); {remedy}") from None
+    if not isinstance(ids, list):
+        raise InputError(f"{path} holds no list; {remedy}")
+    return checked_ids(ids, rows, str(path), remedy=remedy)
+
+
+def write_ids(ids: np.ndarray, path: Path) -> None:
+    """Write the file that `read_ids` reads."""
+    path.write_text(json.dumps(ids.tolist()) + "\n", encoding="utf-8")
+
+
+def target_rows(ids: np.ndarray | None, targets: np.ndarray, counts: np.ndarray, name: str) -> np.ndarray:
+    """The rows that have the targets' ids, (n, m) int64, padded with -1.
+
+    Args:
+        ids: of the memory's rows, (N,).
+        targets: all targets, query by query, (t,).
+        counts: of targets a query, (n,); they add up to t.
+        name: of the file that holds the targets.
+
+    Raises:
+        InputError: a target that is no row's id, or rows without ids.
+    """
+    if ids is None:
+        raise InputError(f"{name} names its targets by id, but the memory has no ids; give it ids")
+    place = {value: row for row, value in enumerate(ids.tolist())}
+    found = np.array([place.get(value, -1) for value in targets.tolist()], dtype=np.int64)
+    if (unknown := found < 0).any():
+        first = int(unknown.argmax())
+        query = int(np.repeat(np.arange(len(counts)), counts)[first])
+        raise InputError(
+            f"{name}: row {query}: target {targets.tolist()[first]!r} is not an id of the memory, whose first is "
+            f"{ids.tolist()[0]!r} ({int(unknown.sum())} such targets); correct or remove them"
+        )
+    rows = np.full((len(counts), int(counts.max())), -1)
+    rows[np.arange(rows.shape[1]) < counts[:, None]] = found
+    return rows

@@ -1,0 +1,160 @@
+"""A Qdrant collection as the memory: its vectors and point ids, read in pages, sorted by id.
+
+Every fault raises an InputError that names the setting, the point where there is one, and the remedy. Importing this
+module without qdrant-client does too. A local folder is unpickled by qdrant-client: open only what you trust.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nvf.errors import InputError
+from nvf.ids import checked_ids
+from nvf.memory import VectorMemory, check_vectors
+
+try:
+    from qdrant_client import QdrantClient
+    from qdrant_client.http.exceptions import ApiException
+except ImportError:
+    raise InputError("qdrant-client, which reads collections, is not installed; pip install 'nvf[qdrant]'") from None
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Record, VectorParams
+
+KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
+PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
+TIMEOUT = 60  # seconds a request
+
+
+def read_memory(
+    *, path: str | None, url: str | None, collection: str | None, vector: str | None = None
+) -> VectorMemory:
+    """The vectors of a collection as a memory, (N, D), its point ids as the ids of the rows, which they sort.
+
+    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too.
+
+    Args:
+        path: the folder of a local storage, which must not be open elsewhere; or
+        url: of a server; the key that it may ask for is read from the environment, QDRANT_API_KEY.
+        collection: its name.
+        vector: the name of the vector, where points have several.
+
+    Raises:
+        InputError: not exactly one of path and url, nothing readable there, no such collection or vector, or no points.
+    """
+    if (path is None) == (url is None):
+        raise InputError(
+            f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
+        )
+    where = f"data.path={path}" if url is None else f"data.url={url}"
+    client = _open_local(path, where) if url is None else _open_server(url, where)
+    try:
+        name = _check_collection(client, collection, where)
+        field = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
+        ids, vectors = _scroll(client, name, field)
+    except ApiException as fault:
+        raise InputError(f"{where} does not answer ({_line(fault)}); check the server, and {KEY} if it asks") from None
+    finally:
+        client.close()
+    if len(set(map(type, ids))) > 1:
+        ids = [str(point) for point in ids]
+    order = np.argsort(np.array(ids))
+    sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
+    rows = torch.from_numpy(vectors[order])
+    check_vectors(rows, f"collection {name}", sorted_ids)
+    return VectorMemory(rows, ids=sorted_ids)
+
+
+def _open_local(path: str | None, where: str) -> QdrantClient:
+    if path is None or not (Path(path) / "meta.json").is_file():
+        raise InputError(
+            f"{where} is no local storage; name the folder that QdrantClient(path=...) wrote, or, for the storage of a "
+            "server, start the server and set data.url"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+            return QdrantClient(path=path)
+    except Exception as fault:  # whatever a damaged storage makes the client raise
+        if "already accessed" in str(fault):
+            raise InputError(
+                f"{where} is open in another process; close it there, or run a server and set data.url"
+            ) from None
+        raise InputError(f"{where} cannot be read ({_line(fault)}); repair it with qdrant-client") from None
+
+
+def _open_server(url: str, where: str) -> QdrantClient:
+    try:
+        return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
+    except ValueError as fault:
+        raise InputError(f"{where} is not a URL ({_line(fault)}); give one like http://localhost:6333") from None
+
+
+def _check_collection(client: QdrantClient, name: str | None, where: str) -> str:
+    if name is None or not client.collection_exists(name):
+        there = sorted(collection.name for collection in client.get_collections().collections)
+        raise InputError(
+            f"data.collection={name} is not in {where}; set it to one of those there: {', '.join(there) or 'none'}"
+        )
+    return name
+
+
+def _check_vector(
+    params: "VectorParams | dict[str, VectorParams] | None", collection: str, vector: str | None
+) -> str | None:
+    """The name of the vector to read, None for the one without a name."""
+    named: Mapping[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
+    if vector is None and len(named) == 1:
+        (vector,) = named
+    if vector not in named:
+        names = ", ".join(str(name) for name in named if name is not None) or "none with a name"
+        raise InputError(
+            f"data.vector={vector} is no dense vector of collection {collection}; choose one of those there: {names}"
+        )
+    if named[vector].multivector_config is not None:
+        raise InputError(f"collection {collection} has several vectors a point; choose one with one: data.vector=name")
+    return vector
+
+
+def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[list[int | str], np.ndarray]:
+    """All ids, and all vectors, (N, D) float32."""
+    ids: list[int | str] = []
+    pages: list[np.ndarray] = []
+    offset = None
+    total = client.count(collection).count
+    with tqdm(total=total, desc=f"reading {collection}", leave=False, delay=3) as bar:
+        while offset is not None or not pages:
+            points, offset = client.scroll(
+                collection,
+                limit=PAGE,
+                offset=offset,
+                with_payload=False,
+                with_vectors=True if vector is None else [vector],
+            )
+            if not points:
+                break
+            ids += [point.id if isinstance(point.id, int) else str(point.id) for point in points]
+            pages.append(np.array([_dense(point, collection, vector) for point in points], dtype=np.float32))
+            bar.update(len(points))
+    if not pages:
+        raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
+    return ids, np.concatenate(pages)
+
+
+def _dense(point: "Record", collection: str, vector: str | None) -> Any:
+    found = point.vector.get(vector or "") if isinstance(point.vector, dict) else point.vector
+    if not found:
+        raise InputError(
+            f"collection {collection}: point {point.id} has no vector {vector or ''}; give it one or remove the point"
+        )
+    return found
+
+
+def _line(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"

@@ -1,0 +1,249 @@
+"""Parquet folders: the same as .npy ones, with ids in place of rows; every fault is named."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import compose_config, to_parquet
+from nvf import InputError, Pipeline
+from nvf.embeddings import COLUMNS, read_memory, read_recorded
+from nvf.splits import SPLITS
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture
+def tables(folder: Path, tmp_path: Path) -> Path:
+    """The folder of embeddings as parquet, ids `item 0` to `item 49`."""
+    to_parquet(folder, tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+def read(folder: Path, **columns: str):
+    names = {**COLUMNS, **columns}
+    memory = read_memory(folder, columns=names)
+    return memory, read_recorded(folder, memory, seed=0, columns=names)
+
+
+def edit(folder: Path, name: str, column: str, values: Any, kind: Any = None) -> None:
+    """Replace a column by values, a list, or by what a function makes of the list that is there."""
+    table = pq.read_table(folder / name)
+    values = values(table.column(column).to_pylist()) if callable(values) else values
+    kind = kind or table.schema.field(column).type
+    table = table.set_column(table.schema.get_field_index(column), column, pa.array(values, type=kind))
+    pq.write_table(table, folder / name)
+
+
+def put(row: int, value: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: [value if index == row else old for index, old in enumerate(values)]
+
+
+def test_a_parquet_folder_is_what_the_same_npy_folder_is(folder: Path, tables: Path) -> None:
+    (memory, recorded), (same, expected) = read(tables), read(folder)
+    assert memory.ids is not None
+    assert memory.ids.tolist() == [f"item {row}" for row in range(50)]
+    assert torch.equal(memory.rows, same.rows)
+    assert memory.fingerprint == same.fingerprint
+    for split in SPLITS:
+        assert torch.equal(recorded.splits[split].queries, expected.splits[split].queries)
+        assert torch.equal(recorded.splits[split].targets, expected.splits[split].targets)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.list_(getattr(pa, f"float{bits}")()) for bits in (16, 32, 64)),
+        *(pa.list_(getattr(pa, f"float{bits}")(), 8) for bits in (16, 32, 64)),
+        pa.large_list(pa.float32()),
+    ],
+    ids=str,
+)
+def test_vectors_come_in_many_types(tables: Path, kind: Any) -> None:
+    expected = read(tables)[0].rows
+    edit(tables, "corpus.parquet", "vector", lambda vectors: [np.array(v, dtype=np.float16) for v in vectors], kind)
+    assert torch.equal(read(tables)[0].rows, expected)
+
+
+def test_row_groups_are_joined(tables: Path) -> None:
+    expected = read(tables)[1].splits["train"]
+    table = pq.read_table(tables / "queries.parquet")
+    pq.write_table(table, tables / "queries.parquet", row_group_size=7)
+    for mine, theirs in zip(read(tables)[1].splits["train"], expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8(), pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("listed", [True, False])
+def test_ids_and_targets_come_in_many_types(tables: Path, kind: Any, listed: bool) -> None:
+    expected = read(tables)[1].splits["train"].targets
+
+    def convert(name: str) -> int | str:
+        number = int(name.removeprefix("item "))
+        return number if pa.types.is_integer(kind) else str(number)
+
+    edit(tables, "corpus.parquet", "id", lambda ids: [convert(i) for i in ids], kind)
+    targets = [convert(name) for name in pq.read_table(tables / "queries.parquet").column("targets").to_pylist()]
+    values, column = ([[t] for t in targets], pa.list_(kind)) if listed else (targets, kind)
+    edit(tables, "queries.parquet", "targets", values, column)
+    assert torch.equal(read(tables)[1].splits["train"].targets, expected)
+
+
+def test_a_query_may_have_several_targets(tables: Path) -> None:
+    lists = [["item 3", "item 9"], ["item 4"], ["item 7", "item 1", "item 0"]] * 100 + [["item 2"]] * 100
+    edit(tables, "queries.parquet", "targets", lists, pa.list_(pa.string()))
+    table = pq.read_table(tables / "queries.parquet")
+    (tables / "queries.parquet").unlink()
+    for split in SPLITS:
+        pq.write_table(table, tables / f"{split}_queries.parquet")
+    targets = read(tables)[1].splits["test"].targets
+    assert targets[:3].tolist() == [[3, 9, -1], [4, -1, -1], [7, 1, 0]]
+    assert targets[399].tolist() == [2, -1, -1]
+
+
+def test_columns_may_have_other_names(tables: Path) -> None:
+    expected = read(tables)[1].splits["val"].queries
+    for name in ("corpus.parquet", "queries.parquet"):
+        table = pq.read_table(tables / name)
+        pq.write_table(table.rename_columns([f"my {column}" for column in table.column_names]), tables / name)
+    with pytest.raises(InputError, match=r"corpus.parquet has 0 columns 'vector', but 'my id', 'my vector'; add"):
+        read(tables)
+    recorded = read(tables, id="my id", vector="my vector", targets="my targets")[1]
+    assert torch.equal(recorded.splits["val"].queries, expected)
+
+
+FLOATS, TEXTS = pa.list_(pa.float32()), pa.list_(pa.string())
+FAULTS = {
+    "no corpus": (lambda f: (f / "corpus.parquet").unlink(), r"corpus.npy is missing.*; corpus.parquet would do"),
+    "no queries": (lambda f: (f / "queries.parquet").unlink(), r"queries.parquet is missing, or no file; it holds col"),
+    "two corpora": (lambda f: np.save(f / "corpus.npy", np.eye(8)), r"both corpus.npy and corpus.parquet; keep"),
+    "two queries": (lambda f: np.save(f / "queries.npy", np.eye(8)), r"both queries.npy and queries.parquet; keep"),
+    "two formats": (
+        lambda f: [(f / "queries.parquet").unlink(), np.save(f / "queries.npy", np.eye(8))],
+        r"holds corpus.parquet, but queries.npy; give both as",
+    ),
+    "text": (lambda f: (f / "corpus.parquet").write_text("id,vector\n"), r"corpus.parquet is truncated or not a par"),
+    "cut": (
+        lambda f: (f / "corpus.parquet").write_bytes((f / "corpus.parquet").read_bytes()[:-9]),
+        r"corpus.parquet is truncated or not a parquet file",
+    ),
+    "no id column": (
+        lambda f: pq.write_table(pq.read_table(f / "corpus.parquet").drop_columns("id"), f / "corpus.parquet"),
+        r"corpus.parquet has 0 columns 'id', but 'vector'; add it, or name one of them with data.columns.id=",
+    ),
+    "no rows": (
+        lambda f: pq.write_table(pq.read_table(f / "corpus.parquet")[:0], f / "corpus.parquet"),
+        r"corpus.parquet has no rows",
+    ),
+    "same id": (
+        lambda f: edit(f, "corpus.parquet", "id", put(9, "item 3")),
+        r"corpus.parquet: column 'id': row 9 has the id 'item 3' of row 3; give each row",
+    ),
+    "null id": (lambda f: edit(f, "corpus.parquet", "id", put(9, None)), r"row 9: column 'id' is null; remove or"),
+    "float id": (
+        lambda f: edit(f, "corpus.parquet", "id", [0.5 + row for row in range(50)], pa.float32()),
+        r"column 'id' has type float; give integers or strings",
+    ),
+    "null vector": (
+        lambda f: edit(f, "corpus.parquet", "vector", put(4, None), FLOATS),
+        r"corpus.parquet: row 4: column 'vector' is null",
+    ),
+    "null value": (
+        lambda f: edit(f, "corpus.parquet", "vector", put(4, [1.0, None] * 4), FLOATS),
+        r"corpus.parquet: row 4: column 'vector' holds a null; remove or repair it",
+    ),
+    "ragged": (
+        lambda f: edit(f, "corpus.parquet", "vector", put(4, [1.0] * 5), FLOATS),
+        r"corpus.parquet: row 4: column 'vector' has 5 values, but 8 in row 0; embed",
+    ),
+    "empty vector": (
+        lambda f: edit(f, "corpus.parquet", "vector", [[]] * 50, FLOATS),
+        r"corpus.parquet: row 0: column 'vector' is an empty list",
+    ),
+    "numbers": (
+        lambda f: edit(f, "corpus.parquet", "vector", list(range(50)), pa.int64()),
+        r"column 'vector' has type int64; give lists of float16, float32 or float64",
+    ),
+    "integers": (
+        lambda f: edit(f, "corpus.parquet", "vector", [[row] * 8 for row in range(50)], pa.list_(pa.int64())),
+        r"column 'vector' has type list<element: int64>; give lists of float",
+    ),
+    "zero": (
+        lambda f: edit(f, "corpus.parquet", "vector", put(4, [0.0] * 8), FLOATS),
+        r"corpus.parquet: row 4 \(id item 4\) is zero",
+    ),
+    "NaN": (
+        lambda f: edit(f, "queries.parquet", "vector", put(4, [np.nan] * 8), FLOATS),
+        r"queries.parquet: row 4 holds NaN or infinite values",
+    ),
+    "dimensions": (
+        lambda f: edit(f, "queries.parquet", "vector", [[1.0] * 5] * 400, FLOATS),
+        r"queries.parquet: 5 dimensions, but the memory has 8",
+    ),
+    "unknown target": (
+        lambda f: edit(f, "queries.parquet", "targets", put(7, "item 50")),
+        r"queries.parquet: row 7: target 'item 50' is not an id of the memory, whose first is 'item 0' \(1 such",
+    ),
+    "unknown target in a list": (
+        lambda f: edit(f, "queries.parquet", "targets", [["item 1", "item 2"]] * 399 + [["item 1", "x"]], TEXTS),
+        r"queries.parquet: row 399: target 'x' is not an id",
+    ),
+    "rows for ids": (
+        lambda f: edit(f, "queries.parquet", "targets", [3] * 400, pa.int64()),
+        r"queries.parquet: row 0: target 3 is not an id of the memory, whose first is 'item 0' \(400 such",
+    ),
+    "null targets": (lambda f: edit(f, "queries.parquet", "targets", put(7, None)), r"row 7: column 'targets' is null"),
+    "null target": (
+        lambda f: edit(f, "queries.parquet", "targets", [["item 1", "item 2"]] * 9 + [["item 1", None]] * 391, TEXTS),
+        r"queries.parquet: row 9: column 'targets' holds a null",
+    ),
+    "no target": (
+        lambda f: edit(f, "queries.parquet", "targets", [["item 1"]] * 9 + [[]] * 391, TEXTS),
+        r"queries.parquet: row 9 has no target; give it one",
+    ),
+    "no targets": (
+        lambda f: edit(f, "queries.parquet", "targets", [[]] * 400, TEXTS),
+        r"queries.parquet: row 0 has no target; give it one",
+    ),
+    "float targets": (
+        lambda f: edit(f, "queries.parquet", "targets", [[0.5]] * 400, FLOATS),
+        r"column 'targets' has type float; give ids, or lists of ids, integers or strings",
+    ),
+}
+
+
+@pytest.mark.parametrize(("break_it", "message"), FAULTS.values(), ids=FAULTS)
+def test_every_fault_is_named(tables: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tables)
+    with pytest.raises(InputError, match=message):
+        read(tables)
+
+
+def test_without_pyarrow_the_remedy_is_named(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "nvf.parquet", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"pyarrow, which reads .parquet files, .* pip install 'nvf\[parquet\]'"):
+        read(tables)
+
+
+def test_the_configured_columns_are_the_library_s() -> None:
+    assert compose_config("data=embeddings")["data"]["columns"] == COLUMNS
+
+
+def test_a_run_on_parquet_equals_the_run_on_npy(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, folder: Path, tables: Path
+) -> None:
+    found = run("data=embeddings", f"data.dir={tables}", "trainer=debug")
+    expected = run("data=embeddings", f"data.dir={folder}", "trainer=debug", folder=tmp_path / "npy")
+    for key in ("test", "val", "memory"):
+        assert found[key] == expected[key]
+    hits = Pipeline.load(tmp_path / "run/pipeline").search(np.ones((2, 8), dtype=np.float32), k=3)
+    assert hits.ids is not None
+    assert hits.ids.tolist() == [[f"item {row}" for row in rows] for rows in hits.rows.tolist()]
+    assert len(json.loads((tmp_path / "run/pipeline/ids.json").read_text())) == 50
