@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: train test lint types setup dashboard clean
 
 train: setup
 	$(BIN)/python -m nvf.train $(ARGS)
 
-test: lint types
+test: lint types $(VENV)/.installed-text
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup
@@ -27,7 +28,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} is not supported; name another one: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV), a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) '.[dev]'
+	touch $@
+
+# Apart, so that training, which needs no language model, neither installs one nor starts slower for it.
+$(VENV)/.installed-text: $(VENV)/.installed
+	$(INSTALL) '.[dev,text]'
 	touch $@
 
 clean:

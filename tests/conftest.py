@@ -49,10 +49,12 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return _run
 
 
-def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m nvf.train` as a user types it."""
+def command(
+    *arguments: str, cwd: Path, module: str = "nvf.train", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m nvf.train`, or another module of ours, as a user types it."""
     return subprocess.run(
-        [sys.executable, "-m", "nvf.train", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,

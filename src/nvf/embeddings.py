@@ -22,7 +22,7 @@ import torch
 from nvf import npy
 from nvf.errors import InputError
 from nvf.ids import FILE, read_ids, target_rows
-from nvf.memory import VectorMemory, unit
+from nvf.memory import VectorMemory, check_dim, unit
 from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS, deal, repeats
 
@@ -116,10 +116,7 @@ def _read_pair(
             rows = target_rows(memory.ids, targets[given], given.sum(axis=1), str(targets_path))
         else:
             rows = _checked_rows(targets, len(memory), targets_path)
-    if queries.shape[1] != memory.dim:
-        raise InputError(
-            f"{path}: {queries.shape[1]} dimensions, but the memory has {memory.dim}; embed both with the same model"
-        )
+    check_dim(queries.shape[1], memory.dim, str(path))
     if (lonely := (rows < 0).all(axis=1)).any():
         raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")
     return QueryBatch(unit(queries), torch.from_numpy(_once(rows)))

@@ -150,12 +150,27 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 def check_vectors(vectors: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Raise an InputError that names the first row, if any, that is zero or not finite."""
-    largest = vectors.abs().amax(dim=-1)  # NaN if any is NaN
-    for fault, wrong in (("holds NaN or infinite values", ~largest.isfinite()), ("is zero", largest == 0)):
+    check_largest(largest(vectors), name, ids)
+
+
+def largest(vectors: Tensor) -> Tensor:
+    """Each row's largest absolute value, (n,); NaN where any of the row's is."""
+    return vectors.abs().amax(dim=-1)
+
+
+def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
+    """The check of `check_vectors` by what `largest` says of the rows, for vectors that are never held at once."""
+    for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():
             row = int(wrong.nonzero()[0])
             known = "" if ids is None else f" (id {ids[row]})"
             raise InputError(f"{name}: row {row}{known} {fault} ({int(wrong.sum())} such rows); remove or repair them")
+
+
+def check_dim(found: int, dim: int, name: str) -> None:
+    """Raise an InputError unless queries have as many dimensions as the memory."""
+    if found != dim:
+        raise InputError(f"{name}: {found} dimensions, but the memory has {dim}; embed both with the same model")
 
 
 def check_k(k: int, rows: int) -> None:

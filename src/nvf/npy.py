@@ -11,19 +11,24 @@ from nvf.memory import check_vectors, from_numpy
 
 def read_vectors(path: Path, what: str) -> Tensor:
     """A matrix of vectors, (n, D) float16/32/64, none of them zero or not finite."""
-    array = _read_array(path, what)
-    if array.ndim != 2 or array.size == 0:
-        raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
-    vectors = from_numpy(array)
+    vectors = from_numpy(open_vectors(path, what))
     check_vectors(vectors, str(path))
     return vectors
 
 
+def open_vectors(path: Path, what: str) -> np.ndarray:
+    """The same, its values unread and unchecked: they stay on disk until they are used."""
+    array = _open_array(path, what)
+    if array.ndim != 2 or array.size == 0:
+        raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
+    return array
+
+
 def read_targets(path: Path, what: str, queries: int) -> np.ndarray:
     """The targets of so many queries, (n, m) integers padded with -1; `what` says what the integers are."""
-    targets = _read_array(path, f"for each query the {what} of its target")
+    targets = _open_array(path, f"for each query the {what} of its target")
     if targets.dtype.kind not in "iu":
         raise InputError(f"{path}: type {targets.dtype}; give integers, each the {what} of a target")
     if targets.ndim not in (1, 2) or targets.size == 0:
@@ -33,7 +38,7 @@ def read_targets(path: Path, what: str, queries: int) -> np.ndarray:
     return np.array(targets).reshape(queries, -1)
 
 
-def _read_array(path: Path, what: str) -> np.ndarray:
+def _open_array(path: Path, what: str) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path} is missing; it holds {what}")
     try:

@@ -1,10 +1,11 @@
-"""Vectors, ids and targets in columns of .parquet files, read as whole arrays.
+"""Vectors, ids and targets in columns of .parquet files, read as whole arrays, and vectors in blocks.
 
 Every fault raises an InputError that names the file, the row or the columns, and the remedy. Importing this module
 without pyarrow does too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def read_corpus(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndar
     ids = _column(table, path, columns["id"])
     _check_ids_type(ids.type, path, columns["id"], "integers or strings")
     numbers = checked_ids(ids.to_numpy(), len(ids), f"{path}: column {columns['id']!r}")
-    vectors = _vectors(_column(table, path, columns["vector"]), path, columns["vector"])
+    vectors = from_numpy(_matrix(table, path, columns["vector"]))
     check_vectors(vectors, str(path), numbers)
     return vectors, numbers
 
@@ -36,7 +37,7 @@ def read_corpus(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndar
 def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """The vectors of the queries, (n, D), the ids of all their targets, (t,), and how many of these each has, (n,)."""
     table = _read(path, columns, "vector", "targets")
-    vectors = _vectors(_column(table, path, columns["vector"]), path, columns["vector"])
+    vectors = from_numpy(_matrix(table, path, columns["vector"]))
     check_vectors(vectors, str(path))
     name = columns["targets"]
     targets = _column(table, path, name)
@@ -48,61 +49,84 @@ def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.nda
     return vectors, _flatten(targets, counts, path, name).to_numpy(), counts
 
 
-def _read(path: Path, columns: Mapping[str, str], *roles: str) -> "pa.Table":
-    """The columns that play these roles, at least one row of each."""
-    names = [columns[role] for role in roles]
+def vector_blocks(path: Path, column: str, size: int) -> Iterator[np.ndarray]:
+    """The vectors of a column, (b, D), at most so many at a time; NaN, infinite values and zeros are not looked for."""
+    start, dim = 0, None
+    with _open(path, {"column": column}) as file:
+        for batch in file.iter_batches(batch_size=size, columns=[column]):
+            block = _matrix(pa.Table.from_batches([batch]), path, column, start, dim)
+            yield block
+            start, dim = start + len(block), block.shape[1]
+
+
+@contextmanager
+def _open(path: Path, names: Mapping[str, str]) -> Iterator["pq.ParquetFile"]:
+    """The file, which has at least one row and every named column once.
+
+    Args:
+        names: of the columns, by the option that gives the name.
+    """
     if not path.is_file():
-        raise InputError(f"{path} is missing, or no file; it holds the columns {' and '.join(map(repr, names))}")
+        holds = " and ".join(f"column {name!r}" for name in names.values())
+        raise InputError(f"{path} is missing, or no file; it holds {holds}")
     try:
         with pq.ParquetFile(path) as file:
             there = file.schema_arrow.names
-            for role, name in zip(roles, names, strict=True):
+            for option, name in names.items():
                 if there.count(name) != 1:
                     raise InputError(
                         f"{path} has {there.count(name)} columns {name!r}, but {', '.join(map(repr, there))}; "
-                        f"add it, or name one of them with data.columns.{role}="
+                        f"add it, or name one of them with {option}="
                     )
-            table = file.read(columns=names)
+            if file.metadata.num_rows == 0:
+                raise InputError(f"{path} has no rows; give at least one")
+            yield file
     except (pa.ArrowException, OSError) as fault:
         raise InputError(f"{path} is truncated or not a parquet file ({fault}); write it anew") from None
-    if len(table) == 0:
-        raise InputError(f"{path} has no rows; give at least one")
-    return table
 
 
-def _column(table: "pa.Table", path: Path, name: str) -> "pa.ChunkedArray":
+def _read(path: Path, columns: Mapping[str, str], *roles: str) -> "pa.Table":
+    """The columns that play these roles."""
+    with _open(path, {f"data.columns.{role}": columns[role] for role in roles}) as file:
+        return file.read(columns=[columns[role] for role in roles])
+
+
+def _column(table: "pa.Table", path: Path, name: str, start: int = 0) -> "pa.ChunkedArray":
+    """A column without nulls; the table begins at the file's row `start`."""
     column = table.column(name)
     if column.null_count:
-        row = int(column.is_null().to_numpy().argmax())
-        raise InputError(
-            f"{path}: row {row}: column {name!r} is null ({column.null_count} such rows); remove or repair them"
-        )
+        row = start + int(column.is_null().to_numpy().argmax())
+        raise InputError(f"{path}: row {row}: column {name!r} is null; remove or repair it")
     return column
 
 
-def _vectors(column: "pa.ChunkedArray", path: Path, name: str) -> Tensor:
-    """Lists of floats, all of one length, as a matrix."""
+def _matrix(table: "pa.Table", path: Path, name: str, start: int = 0, dim: int | None = None) -> np.ndarray:
+    """A column of lists of floats, all of one length, as a matrix, (n, D); `dim` is row 0's, where it is known."""
+    column = _column(table, path, name, start)
     if not _is_list(column.type) or not pa.types.is_floating(column.type.value_type):
         raise InputError(
             f"{path}: column {name!r} has type {column.type}; give lists of float16, float32 or float64, one a row"
         )
     lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
-    if lengths[0] == 0:
+    dim = int(lengths[0]) if dim is None else dim
+    if dim == 0:
         raise InputError(f"{path}: row 0: column {name!r} is an empty list; give each row a vector")
-    if (ragged := lengths != lengths[0]).any():
+    if (ragged := lengths != dim).any():
         row = int(ragged.argmax())
         raise InputError(
-            f"{path}: row {row}: column {name!r} has {lengths[row]} values, but {lengths[0]} in row 0; "
+            f"{path}: row {start + row}: column {name!r} has {lengths[row]} values, but {dim} in row 0; "
             "embed all with the same model"
         )
-    return from_numpy(_flatten(column, lengths, path, name).to_numpy().reshape(len(lengths), -1))
+    return _flatten(column, lengths, path, name, start).to_numpy().reshape(-1, dim)
 
 
-def _flatten(column: "pa.ChunkedArray", lengths: np.ndarray, path: Path, name: str) -> "pa.ChunkedArray":
+def _flatten(
+    column: "pa.ChunkedArray", lengths: np.ndarray, path: Path, name: str, start: int = 0
+) -> "pa.ChunkedArray":
     """The values of all lists, one list after the other."""
     values = pc.list_flatten(column)
     if values.null_count:
-        row = int(np.repeat(np.arange(len(lengths)), lengths)[values.is_null().to_numpy().argmax()])
+        row = start + int(np.repeat(np.arange(len(lengths)), lengths)[values.is_null().to_numpy().argmax()])
         raise InputError(f"{path}: row {row}: column {name!r} holds a null; remove or repair it")
     return values
 

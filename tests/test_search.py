@@ -1,0 +1,334 @@
+"""The search command: its answers are `Pipeline.search`'s, its file is whole or absent, its errors name the remedy."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import command
+from nvf.answers import ENDINGS
+from nvf.errors import InputError
+from nvf.ids import checked_ids
+from nvf.memory import QUERY_BLOCK
+from nvf.options import Option, parse, path, usage, whole
+from nvf.pipeline import Hits, Pipeline
+from nvf.search import OPTIONS, search
+
+COUNTS = (1, QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 3)
+
+
+@pytest.fixture
+def place(pipeline: Pipeline, tmp_path: Path) -> Path:
+    """A folder with a saved pipeline and 7 queries of eight dimensions."""
+    pipeline.save(tmp_path / "pipeline")
+    np.save(tmp_path / "q.npy", vectors(7))
+    return tmp_path
+
+
+def vectors(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 8)).astype(np.float32)
+
+
+def ask(place: Path, **given: Any) -> str:
+    """One search in this process, on the CPU, with the options that are given as text."""
+    settings = {"pipeline": place / "pipeline", "queries": place / "q.npy", "output": place / "a.jsonl"}
+    words = [f"{name}={value}" for name, value in {**settings, "device": "cpu", **given}.items()]
+    return search(**parse(words, OPTIONS))
+
+
+def write_parquet(path: Path, column: Any, name: str = "vector") -> None:
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table({"other": range(len(column)), name: column}), path)
+
+
+def read_answers(path: Path) -> tuple[list[Any], np.ndarray]:
+    """Rows or ids, and probabilities, of an answer file; the numbers of the queries count from 0."""
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False)
+        return array["rows"].tolist(), array["probabilities"]
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        lines = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    assert [line["query"] for line in lines] == list(range(len(lines)))
+    return [line["ids"] for line in lines], np.array([line["probabilities"] for line in lines], np.float32)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_answers_are_those_of_one_search(place: Path, pipeline: Pipeline, ending: str, count: int) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    np.save(place / "q.npy", vectors(count))
+    line = ask(place, output=place / f"a{ending}", k=3)
+    hits = pipeline.search(vectors(count), k=3)
+    rows, probabilities = read_answers(place / f"a{ending}")
+    assert rows == hits.rows.tolist()
+    np.testing.assert_allclose(probabilities, hits.probabilities, rtol=1e-5)
+    assert re.fullmatch(rf"{count:,} queries in [\d.]+ s \([\d,.]+ queries/s, k=3\); answers in .*a\{ending}", line)
+    assert {file.name for file in place.iterdir()} == {"pipeline", "q.npy", f"a{ending}"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_k_is_the_pipelines_own_unless_given(place: Path, ending: str) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    for k, width in (("null", 4), (1, 1), (30, 30)):
+        assert f"k={width})" in ask(place, output=place / f"a{ending}", k=k)
+        assert read_answers(place / f"a{ending}")[1].shape == (7, width)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+def test_queries_are_of_any_float_type_and_order(place: Path, pipeline: Pipeline, dtype: Any) -> None:
+    array = np.asfortranarray(vectors(50).astype(dtype))
+    np.save(place / "q.npy", array)
+    ask(place)
+    assert read_answers(place / "a.jsonl")[0] == pipeline.search(array).rows.tolist()
+
+
+@pytest.mark.parametrize("kind", ["list", "fixed", "large", "half"])
+def test_queries_come_from_parquet(place: Path, pipeline: Pipeline, kind: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    types = {
+        "list": pa.list_(pa.float32()),
+        "fixed": pa.list_(pa.float64(), 8),
+        "large": pa.large_list(pa.float32()),
+        "half": pa.list_(pa.float16()),
+    }
+    asked = vectors(QUERY_BLOCK + 5).astype(np.float16).astype(np.float32)
+    write_parquet(place / "q.parquet", pa.array(asked.tolist()).cast(types[kind]), "e")
+    ask(place, queries=place / "q.parquet", column="e")
+    assert read_answers(place / "a.jsonl")[0] == pipeline.search(asked).rows.tolist()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ids", [np.array([f"döc {i}" for i in range(30)]), np.arange(30) * 10**12], ids=["str", "int"])
+def test_rows_are_called_by_their_ids(place: Path, pipeline: Pipeline, ending: str, ids: np.ndarray) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    pipeline.memory.ids = checked_ids(ids, 30, "memory")
+    pipeline.save(place / "pipeline")
+    np.save(place / "q.npy", vectors(QUERY_BLOCK + 5))
+    ask(place, output=place / f"a{ending}")
+    hits = pipeline.search(vectors(QUERY_BLOCK + 5))
+    assert read_answers(place / f"a{ending}")[0] == (hits.rows if ending == ".npy" else ids[hits.rows]).tolist()
+
+
+def test_the_row_groups_of_parquet_do_not_matter(place: Path, pipeline: Pipeline) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    asked = vectors(QUERY_BLOCK + 5)
+    table = pa.table({"vector": asked.tolist()})
+    with pq.ParquetWriter(place / "q.parquet", table.schema) as file:
+        for start, end in ((0, 0), (0, 3), (3, 3), (3, len(asked)), (0, 0)):
+            file.write_table(table[start:end])
+    ask(place, queries=place / "q.parquet")
+    assert read_answers(place / "a.jsonl")[0] == pipeline.search(asked).rows.tolist()
+
+
+def spoil(row: int, value: float) -> np.ndarray:
+    array = vectors(10_000)
+    array[row] = value
+    return array
+
+
+MANY = [[1.0] * 8] * 9_000  # more than are looked at together
+BAD_QUERIES = [
+    ("q.npy", spoil(9_000, np.nan), "q.npy: row 9000 holds NaN or infinite values (1 such rows); remove"),
+    ("q.npy", spoil(8_192, 0), "q.npy: row 8192 is zero (1 such rows); remove"),
+    ("q.npy", np.ones((3, 7)), "q.npy: 7 dimensions, but the memory has 8; embed both with the same"),
+    ("q.npy", np.ones(8), "q.npy: shape (8,); give the vectors of your queries as a non-empty (n, D)"),
+    ("q.npy", np.ones((0, 8)), "q.npy: shape (0, 8); give the vectors of your queries as a non-empty"),
+    ("q.npy", np.ones((2, 8), int), "q.npy: type int64; give the vectors of your queries as float16"),
+    ("q.parquet", spoil(9_000, np.nan).tolist(), "q.parquet: row 9000 holds NaN or infinite values (1 such rows)"),
+    ("q.parquet", [[1.0] * 7], "q.parquet: 7 dimensions, but the memory has 8; embed both with the same"),
+    ("q.parquet", [*MANY, [1.0] * 7], "q.parquet: row 9000: column 'vector' has 7 values, but 8 in row 0; embed"),
+    ("q.parquet", [*MANY, None], "q.parquet: row 9000: column 'vector' is null; remove"),
+    ("q.parquet", [*MANY, [1.0] * 7 + [None]], "q.parquet: row 9000: column 'vector' holds a null; remove"),
+    ("q.parquet", [[1] * 8], "q.parquet: column 'vector' has type list<element: int64>; give lists of float16"),
+    ("q.parquet", [0.5], "q.parquet: column 'vector' has type double; give lists of float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_QUERIES, ids=[m for _, _, m in BAD_QUERIES])
+def test_bad_queries_are_refused(place: Path, name: str, content: Any, message: str) -> None:
+    if name == "q.npy":
+        np.save(place / name, content)
+    else:
+        write_parquet(place / name, content)
+    with pytest.raises(InputError, match=re.escape(message)):
+        ask(place, queries=place / name)
+    assert not (place / "a.jsonl").exists()
+
+
+def test_damaged_files_are_refused(place: Path) -> None:
+    write_parquet(place / "q.parquet", vectors(5_000).tolist())
+    for name in ("q.npy", "q.parquet"):
+        whole_file = (place / name).read_bytes()
+        (place / name).write_bytes(whole_file[:-20])
+        with pytest.raises(InputError, match=f"{name} is truncated or not"):
+            ask(place, queries=place / name)
+    (place / "q.parquet").write_bytes(whole_file[:4] + b"\xff" * (len(whole_file) - 4004) + whole_file[-4000:])
+    with pytest.raises(InputError, match=r"q\.parquet is truncated or not a parquet file"):
+        ask(place, queries=place / "q.parquet")
+
+
+BAD_SETTINGS = [
+    ({"k": 31}, "k=31 exceeds the memory's 30 rows; lower k"),
+    ({"k": "many"}, "k=many is not a whole number of at least 1"),
+    ({"k": -1}, "k=-1 is not a whole number of at least 1"),
+    ({"device": "abacus"}, "device=abacus cannot be used (Expected one of cpu"),
+    ({"output": "a.csv"}, "output=a.csv: .csv is not written; give .npy, .parquet, .jsonl"),
+    ({"output": "answers"}, "output=answers: no ending is not written"),
+    ({"output": "nowhere/a.npy"}, "nowhere/a.npy: there is no folder nowhere; create it"),
+    ({"output": "folder.npy"}, "output=folder.npy is a folder; name a file in it"),
+    ({"output": "./q.npy", "queries": "q.npy"}, "output=q.npy is the file of the queries; give another path"),
+    ({"queries": "q.txt"}, "q.txt: .txt is not read; give .npy or .parquet"),
+    ({"queries": "none.npy"}, "none.npy is missing; it holds the vectors of your queries"),
+    ({"queries": "none.parquet"}, "none.parquet is missing, or no file; it holds column 'vector'"),
+    ({"pipeline": "none"}, "none/config.json is missing; a pipeline folder holds"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_SETTINGS, ids=[m for _, m in BAD_SETTINGS])
+def test_bad_settings_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    if given.get("queries") == "none.parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.chdir(place)
+    (place / "folder.npy").mkdir()
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        ask(place, **given)
+
+
+def test_a_missing_column_names_those_there_are(place: Path) -> None:
+    write_parquet(place / "q.parquet", [[1.0] * 8], "embedding")
+    with pytest.raises(
+        InputError, match="0 columns 'vector', but 'other', 'embedding'; add it, or name one of them with column="
+    ):
+        ask(place, queries=place / "q.parquet")
+
+
+def test_parquet_without_pyarrow_names_the_extra(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "nvf.parquet", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for given in ({"queries": place / "q.parquet"}, {"output": place / "a.parquet"}):
+        with pytest.raises(InputError, match=re.escape("pip install 'nvf[parquet]'")):
+            ask(place, **given)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("fault", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_stops_half_way_leaves_what_was_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, ending: str, fault: BaseException
+) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    (place / f"a{ending}").write_text("earlier answers")
+    np.save(place / "q.npy", vectors(3 * QUERY_BLOCK))
+    answers = iter([Pipeline.load(place / "pipeline").search(vectors(QUERY_BLOCK))])
+
+    def stop(*_: Any) -> Iterator[Hits]:
+        yield from answers
+        raise fault
+
+    monkeypatch.setattr("nvf.search._answer", stop)
+    with pytest.raises(type(fault)):
+        ask(place, output=place / f"a{ending}")
+    assert (place / f"a{ending}").read_text() == "earlier answers"
+    assert {file.name for file in place.iterdir()} == {"pipeline", "q.npy", f"a{ending}"}
+
+
+def test_a_user_types_one_line(place: Path, pipeline: Pipeline) -> None:
+    words = ["pipeline=pipeline", "queries=q.npy", "k=2", "output=a.jsonl"]
+    done = command(*words, module="nvf.search", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"7 queries in [\d.]+ s \([\d,]+ queries/s, k=2\); answers in a\.jsonl\n", done.stdout)
+    assert done.stderr == ""
+    assert read_answers(place / "a.jsonl")[0] == pipeline.search(vectors(7), k=2).rows.tolist()
+
+
+def test_bad_input_ends_in_one_line(place: Path) -> None:
+    done = command("pipeline=pipeline", "queries=q.npy", "k=31", "output=a.npy", module="nvf.search", cwd=place)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: k=31 exceeds the memory's 30 rows; lower k\n"
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_search_leaves_nothing(place: Path, sent: signal.Signals, status: int) -> None:
+    np.save(place / "q.npy", vectors(3_000_000))
+    words = ["pipeline=pipeline", "queries=q.npy", "output=a.jsonl"]
+    process = subprocess.Popen([sys.executable, "-m", "nvf.search", *words], cwd=place, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (place / ".a.jsonl.partial").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(sent)
+        assert process.wait(timeout=60) == status
+    finally:
+        process.kill()
+        process.communicate()
+    assert {file.name for file in place.iterdir()} == {"pipeline", "q.npy"}
+
+
+def test_it_starts_without_lightning_and_explains_itself_without_torch(place: Path) -> None:
+    use = (
+        "import runpy, sys; sys.argv[1:] = sys.argv[1].split();"
+        "runpy.run_module('nvf.search', run_name='__main__');"
+        "print(sorted({'torch', 'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'pyarrow'} & set(sys.modules)))"
+    )
+    for words, imported in (("pipeline=pipeline queries=q.npy output=a.npy", "['torch']"), ("--help", "[]")):
+        done = subprocess.run(
+            [sys.executable, "-c", use, words], cwd=place, env=os.environ, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == imported
+
+
+SMALL = (
+    Option("file", "what to read", read=path),
+    Option("k", "how many; null: all", None, whole),
+    Option("mode", "how", "fast"),
+)
+
+
+def test_options_are_read_and_have_defaults() -> None:
+    assert parse(["file=~/a=b", "k=5"], SMALL) == {"file": Path.home() / "a=b", "k": 5, "mode": "fast"}
+    assert parse(["k=null", "mode=slow", "file=a"], SMALL) == {"file": Path("a"), "k": None, "mode": "slow"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "file= is not set; give file=..., what to read"),
+        (["file="], "file= is not set"),
+        (["file=null"], "file= is not set"),
+        (["file=a", "mode=null"], "mode= is not set"),
+        (["file"], "'file' is not name=value; the names are file, k, mode"),
+        (["file=a", "colour=red"], "'colour' is not an option; the names are file, k, mode"),
+        (["file=a", "file=b"], "file is given twice; keep one"),
+    ],
+)
+def test_bad_options_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        parse(words, SMALL)
+
+
+def test_usage_shows_every_option_with_its_default() -> None:
+    assert usage("nvf.x", "do it", SMALL).splitlines() == [
+        "python -m nvf.x file=...",
+        "",
+        "do it",
+        "",
+        "  file=...   what to read",
+        "  k=null     how many; null: all",
+        "  mode=fast  how",
+    ]
