@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvf.attention import TRANSFORMS, SoftAttention, attention_loss, fit_temperature
+from nvf.attention import TRANSFORMS, SoftAttention, attention_loss
+from nvf.calibration import fit_temperature
 from nvf.errors import InputError
 from nvf.memory import VectorMemory
 from nvf.queries import Noisy

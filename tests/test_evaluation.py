@@ -15,13 +15,12 @@ from nvf.evaluation import (
     gap_closed,
     mcnemar,
     reciprocal_rank,
-    remarks,
-    table,
     wilson,
 )
 from nvf.memory import VectorMemory
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
+from nvf.report import remarks, table
 from nvf.reranker import Reranker
 from nvf.streams import stream
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from conftest import SMALL, SMALL_STEPS, compose_config
+from nvf.checkpoints import load_attention
 from nvf.errors import InputError
-from nvf.stages import attention_stage, build_source, fit_attention, load_attention
+from nvf.selection import fit_attention
+from nvf.stages import attention_stage, build_source
 
 Run = Callable[..., dict[str, Any]]
 

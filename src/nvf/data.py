@@ -169,9 +169,7 @@ class VectorDataModule(L.LightningDataModule):
         every = torch.arange(len(queries.queries), device=self.device)
         training = split == "train"
         folds = self.folds if training and self.folds else [Fold(self.attention, every)]
-        work = [
-            (fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)
-        ]
+        work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
         logged = self.evidence.logged.to(self.device) if training and self.evidence is not None else None
         found = [
             self._candidates(

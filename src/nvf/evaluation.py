@@ -72,9 +72,7 @@ def evaluate(
         covered.update(best[are_targets(candidates, targets).any(dim=-1)])
         against.update(best == 1, ranks["exact"] == 1)
 
-    figures: dict[str, Any] = {
-        method: counted[method].figures() if method in counted else None for method in METHODS
-    }
+    figures: dict[str, Any] = {method: counted[method].figures() if method in counted else None for method in METHODS}
     for name, of in (("seen_rows", True), ("unseen_rows", False)):
         figures[name] = None if seen is None else {method: counted[method].top1(of) for method in counted}
     right, found_at_all = int(covered.compute()[0]), int(covered.compute().sum())
@@ -93,7 +91,7 @@ class _Counts(nn.Module):
         super().__init__()
         self.k = k
         self.ranks, self.ndcg, self.recall = RankCounts(), MeanAndError(), MeanAndError()
-        self.known = nn.ModuleDict({"True": RankCounts(), "False": RankCounts()})
+        self.known = nn.ModuleList([RankCounts(), RankCounts()])  # of rows not in the log, and of rows in it
 
     def update(self, scores: Tensor, targets: Tensor, known: Tensor | None) -> Tensor:
         """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""
@@ -103,8 +101,8 @@ class _Counts(nn.Module):
         self.ndcg.update(ndcg(gains[:, :DEEPEST], targets))
         self.recall.update(recall(gains[:, : self.k], targets))
         if known is not None:
-            for of, counts in self.known.items():
-                counts.update(ranks[known == (of == "True")])
+            for of, counts in enumerate(self.known):
+                counts.update(ranks[known == bool(of)])  # type: ignore[operator]  # mypy: any Module
         return ranks
 
     def figures(self) -> dict[str, Interval]:
@@ -121,7 +119,7 @@ class _Counts(nn.Module):
 
     def top1(self, known: bool) -> dict[str, Any] | None:
         """Top-1 of the queries whose target answers a training query, or of the others; None if there are none."""
-        counts = self.known[str(known)].compute()  # type: ignore[operator]
+        counts = self.known[int(known)].compute()  # type: ignore[operator]
         total = int(counts.sum())
         return {"queries": total, "top1": wilson(int(counts[0]), total)} if total else None
 

@@ -40,6 +40,7 @@ class Evidence(nn.Module):
     pairs: Tensor
     hubness: Tensor
     density: Tensor
+    starts: Tensor
 
     def __init__(
         self, memory: VectorMemory, *, queries: Tensor, pairs: Tensor, hubness: Tensor, density: Tensor
@@ -86,14 +87,13 @@ class Evidence(nn.Module):
         return found
 
     @classmethod
-    def of_one(cls, memory: VectorMemory, query: Tensor) -> "Evidence":
-        """A log of one query, (1, D), for row 0: enough to build on."""
+    def of_one(cls, memory: VectorMemory) -> "Evidence":
+        """A log of one query, the first row, which it answers: enough to build on."""
         nothing = torch.zeros_like(memory.rows[:, 0])
-        return cls(memory, queries=query, pairs=torch.zeros(1, dtype=torch.int64), hubness=nothing, density=nothing)
+        pairs = torch.zeros(1, dtype=torch.int64, device=nothing.device)
+        return cls(memory, queries=memory.rows[:1], pairs=pairs, hubness=nothing, density=nothing)
 
-    def forward(
-        self, attention: SoftAttention, queries: Tensor, top: TopK, logged_as: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, attention: SoftAttention, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
         """The features in the order of FEATURES, (B, k, F).
 
         Args:

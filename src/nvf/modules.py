@@ -100,6 +100,7 @@ class AttentionModule(StageModule):
         self, attention: SoftAttention, *, lr: float, schedule: str, k: int = 5, learnable: Tensor | None = None
     ) -> None:
         super().__init__(lr=lr, schedule=schedule, k=k)
+        self.learnable: Tensor | None
         self.model = attention
         self.register_buffer("learnable", learnable, persistent=False)
         if attention.delta is not None and learnable is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nvf.evaluation import METHODS, METRICS, ceiling
+from nvf.evaluation import METRICS, ceiling
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
 
@@ -67,7 +67,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _percent(interval: Interval) -> str:
+def _percent(interval: Mapping[str, float]) -> str:
     return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
 
 

@@ -15,6 +15,7 @@ from nvf.evidence import Evidence
 from nvf.fitting import fit, fit_blindly
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, Recorded, Source
+from nvf.reranker import EvidenceReranker
 from nvf.stages import Settings, attention_stage, fixed_queries, loaded_attention, reranker_stage, variants
 from nvf.streams import stream
 
@@ -67,7 +68,7 @@ def fit_reranker(config: Settings, source: Source, chosen: Chosen, folder: Path)
     if config["reranker"]["kind"] == "evidence":
         evidence = Evidence.gather(source.memory, *_training_queries(source))
     module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
-    if evidence is not None:
+    if isinstance(module.model.reranker, EvidenceReranker):
         module.model.reranker.standardise(data.samples_of("train").evidence)  # type: ignore[union-attr]
     fit(config, "reranker", module, data, folder, start_competes=module.model.reranker.starts_at_stage_one)
     return module.model

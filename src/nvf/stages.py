@@ -127,18 +127,16 @@ def check(config: Settings, source: Source) -> None:
         loaded_attention(config, source)
     if "reranker" not in config["stage"]["fit"]:
         return
-    settings, evidence = config["reranker"], None
-    if settings["kind"] == "evidence" or settings["folds"] is not None:
-        if not isinstance(source, Recorded):
-            raise InputError(
-                f"reranker.kind={settings['kind']}, reranker.folds={settings['folds']} need recorded queries, "
-                "data=embeddings or qdrant; choose reranker=residual"
-            )
-    if settings["folds"] is not None:
-        check_number("reranker.folds", settings["folds"], minimum=2, whole=True, remedy="3 is the default")
-    if settings["kind"] == "evidence":
-        few = source.splits["train"]  # type: ignore[union-attr]  # checked above
-        evidence = Evidence.of_one(source.memory, few.queries[:1])
+    settings = config["reranker"]
+    weighs, folds = settings["kind"] == "evidence", settings["folds"]
+    if (weighs or folds is not None) and not isinstance(source, Recorded):
+        raise InputError(
+            f"reranker.kind={settings['kind']} and reranker.folds={folds} need a log of queries, data=embeddings or "
+            "qdrant; choose reranker=residual"
+        )
+    if folds is not None:
+        check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")
+    evidence = Evidence.of_one(source.memory) if weighs else None
     reranker_stage(config, source, module.attention, evidence=evidence)
 
 
