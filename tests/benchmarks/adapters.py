@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from nvf.train import CONF, train
 SETTINGS = ("data.dir", "seed", "output", "subsample_rows", "subsample_train")
 FEWEST_VAL = 50
 SIGNIFICANT = 0.01
+NVF = {"attention": "NVF, stage 1", "pipeline": "NVF, pipeline"}
 LINEAR = ("linear adapter, full softmax", "linear adapter, triplet loss")
 TITLES = ("method", "test Top-1", "MRR@10", "McNemar p", "won/lost", "seconds", "val Top-1", "chosen on validation")
 
@@ -60,54 +61,52 @@ def compare(folder: Path, source: Recorded, seed: int, overrides: Sequence[str] 
         seed: of the split, where the folder holds none, and of every fit.
         overrides: settings of NVF's run.
     """
+    config = nvf_settings(folder, [f"seed={seed}", *overrides])  # first, so that a wrong one is refused at once
     train_queries, val, test = (source.splits[split] for split in SPLITS)
     rows = []
     for name, method in baselines(Problem(source.memory.rows, train_queries, val, seed)):
-        rows.append(Row(name, ranks(method.score, test), method.seconds, method.val.top1, method.chosen))
-        tell(rows[-1])
-    for row in nvf_rows(folder, test, [f"seed={seed}", *overrides]):
-        rows.append(row)
-        tell(row)
-    return rows
+        found = ranks(method.score, test)
+        rows.append(told(Row(name, found, method.seconds, method.val.top1, method.chosen)))
+    return [*rows, *map(told, nvf_rows(config, test))]
 
 
-def nvf_rows(folder: Path, test: QueryBatch, overrides: Sequence[str]) -> list[Row]:
-    """NVF's run on the folder, its pipeline saved, loaded and asked the test queries."""
+def nvf_settings(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of NVF's run on the folder, plain: the defaults, but for the overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = compose("config", ["data=embeddings", "trainer.enable_progress_bar=false", *overrides])
     config: Any = OmegaConf.to_container(settings, resolve=True)
     config["data"]["dir"] = str(folder)
-    with tempfile.TemporaryDirectory() as name:
-        train(config, Path(name), started=time.perf_counter())
-        results = json.loads((Path(name) / "results.json").read_text())
-        pipeline = Pipeline.load(Path(name) / "pipeline")
-    for tried in results["selection"]:
-        print(f"  {tried}", file=sys.stderr)
-    stage1 = next(tried for tried in results["selection"] if tried["chosen"])
-    val, seconds = (results[name] for name in ("val", "seconds"))
-    chosen = "{transform} transform, {keys} keys, {epochs} epochs, share {hub_share:g}".format(**stage1)
-    both = seconds["attention"] + seconds["reranker"]
+    return config
+
+
+def nvf_rows(config: dict[str, Any], test: QueryBatch) -> list[Row]:
+    """NVF's run; its pipeline, saved and loaded, is asked the test queries."""
+    with tempfile.TemporaryDirectory() as run:
+        train(config, Path(run), started=time.perf_counter())
+        results = json.loads((Path(run) / "results.json").read_text())
+        pipeline = Pipeline.load(Path(run) / "pipeline")
+    for variant in results["selection"]:
+        print(f"  {100 * variant['val_top1']:5.1f} on validation: {_described(variant)}", file=sys.stderr)
+    chosen = next(_described(variant) for variant in results["selection"] if variant["chosen"])
+    methods: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+        "attention": (pipeline.attention, chosen),
+        "pipeline": (lambda queries: pipeline(queries).log_probs, f"k = {pipeline.k}"),
+    }
+    seconds = results["seconds"]["attention"], results["seconds"]["attention"] + results["seconds"]["reranker"]
     return [
-        Row(
-            "NVF, stage 1",
-            ranks(pipeline.attention, test),
-            seconds["attention"],
-            val["attention"]["top1"]["value"],
-            chosen,
-        ),
-        Row(
-            "NVF, pipeline",
-            ranks(lambda queries: pipeline(queries).log_probs, test),
-            both,
-            val["pipeline"]["top1"]["value"],
-            f"k = {pipeline.k}",
-        ),
+        Row(NVF[stage], ranks(score, test), spent, results["val"][stage]["top1"]["value"], about)
+        for (stage, (score, about)), spent in zip(methods.items(), seconds, strict=True)
     ]
 
 
-def tell(row: Row) -> None:
-    """One line of progress."""
+def _described(variant: dict[str, Any]) -> str:
+    return "{transform} transform, {keys} keys, {epochs} epochs, share {hub_share:g}".format(**variant)
+
+
+def told(row: Row) -> Row:
+    """The row, after a line of progress."""
     print(f"{100 * share(row):5.1f} {row.name} ({row.seconds:.0f} s; {row.chosen})", file=sys.stderr, flush=True)
+    return row
 
 
 def share(row: Row) -> float:
@@ -142,7 +141,7 @@ def _cells(row: Row, exact: Row) -> tuple[str, ...]:
 def verdict(rows: Sequence[Row]) -> str:
     """Whether NVF is significantly below exact search, and whether it is above the linear adapters."""
     named = {row.name: row for row in rows}
-    nvf, exact = named["NVF, pipeline"], rows[0]
+    nvf, exact = named[NVF["pipeline"]], rows[0]
     wins, losses = against(nvf, exact)
     p = mcnemar(wins, losses)
     below = "SIGNIFICANTLY BELOW" if losses > wins and p < SIGNIFICANT else "not significantly below"

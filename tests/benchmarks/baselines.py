@@ -1,7 +1,7 @@
 """What NVF is compared with: searches over the same frozen vectors, each tuned on validation queries.
 
-Plain torch. Top-1 on validation chooses, and MRR@10 between equals. Every search starts at exact search, which competes,
-so none validates worse than that.
+Plain torch. Top-1 on validation chooses, and MRR@10 between equals. Every search starts at exact search, which
+competes, so none validates worse than that.
 """
 
 import copy
@@ -28,8 +28,8 @@ BETAS = (5.0, 10.0, 20.0, 40.0, 80.0)  # of query-bank normalisation: inverse te
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the log-sum-exp that it subtracts
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the training queries in a document
 MARGINS = (0.05, 0.1, 0.2)
-TRIPLET_RATES = (3e-4, 1e-3)
-RATES = (3e-4, 1e-3, 3e-3)
+TRIPLET_RATES = (3e-4, 1e-4, 1e-3)  # the first is that at which negatives and margin are chosen
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 RERANKER_RATES = (1e-3, 3e-3)
 SCALAR_RATIO = 100  # conf/reranker: the learning rate of the reranker's two scalars over its network's
 EPOCHS, PATIENCE = 20, 5
@@ -119,8 +119,7 @@ def figures(score: Callable[[Tensor], Tensor], batch: QueryBatch) -> Figures:
 
 def tuned(problem: Problem, searches: Iterable[tuple[str, Search]]) -> Method:
     """The search that validates best; of equals, the first."""
-    tried = (Method(search, figures(search, problem.val), chosen) for chosen, search in searches)
-    return max(tried, key=lambda method: method.val)
+    return best(Method(search, figures(search, problem.val), chosen) for chosen, search in searches)
 
 
 def exact_search(problem: Problem) -> Method:
@@ -175,7 +174,10 @@ def triplet_adapter(problem: Problem) -> Method:
 
         return fit_adapter(problem, adapter, loss, lr, f"{negatives} negatives, margin {margin:g}", batch_size=64)
 
-    return best(fitted(*choice) for choice in itertools.product(("random", "hard"), MARGINS, TRIPLET_RATES))
+    first, *others = TRIPLET_RATES
+    coarse = {choice: fitted(*choice, first) for choice in itertools.product(("random", "hard"), MARGINS)}
+    choice = max(coarse, key=lambda choice: coarse[choice].val)
+    return best([coarse[choice], *(fitted(*choice, lr) for lr in others)])
 
 
 def softmax_adapter(problem: Problem, *, learned_keys: bool) -> Method:
@@ -217,7 +219,7 @@ def reranked(problem: Problem, method: Method) -> Method:
         groups = [{"params": network, "lr": lr}, {"params": [reranker.evidence], "lr": SCALAR_RATIO * lr}]
         valid = labels.any(dim=-1).nonzero().squeeze(-1)
         val, epochs = fit(reranker, groups, loss, valid, lambda: figures(score, problem.val), seed=problem.seed)
-        return Method(score, val, f"lr {lr:g}, {epochs} epochs")
+        return told(Method(score, val, f"lr {lr:g}, {epochs} epochs"))
 
     return best(fitted(lr) for lr in RERANKER_RATES)
 
@@ -242,7 +244,7 @@ def fit_adapter(
         batch_size=batch_size,
     )
     chosen = ", ".join(part for part in (settings, f"lr {lr:g}, {epochs} epochs") if part)
-    return Method(adapter.search(), val, chosen)
+    return told(Method(adapter.search(), val, chosen))
 
 
 def fit(
@@ -283,13 +285,13 @@ def fit(
 
 def best(methods: Iterable[Method]) -> Method:
     """The one that validates best; of equals, the first."""
+    return max(methods, key=lambda method: method.val)
 
-    def told() -> Iterator[Method]:
-        for method in methods:
-            print(f"  {100 * method.val.top1:5.1f} on validation: {method.chosen}", file=sys.stderr, flush=True)
-            yield method
 
-    return max(told(), key=lambda method: method.val)
+def told(method: Method) -> Method:
+    """The method, after a line of progress."""
+    print(f"  {100 * method.val.top1:5.1f} on validation: {method.chosen}", file=sys.stderr, flush=True)
+    return method
 
 
 def baselines(problem: Problem) -> Iterator[tuple[str, Method]]:
