@@ -72,18 +72,22 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def test_a_budget_costs_epochs_then_variants(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def epochs(budget: float | None) -> list[int]:
+def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(budget: float | None) -> list[tuple[str, int, int | None]]:
         given = "null" if budget is None else budget
         config = compose_config("data=embeddings", f"data.dir={folder}", f"data.budget_s={given}")
-        return [variant["attention"]["epochs"] for variant in plan(config, build_source(config))]
+        several = [(v["attention"], v["reranker"]["folds"]) for v in plan(config, build_source(config))]
+        return [(f"{attention['transform']}-{attention['keys']}", attention["epochs"], n) for attention, n in several]
 
     monkeypatch.setattr(selection, "_epoch_seconds", lambda *_: 10.0)
-    # Two variants and three folds, each without a third of the queries: four fits.
-    assert epochs(None) == epochs(8 * 40 / 0.75 + 1) == [0, 8, 8]
-    assert epochs(5 * 40 / 0.75 + 1) == [0, 5, 5]
-    assert epochs(2 * 40 / 0.75 + 1) == [0, 2]
-    assert epochs(1.0) == [0, 1]
+    whole = 10 / 0.75  # of the budget, an epoch
+    # Two variants, and three folds of which each lacks a third of the queries: four fits.
+    every = [("identity-frozen", 0, 3), ("linear-frozen", 8, 3), ("linear-learned", 8, 3)]
+    assert planned(None) == planned(8 * 4 * whole + 1) == every
+    assert planned(5 * 4 * whole + 1) == [(name, min(epochs, 5), 3) for name, epochs, _ in every]
+    assert planned(4 * 2 * whole + 1) == [("identity-frozen", 0, 2), ("linear-learned", 4, 2)]
+    assert planned(5 * whole + 1) == [("identity-frozen", 0, None), ("linear-frozen", 5, None)]
+    assert planned(1.0) == [("identity-frozen", 0, None), ("linear-frozen", 1, None)]
 
 
 def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:

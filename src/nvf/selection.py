@@ -21,7 +21,7 @@ from nvf.streams import stream
 
 log = logging.getLogger("nvf")
 SHARE = 0.75  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
-FEWEST_EPOCHS = 3
+FEWEST_EPOCHS = 3  # or something less costly is tried
 
 
 class Chosen(NamedTuple):
@@ -63,8 +63,9 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
 def fit_reranker(config: Settings, source: Source, chosen: Chosen, folder: Path) -> Pipeline:
     """Both stages: a reranker with the weights of its best validation Top-1 behind the frozen stage 1."""
     evidence, folds = None, []
-    if config["reranker"]["folds"] is not None and chosen.epochs:
-        folds = cross_fit(chosen, source, folder, config["reranker"]["folds"])
+    count = chosen.config["reranker"]["folds"]
+    if count is not None and chosen.epochs:
+        folds = cross_fit(chosen, source, folder, count)
     if config["reranker"]["kind"] == "evidence":
         evidence = Evidence.gather(source.memory, *_training_queries(source))
     module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
@@ -99,26 +100,36 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
 
 
 def plan(config: Settings, source: Source) -> list[Settings]:
-    """The variants, with no more epochs each than the time budget allows for; the simplest alone if that is few."""
+    """The variants that the time budget allows for, each with the epochs and the folds that it allows for.
+
+    With less and less time: all variants with all folds; the last variant and two folds; the simplest and no folds,
+    which it needs the least. Variants that are not trained cost nothing and stay.
+    """
     budget, given = config["data"].get("budget_s"), variants(config)
     if budget is None:
         return given
-    folds = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
+    wanted = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
+    free, trained = ([v for v in given if (v["attention"]["epochs"] > 0) is costs] for costs in (False, True))
     seconds = _epoch_seconds(given[-1], source)
-    for several in (given, given[:2]):
-        fits = sum(variant["attention"]["epochs"] > 0 for variant in several) + (folds or 1) - 1
+    for several, folds in ((trained, wanted), (trained[-1:], wanted and 2), (trained[:1], None)):
+        fits = len(several) + (folds or 1) - 1  # each of n folds lacks an nth of the queries
         epochs = int(SHARE * budget / (seconds * max(1, fits)))
         if epochs >= FEWEST_EPOCHS:
             break
     epochs = max(1, epochs)
-    if several is not given or any(variant["attention"]["epochs"] > epochs for variant in several):
+    if folds != wanted or any(variant["attention"]["epochs"] > epochs for variant in several):
         log.info(
-            "data.budget_s=%g: an epoch of stage 1 takes some %.0f s, so %d of %d variants get %d epochs at most",
-            *(budget, seconds, len(several), len(given), epochs),
+            "an epoch of stage 1 takes some %.0f s: %d of %d variants, %d epochs at most and %s folds keep to "
+            "data.budget_s=%g",
+            *(seconds, len(free) + len(several), len(given), epochs, folds or "no", budget),
         )
     return [
-        {**variant, "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])}}
-        for variant in several
+        {
+            **variant,
+            "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])},
+            "reranker": {**variant["reranker"], "folds": folds},
+        }
+        for variant in (*free, *several)
     ]
 
 
