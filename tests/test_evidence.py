@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nvf import evidence as module
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
-from nvf.evidence import FEATURES, Evidence
+from nvf.evidence import FEATURES, LOGGED, Evidence
 from nvf.memory import TopK, VectorMemory
 
 
@@ -105,7 +105,7 @@ def test_a_long_log_of_a_row_is_sampled_evenly_and_counted_whole(memory: VectorM
     found = dict(zip(FEATURES, evidence(attention, asked, top)[0].T, strict=True))
     torch.testing.assert_close(found["log_count"].expm1(), torch.tensor([997.0, 3.0]), rtol=1e-4, atol=0)
     for place, mine in ((0, evidence.pairs[:997]), (1, evidence.pairs[997:])):
-        kept = range(3) if place else [slot * 997 // 32 for slot in range(32)]
+        kept = range(3) if place else [slot * 997 // LOGGED for slot in range(LOGGED)]
         similar = evidence.queries[mine[list(kept)] % 1000] @ asked[0]
         mass = float((20 * similar).exp().mean()) * len(mine)
         assert float(found["nearest"][place]) == pytest.approx(max(0.0, float(similar.max())), abs=1e-6)

@@ -80,7 +80,7 @@ def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch
         return [(f"{attention['transform']}-{attention['keys']}", attention["epochs"], n) for attention, n in several]
 
     monkeypatch.setattr(selection, "_epoch_seconds", lambda *_: 10.0)
-    whole = 10 / 0.75  # of the budget, an epoch
+    whole = 10 / selection.SHARE  # of the budget, an epoch
     # Two variants, and three folds of which each lacks a third of the queries: four fits.
     every = [("identity-frozen", 0, 3), ("linear-frozen", 8, 3), ("linear-learned", 8, 3)]
     assert planned(None) == planned(8 * 4 * whole + 1) == every

@@ -20,7 +20,7 @@ from nvf.stages import Settings, attention_stage, fixed_queries, loaded_attentio
 from nvf.streams import stream
 
 log = logging.getLogger("nvf")
-SHARE = 0.75  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
+SHARE = 0.65  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # or something less costly is tried
 
 
