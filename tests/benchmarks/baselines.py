@@ -1,7 +1,7 @@
 """What NVF is compared with: searches over the same frozen vectors, each tuned on validation queries.
 
-Plain torch. Top-1 on validation chooses, and MRR@10 between equals. Every search starts at exact search, which competes,
-so none validates worse than that.
+Plain torch. Top-1 on validation chooses, and MRR@10 between equals. Every search starts at exact search, which
+competes, so none validates worse than that.
 """
 
 import copy
