@@ -118,3 +118,32 @@ def test_the_fitted_temperature_is_the_best_of_a_grid(memory: VectorMemory, star
 def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         SoftAttention(memory, **settings)
+
+
+def test_learned_keys_start_at_the_rows_and_move_alone(memory: VectorMemory) -> None:
+    attention = SoftAttention(memory, transform="identity", keys="learned", beta=3.0)
+    torch.testing.assert_close(attention.keys(), memory.rows)
+    rows = memory.rows.clone()
+    with torch.no_grad():
+        first = attention.keys()
+        assert attention.keys() is first  # kept while nothing changes
+        attention.delta[4] += 0.7
+        moved = attention.keys()
+    expected = F.normalize(rows[4] + 0.7, dim=-1)
+    torch.testing.assert_close(moved[4], expected)
+    torch.testing.assert_close(moved[5:], rows[5:])
+    torch.testing.assert_close(attention(queries()), 3 * queries() @ moved.T)
+    weights = attention(queries()).softmax(dim=-1)
+    torch.testing.assert_close(attention.answer(queries()), weights @ rows)  # values stay frozen
+    assert attention.keys().requires_grad
+
+
+def test_a_bias_is_one_more_dimension(memory: VectorMemory) -> None:
+    attention = SoftAttention(memory, transform="linear", keys="learned", biased=True, beta=3.0)
+    plain = attention(queries())
+    attention.bias.copy_(torch.linspace(-1, 1, 30))
+    torch.testing.assert_close(attention(queries()), plain + 3 * attention.bias)
+    top = attention.candidates(queries(), 4)
+    torch.testing.assert_close(top.scores, attention(queries()).topk(4).values)
+    assert attention.keys().shape == (30, 9)
+    assert SoftAttention(memory, **attention.settings).settings == attention.settings

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from nvf.attention import SoftAttention
 from nvf.evaluation import (
+    METRICS,
     audit_gradients,
     evaluate,
     gap_closed,
@@ -103,12 +104,12 @@ def test_the_bootstrap_of_counts_is_the_bootstrap_of_queries() -> None:
 
 def results(exact: float, oracle: float | None, attention: float, pipeline: float, coverage: float) -> dict:
     def at(value: float | None) -> dict | None:
-        return None if value is None else {m: wilson(round(1000 * value), 1000) for m in ("top1", "top5", "mrr10")}
+        return None if value is None else {m: wilson(round(1000 * value), 1000) for m in METRICS}
 
     figures = {"exact": at(exact), "oracle": at(oracle), "attention": at(attention), "pipeline": at(pipeline)}
     figures |= {"coverage": wilson(round(1000 * coverage), 1000), "rerank_given_coverage": wilson(9, 10)}
     figures["gap_closed"] = gap_closed(figures)
-    return {"test": figures, "against_exact": {"wins": 3, "losses": 1, "p": 0.625}}
+    return {"test": figures, "against_exact": {"wins": 3, "losses": 1, "p": 0.625}, "config": {"k": 7}}
 
 
 def test_the_gap_ends_at_the_lower_ceiling() -> None:
@@ -123,7 +124,35 @@ def test_the_table_names_every_figure() -> None:
         assert text in printed
     assert "75.0  of stage 1 to oracle 80.0" in printed
     assert "3 queries won, 1 lost (McNemar p = 0.62)" in printed
+    assert "Recall@7" in printed
     assert "oracle" not in table(results(0.5, None, 0.6, 0.75, 0.9), 1000)
+    assert "log" not in printed
+    assert "by validation" not in printed
+
+
+def test_the_table_says_what_was_chosen_and_for_whom_it_works() -> None:
+    found = results(0.5, None, 0.6, 0.75, 0.9)
+    found["test"]["seen_rows"] = {
+        m: {"queries": 1200, "top1": wilson(n, 12)} for m, n in (("exact", 3), ("pipeline", 6))
+    }
+    found["test"]["unseen_rows"] = {"exact": None}
+    tried = {"transform": "linear", "keys": "learned", "hub_share": 0.0, "epochs": 4, "val_top1": 0.412, "chosen": True}
+    exact = {**tried, "epochs": 0, "hub_share": 0.25, "val_top1": 0.25, "chosen": False}
+    printed = table({**found, "selection": [exact, tried]}, 1000)
+    assert "items in the log          Top-1 of exact search 25.0, pipeline 50.0 (1,200 queries)" in printed
+    assert "items not in the log" not in printed
+    first, second = printed.splitlines()[-2:]
+    assert first.split(maxsplit=4)[-1] == "41.2  linear transform, learned keys, 4 epochs"
+    assert second.strip() == "25.0  exact search, 0.25 of the hubness subtracted"
+
+
+def test_items_in_and_not_in_the_log_are_told_apart(pipeline: Pipeline, batch: QueryBatch) -> None:
+    seen = torch.arange(30) % 3 == 0
+    figures, _ = evaluate(pipeline, batch, k=4, oracle=None, seen=seen)
+    right = (batch.queries @ pipeline.memory.rows.T).argmax(dim=-1) == batch.targets[:, 0]
+    for name, group in (("seen_rows", seen[batch.targets[:, 0]]), ("unseen_rows", ~seen[batch.targets[:, 0]])):
+        assert figures[name]["exact"]["queries"] == int(group.sum())
+        assert figures[name]["exact"]["top1"]["value"] == pytest.approx(share(right[group].tolist()))
 
 
 def test_remarks_say_what_went_wrong() -> None:

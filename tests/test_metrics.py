@@ -1,11 +1,24 @@
 """Ranks and counts against sorting and loops."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.metrics import DEEPEST, MISS, Agreement, RankCounts, candidate_ranks, target_ranks
+from nvf.metrics import (
+    DEEPEST,
+    MISS,
+    Agreement,
+    MeanAndError,
+    RankCounts,
+    are_targets,
+    candidate_ranks,
+    ndcg,
+    recall,
+    target_ranks,
+)
 
 
 @given(
@@ -56,3 +69,29 @@ def test_agreement_counts_wins_and_losses() -> None:
     agreement.update(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
     agreement.update(torch.tensor([True]), torch.tensor([False]))
     assert [int(count) for count in agreement.compute()] == [2, 1]
+
+
+def test_recall_and_ndcg_equal_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for depth in (1, 4, 10):
+        order = torch.stack([torch.randperm(12, generator=generator) for _ in range(50)])
+        targets = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(50)])
+        targets[:, 1:] = targets[:, 1:].where(torch.rand(50, 4, generator=generator) < 0.5, -1)
+        found = are_targets(order[:, :depth], targets)
+        for i in range(50):
+            right = {t for t in targets[i].tolist() if t >= 0}
+            hits = [row in right for row in order[i, :depth].tolist()]
+            assert float(recall(found, targets)[i]) == pytest.approx(sum(hits) / len(right))
+            gain = sum(hit / math.log2(place + 2) for place, hit in enumerate(hits))
+            ideal = sum(1 / math.log2(place + 2) for place in range(min(depth, len(right))))
+            assert float(ndcg(found, targets)[i]) == pytest.approx(gain / ideal)
+
+
+def test_mean_and_error_add_up_over_batches() -> None:
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    metric = MeanAndError()
+    for part in values.split(30):
+        metric.update(part)
+    mean, error = metric.compute()
+    assert float(mean) == pytest.approx(float(values.mean()))
+    assert float(error) == pytest.approx(float(values.std(correction=0)) / 10)

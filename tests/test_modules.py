@@ -127,3 +127,13 @@ def test_scalars_have_a_learning_rate_of_their_own() -> None:
 def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         AttentionModule(SoftAttention(memory), **{"lr": 1e-3, "schedule": "constant", **settings})
+
+
+def test_keys_that_no_query_points_at_stay(memory: VectorMemory, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    learnable = torch.arange(30) % 2 == 0
+    module = AttentionModule(SoftAttention(memory, keys="learned"), lr=0.1, schedule="constant", learnable=learnable)
+    source = Noisy(memory, sigma=0.2)
+    trainer(tmp_path, epochs=2).fit(module, VectorDataModule(source, seed=0, batch_size=32, steps_per_epoch=5))
+    moved = module.model.delta.detach().abs().sum(dim=-1) > 0
+    assert torch.equal(moved, learnable)

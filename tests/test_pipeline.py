@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from nvf.attention import SoftAttention, attention_loss
 from nvf.errors import InputError
-from nvf.memory import QUERY_BLOCK, VectorMemory
+from nvf.evidence import FEATURES, Evidence
+from nvf.memory import QUERY_BLOCK, VectorMemory, unit
 from nvf.pipeline import FILES, Pipeline
-from nvf.reranker import Reranker
+from nvf.reranker import EvidenceReranker, Reranker
 
 
 def queries(count: int = 6, dim: int = 8, seed: int = 1) -> torch.Tensor:
@@ -261,3 +262,57 @@ def test_the_models_need_neither_lightning_nor_hydra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def weighing(memory: VectorMemory) -> Pipeline:
+    """A pipeline that weighs evidence, with learned keys and a bias, none of it left at zero."""
+    torch.manual_seed(0)
+    log, targets = torch.randn(90, 8), torch.randint(30, (90, 1))
+    attention = SoftAttention(memory, transform="linear", keys="learned", biased=True, beta=5.0)
+    evidence = Evidence.gather(memory, unit(log), targets)
+    pipeline = Pipeline(attention, EvidenceReranker(len(FEATURES), hidden=(8, 8)), k=4, evidence=evidence)
+    with torch.no_grad():
+        for tensor in (*pipeline.parameters(), attention.bias):
+            tensor += 0.1 * torch.randn(tensor.shape)
+    return pipeline.eval()
+
+
+def test_weighing_evidence_searches_saves_and_loads(weighing: Pipeline, tmp_path: Path) -> None:
+    asked = queries()
+    with torch.no_grad():
+        log_probs = weighing(asked).log_probs
+    torch.testing.assert_close(log_probs.exp().sum(dim=-1), torch.ones(len(asked)))
+    assert not torch.equal(log_probs, weighing.attention(asked).log_softmax(dim=-1))
+    hits = weighing.search(asked, k=6)
+    best = log_probs.topk(6)
+    assert torch.equal(hits.rows, best.indices)
+    torch.testing.assert_close(hits.probabilities, best.values.exp())
+    weighing.save(tmp_path / "pipeline")
+    again = Pipeline.load(tmp_path / "pipeline").search(asked, k=6)
+    assert torch.equal(again.rows, hits.rows)
+    assert torch.equal(again.probabilities, hits.probabilities)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_exported_keys_answer_as_stage_one_does(weighing: Pipeline, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"keys{suffix}"
+    weighing.export_keys(path)
+    keys = np.load(path) if suffix == ".npy" else load_file(path)["keys"].numpy()
+    assert np.array_equal(keys, weighing.keys().numpy())
+    asked = 3 * queries().numpy()
+    scores = weighing.transform(asked) @ keys.T
+    expected = weighing.attention(queries()) / weighing.attention.beta
+    np.testing.assert_allclose(scores, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_go_to_no_other_format(weighing: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ends in neither \.npy nor \.safetensors"):
+        weighing.export_keys(tmp_path / "keys.txt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_evidence_and_its_reranker_go_together(weighing: Pipeline) -> None:
+    for reranker, evidence in ((weighing.reranker, None), (Reranker(8), weighing.evidence)):
+        with pytest.raises(InputError, match="an EvidenceReranker needs evidence="):
+            Pipeline(weighing.attention, reranker, evidence=evidence)

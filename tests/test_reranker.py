@@ -1,11 +1,13 @@
 """The factored first layer is the plain one; the residual start is stage 1's order."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nvf.errors import InputError
-from nvf.reranker import RERANKERS, Reranker, reranker_loss
+from nvf.reranker import RERANKERS, EvidenceReranker, Reranker, reranker_loss
 
 
 def inputs(batch: int = 6, k: int = 4, dim: int = 8) -> tuple[torch.Tensor, ...]:
@@ -101,3 +103,22 @@ def test_a_batch_without_valid_samples_changes_nothing() -> None:
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Reranker(8, **settings)
+
+
+def test_weighing_evidence_starts_at_stage_one_and_ignores_scale() -> None:
+    torch.manual_seed(0)
+    evidence, logits = 5 + 3 * torch.randn(40, 6, 4), torch.randn(40, 6)
+    evidence[..., 2] = 7.0  # never varies
+    reranker = EvidenceReranker(4, hidden=(8, 8)).eval()
+    reranker.standardise(evidence)
+    assert torch.equal(reranker(logits, evidence), logits)
+    with torch.no_grad():
+        for parameter in reranker.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    other = copy.deepcopy(reranker)
+    other.standardise(100 * evidence)
+    torch.testing.assert_close(reranker(logits, evidence), other(logits, 100 * evidence), rtol=1e-4, atol=1e-4)
+    x = (evidence[3, 2] - evidence.mean(dim=(0, 1))) / evidence.std(dim=(0, 1), correction=0).clamp(min=1e-6)
+    x[2] = 0
+    expected = logits[3, 2] + x @ reranker.weight + reranker.network(x)
+    torch.testing.assert_close(reranker(logits, evidence)[3, 2], expected.squeeze(), rtol=1e-4, atol=1e-4)

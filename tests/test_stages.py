@@ -44,7 +44,7 @@ def test_the_untrained_start_wins_over_harmful_training(
 ) -> None:
     caplog.set_level(logging.INFO, "nvf")
     ruin = [f"{stage}.{setting}" for stage in ("attention", "reranker") for setting in ("lr=30", "schedule=constant")]
-    results = run("data=embeddings", f"data.dir={folder}", f"attention={transform}", *ruin)
+    results = run("data=embeddings", f"data.dir={folder}", f"attention={transform}", "reranker=residual", *ruin)
     top1 = {method: results["val"][method]["top1"]["value"] for method in ("exact", "attention", "pipeline")}
     assert top1["exact"] == top1["attention"] == top1["pipeline"]
     assert "no epoch validates better than the untrained start" in caplog.text
@@ -57,7 +57,14 @@ def test_the_untrained_start_wins_over_harmful_training(
 
 
 def test_recorded_queries_stop_early(run: Run, tmp_path: Path, folder: Path) -> None:
-    run("data=embeddings", f"data.dir={folder}", "attention.epochs=50", "attention.lr=1", "attention.patience=2")
+    run(
+        "data=embeddings",
+        f"data.dir={folder}",
+        "attention=linear",
+        "attention.epochs=50",
+        "attention.lr=1",
+        "attention.patience=2",
+    )
     last = torch.load(tmp_path / "run/checkpoints/attention/last.ckpt", weights_only=True)
     assert last["epoch"] < 40
 

@@ -34,7 +34,7 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
     if choice == "trainer/gpu":
         compose_config(*overrides)  # what it asks for may not be there
         return
-    if choice in ("data/embeddings", "queries/recorded"):
+    if choice in ("data/embeddings", "queries/recorded", "reranker/evidence"):
         overrides += ["data=embeddings", f"data.dir={folder}"]
     if choice == "data/qdrant":
         to_collection(folder, tmp_path / "storage")

@@ -13,6 +13,7 @@ from nvf.queries import QueryBatch, blocks
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+CLEAR = 2.0  # standard errors
 
 
 def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
@@ -36,38 +37,51 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
 
 
 @torch.no_grad()
-def top1(attention: SoftAttention, batch: QueryBatch) -> float:
-    """The share of queries whose target has the highest attention, in blocks."""
+def answered(attention: SoftAttention, batch: QueryBatch) -> Tensor:
+    """Which queries have a target at the highest attention, (B,) bool, in blocks."""
     keys = attention.keys()
-    size = max(1, SCORE_BLOCK // len(keys))
-    right = sum(
-        int((target_ranks(attention.transformed(part.queries) @ keys.T, part.targets) == 1).sum())
-        for part in blocks(batch, size)
-    )
-    return right / len(batch.queries)
+    found = [
+        target_ranks(attention.transformed(part.queries) @ keys.T, part.targets) == 1
+        for part in blocks(batch, max(1, SCORE_BLOCK // len(keys)))
+    ]
+    return torch.cat(found)
+
+
+def clearly_above(answered: Tensor, reference: Tensor) -> bool:
+    """Whether wins over a reference exceed losses by CLEAR standard errors of their difference; both (B,) bool.
+
+    Of several searches that are as good as the reference, one always looks better on a few queries.
+    """
+    wins, losses = int((answered & ~reference).sum()), int((~answered & reference).sum())
+    return wins - losses > CLEAR * math.sqrt(wins + losses)
 
 
 @torch.no_grad()
 def fit_hub_correction(
-    attention: SoftAttention, bank: Tensor, queries: Tensor, targets: Tensor, *, shares: Sequence[float] = SHARES
+    attention: SoftAttention,
+    bank: Tensor,
+    held_out: QueryBatch,
+    *,
+    shares: Sequence[float] = SHARES,
+    cautious: bool = False,
 ) -> float:
     """Set the bias to the share of the rows' hubness whose subtraction validates best; returns the share.
 
     Args:
         attention: a fitted stage 1; without a bias at a share of 0.
         bank: the training queries, (n, D).
-        queries: held out, (B, D), with their targets, (B, m).
+        held_out: validation queries with their targets.
         shares: to choose from, in the order that decides between equals.
+        cautious: take none but the first that is not clearly above it.
     """
     attention.bias = None
-    keys = attention.keys()
-    hubs = hubness(attention.transformed(bank), keys, attention.beta)
-    right = torch.zeros(len(shares), dtype=torch.long)
-    size = max(1, SCORE_BLOCK // len(keys))
-    for part in blocks(QueryBatch(queries, targets), size):
-        scores = attention.transformed(part.queries) @ keys.T
-        for place, share in enumerate(shares):
-            right[place] += (target_ranks(scores - share * hubs, part.targets) == 1).sum().cpu()
-    share = shares[int(right.argmax())]
-    attention.bias = -share * hubs if share else None
-    return share
+    hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
+    right = []
+    for share in shares:
+        attention.bias = -share * hubs if share else None
+        right.append(answered(attention, held_out))
+    best = max(range(len(shares)), key=lambda place: int(right[place].sum()))  # the first of equals
+    if cautious and not clearly_above(right[best], right[0]):
+        best = 0
+    attention.bias = -shares[best] * hubs if shares[best] else None
+    return shares[best]

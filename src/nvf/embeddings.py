@@ -123,10 +123,13 @@ def _read_pair(
 
 
 def _once(rows: np.ndarray) -> np.ndarray:
-    """Targets, (n, m), each named once; the padding comes last."""
-    rows = -np.sort(-rows, axis=1)
-    rows[:, 1:][rows[:, 1:] == rows[:, :-1]] = -1
-    return rows
+    """Targets, (n, m), where a row that a query names again gives way to padding."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, axis=1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
+    once = np.empty_like(rows)
+    np.put_along_axis(once, order, ordered, axis=1)
+    return once
 
 
 def _checked_rows(targets: np.ndarray, rows: int, path: Path) -> np.ndarray:

@@ -22,7 +22,7 @@ FEATURES = (
     "crowding",  # mean cosine of the row to the candidates
 )
 SHARPNESS = 20.0  # inverse temperature of similarities: that at which stage 1 starts
-LOGGED = 32  # logged queries of a row that are compared, evenly spaced over the log where there are more
+LOGGED = 16  # logged queries of a row that are compared, evenly spaced over the log where there are more
 NEIGHBOURS = 10
 
 

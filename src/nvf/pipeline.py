@@ -19,6 +19,7 @@ from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
 from nvf.memory import QUERY_BLOCK, TopK, VectorMemory, check_k, check_vectors, from_numpy, unit
 from nvf.reranker import EvidenceReranker, Reranker
+from nvf.whole import written_whole
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
@@ -88,6 +89,23 @@ class Pipeline(nn.Module):
         """
         with torch.no_grad():
             return self.attention.keys().clone()
+
+    def export_keys(self, path: str | Path) -> None:
+        """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`; whole or not at all.
+
+        Raises:
+            InputError: the name ends in neither.
+        """
+        path = Path(path)
+        if path.suffix not in (".npy", ".safetensors"):
+            raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
+        keys = self.keys().cpu().contiguous()
+        with written_whole(path) as partial:
+            if path.suffix == ".safetensors":
+                save_file({"keys": keys}, partial)
+            else:
+                with partial.open("wb") as file:
+                    np.save(file, keys.numpy())
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
@@ -169,7 +187,7 @@ class Pipeline(nn.Module):
         inside = _share_out(log_attention[:, : self.k], scores)
         log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
         best = log_probs.topk(k, dim=-1)
-        return top.rows.gather(-1, best.indices), best.values.exp().float()
+        return top.rows.gather(-1, best.indices), best.values.exp().clamp(max=1).float()
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, whole or not at all.

@@ -47,7 +47,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     if pipeline is not None and pipeline < attention:
         lines.append(
             f"The pipeline ({100 * pipeline:.1f}) is below stage 1 ({100 * attention:.1f}): "
-            "try reranker=residual, more reranker.epochs or a lower reranker.lr."
+            "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention."
         )
     if attention < exact:
         remedy = (

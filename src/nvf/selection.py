@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.calibration import fit_hub_correction, fit_temperature, top1
+from nvf.calibration import answered, clearly_above, fit_hub_correction, fit_temperature
 from nvf.data import Fold
 from nvf.evidence import Evidence
 from nvf.fitting import fit, fit_blindly
@@ -20,8 +20,8 @@ from nvf.stages import Settings, attention_stage, fixed_queries, loaded_attentio
 from nvf.streams import stream
 
 log = logging.getLogger("nvf")
-SHARE = 0.75  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
-FEWEST_EPOCHS = 3
+SHARE = 0.65  # of the time budget for stage 1 in all its variants and folds; stage 2 and evaluation have the rest
+FEWEST_EPOCHS = 3  # or something less costly is tried
 
 
 class Chosen(NamedTuple):
@@ -31,14 +31,16 @@ class Chosen(NamedTuple):
     config: Settings  # its own, of the variant that was chosen
     epochs: int  # of training
     hub_share: float  # of the rows' hubness that its bias subtracts
+    answered: torch.Tensor  # which validation queries it answers, (B,) bool
     tried: list[dict[str, Any]]  # every variant with its validation Top-1
 
 
 def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
     """The stage 1 that validates best of the configured variants, or the one that `attention_checkpoint` names.
 
-    Of equals, the first wins. Each has the weights of its best validation Top-1; then its hubs are corrected, if that
-    is asked for, and its temperature is fitted, on validation queries both.
+    Each has the weights of its best validation Top-1; then its hubs are corrected, if that is asked for, and its
+    temperature is fitted, on validation queries both. A variant that is not clearly above exact search gives way to the
+    first.
     """
     if config["attention_checkpoint"] is not None:
         variant, attention = loaded_attention(config, source)
@@ -54,7 +56,10 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
             variant, "attention", module, data, folder, start_competes=starts_well, name=f"attention/{name}".rstrip("/")
         )
         fitted.append((_calibrated(variant, source, module.attention, epochs), checkpoints / name / "best.ckpt"))
-    chosen, checkpoint = max(fitted, key=lambda pair: pair[0].tried[0]["val_top1"])
+    held_out = fixed_queries(config, source, "val")
+    exact = answered(SoftAttention(source.memory, transform="identity"), held_out)
+    clear = [pair for pair in fitted if clearly_above(pair[0].answered, exact)]
+    chosen, checkpoint = max(clear or fitted[:1], key=lambda pair: int(pair[0].answered.sum()))  # the first of equals
     if several:
         shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
     return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
@@ -63,8 +68,9 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
 def fit_reranker(config: Settings, source: Source, chosen: Chosen, folder: Path) -> Pipeline:
     """Both stages: a reranker with the weights of its best validation Top-1 behind the frozen stage 1."""
     evidence, folds = None, []
-    if config["reranker"]["folds"] is not None and chosen.epochs:
-        folds = cross_fit(chosen, source, folder, config["reranker"]["folds"])
+    count = chosen.config["reranker"]["folds"]
+    if count is not None and chosen.epochs:
+        folds = cross_fit(chosen, source, folder, count)
     if config["reranker"]["kind"] == "evidence":
         evidence = Evidence.gather(source.memory, *_training_queries(source))
     module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
@@ -92,44 +98,57 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
         module, data = attention_stage(chosen.config, partial)
         fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs)
         if chosen.hub_share:
-            fit_hub_correction(module.attention, data.queries("train").queries, *held_out, shares=(chosen.hub_share,))
+            fit_hub_correction(module.attention, rest.queries, held_out, shares=(chosen.hub_share,))
         fit_temperature(module.attention, *held_out)
         folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))
     return folds
 
 
 def plan(config: Settings, source: Source) -> list[Settings]:
-    """The variants, with no more epochs each than the time budget allows for; the simplest alone if that is few."""
+    """The variants that the time budget allows for, each with the epochs and the folds that it allows for.
+
+    With less and less time: all variants with all folds; the last variant and two folds; the simplest and no folds,
+    which it needs the least. Variants that are not trained cost nothing and stay.
+    """
     budget, given = config["data"].get("budget_s"), variants(config)
     if budget is None:
         return given
-    folds = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
+    wanted = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
+    free, trained = ([v for v in given if (v["attention"]["epochs"] > 0) is costs] for costs in (False, True))
     seconds = _epoch_seconds(given[-1], source)
-    for several in (given, given[:2]):
-        fits = sum(variant["attention"]["epochs"] > 0 for variant in several) + (folds or 1) - 1
+    for several, folds in ((trained, wanted), (trained[-1:], wanted and 2), (trained[:1], None)):
+        fits = len(several) + (folds or 1) - 1  # each of n folds lacks an nth of the queries
         epochs = int(SHARE * budget / (seconds * max(1, fits)))
         if epochs >= FEWEST_EPOCHS:
             break
     epochs = max(1, epochs)
-    if several is not given or any(variant["attention"]["epochs"] > epochs for variant in several):
+    if folds != wanted or any(variant["attention"]["epochs"] > epochs for variant in several):
         log.info(
-            "data.budget_s=%g: an epoch of stage 1 takes some %.0f s, so %d of %d variants get %d epochs at most",
-            *(budget, seconds, len(several), len(given), epochs),
+            "an epoch of stage 1 takes some %.0f s: %d of %d variants, %d epochs at most and %s folds keep to "
+            "data.budget_s=%g",
+            *(seconds, len(free) + len(several), len(given), epochs, folds or "no", budget),
         )
     return [
-        {**variant, "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])}}
-        for variant in several
+        {
+            **variant,
+            "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])},
+            "reranker": {**variant["reranker"], "folds": folds},
+        }
+        for variant in (*free, *several)
     ]
 
 
 def _calibrated(variant: Settings, source: Source, attention: SoftAttention, epochs: int) -> Chosen:
     held_out, share = fixed_queries(variant, source, "val"), 0.0
     if variant["attention"]["hub_correction"] and isinstance(source, Recorded):
-        share = fit_hub_correction(attention, _training_queries(source).queries, *held_out)
+        bank = _training_queries(source).queries
+        share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
     fit_temperature(attention, *held_out)
+    right = answered(attention, held_out)
     about = {name: variant["attention"][name] for name in ("transform", "keys")}
-    about = {**about, "hub_share": share, "epochs": epochs, "val_top1": top1(attention, held_out), "chosen": True}
-    return Chosen(attention, variant, epochs, share, [about])
+    score = float(right.double().mean())
+    about = {**about, "hub_share": share, "epochs": epochs, "val_top1": score, "chosen": True}
+    return Chosen(attention, variant, epochs, share, right, [about])
 
 
 def _training_queries(source: Source) -> QueryBatch:

@@ -1,0 +1,69 @@
+"""What is fitted without gradients: the hub correction, against a loop over shares."""
+
+import torch
+import torch.nn.functional as F
+
+from nvf.attention import SoftAttention
+from nvf.calibration import SHARES, answered, clearly_above, fit_hub_correction
+from nvf.memory import VectorMemory, hubness
+from nvf.queries import Noisy, QueryBatch
+from nvf.streams import stream
+
+
+def hubby() -> tuple[VectorMemory, torch.Tensor, QueryBatch]:
+    """A memory whose row 0 lies in the middle of all queries, a bank of queries, and held-out ones with targets."""
+    generator = stream(0, "test")
+    middle = F.normalize(torch.randn(1, 16, generator=generator), dim=-1)
+    rows = F.normalize(torch.cat([middle, middle + torch.randn(40, 16, generator=generator) / 4]), dim=-1)
+    memory = VectorMemory(rows)
+    bank, held_out = (Noisy(VectorMemory(rows[1:]), sigma=0.25).sample(n, stream(n, "test")) for n in (600, 500))
+    return memory, bank.queries, QueryBatch(held_out.queries, held_out.targets + 1)
+
+
+def test_hubness_equals_its_formula() -> None:
+    memory, bank, _ = hubby()
+    expected = (20 * memory.rows @ bank.T).exp().mean(dim=-1).log() / 20
+    torch.testing.assert_close(hubness(bank, memory.rows, 20.0), expected)
+
+
+def test_the_share_that_validates_best_is_taken_and_hubs_give_way() -> None:
+    memory, bank, held_out = hubby()
+    attention = SoftAttention(memory, transform="identity")
+    before = float(answered(attention, held_out).double().mean())
+    exact = (held_out.queries @ memory.rows.T).argmax(dim=-1) == held_out.targets[:, 0]
+    assert before == int(exact.sum()) / 500
+    scores = held_out.queries @ memory.rows.T
+    hubs = hubness(bank, memory.rows, 20.0)
+    right = [int(((scores - s * hubs).argmax(dim=-1) == held_out.targets[:, 0]).sum()) for s in SHARES]
+    share = fit_hub_correction(attention, bank, held_out)
+    assert share == SHARES[right.index(max(right))] > 0
+    assert float(answered(attention, held_out).double().mean()) == max(right) / 500 > before
+    torch.testing.assert_close(attention(held_out.queries), 20 * (scores - share * hubs), rtol=1e-4, atol=1e-4)
+    assert fit_hub_correction(attention, bank, held_out) == share  # again, from the start
+    fit_hub_correction(attention, bank, held_out, shares=(0.0,))
+    assert attention.bias is None
+    assert float(answered(attention, held_out).double().mean()) == before
+
+
+def test_caution_wants_more_than_a_lucky_few() -> None:
+    memory, bank, held_out = hubby()
+    attention = SoftAttention(memory, transform="identity")
+    share = fit_hub_correction(attention, bank, held_out)
+    plain = answered(SoftAttention(memory, transform="identity"), held_out)
+    places = (answered(attention, held_out) & ~plain).nonzero().squeeze(-1)[:3]  # three wins and no loss
+    lucky = QueryBatch(*(torch.cat([part[places], part[plain][:50]]) for part in held_out))
+    assert fit_hub_correction(attention, bank, lucky) > 0
+    assert fit_hub_correction(attention, bank, lucky, cautious=True) == 0
+    assert attention.bias is None
+    many = QueryBatch(*(part.repeat(50, 1) for part in held_out))
+    assert fit_hub_correction(attention, bank, many, cautious=True) == share
+
+
+def test_clearly_above_counts_disagreements_alone() -> None:
+    right, reference = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    right[:20] = reference[10:20] = reference[90:94] = True  # ten wins, four losses: 6 against 2 x 3.7
+    assert not clearly_above(right, reference)
+    reference[90:92] = False  # ten wins, two losses: 8 against 2 x 3.5
+    assert clearly_above(right, reference)
+    assert not clearly_above(reference, right)
+    assert not clearly_above(right, right)

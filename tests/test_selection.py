@@ -1,0 +1,133 @@
+"""Which stage 1 goes on: variants, the time budget, folds; a run on recorded queries from end to end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import compose_config, write_folder
+from nvf import InputError, Pipeline, selection
+from nvf.selection import cross_fit, fit_attention, plan
+from nvf.stages import build_source
+
+Run = Callable[..., dict[str, Any]]
+SHORT = ["attention.epochs=3", "reranker.epochs=3", "k=5", "trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def shifted(tmp_path: Path) -> Path:
+    """60 items in 16 dimensions and 3,000 queries, each seen through a fixed map: there is something to learn."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "shifted"
+    folder.mkdir()
+    corpus = rng.standard_normal((60, 16))
+    targets = rng.integers(50, size=3000)  # ten items are never asked for
+    queries = corpus[targets] @ (np.eye(16) + 0.25 * rng.standard_normal((16, 16)))
+    np.save(folder / "corpus.npy", corpus)
+    np.save(folder / "queries.npy", queries + 0.9 * rng.standard_normal(queries.shape))
+    np.save(folder / "targets.npy", targets)
+    return folder
+
+
+def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shifted: Path, tmp_path: Path) -> None:
+    results = run("data=embeddings", f"data.dir={shifted}", *SHORT)
+    top1 = {m: results["test"][m]["top1"]["value"] for m in ("exact", "attention", "pipeline")}
+    assert top1["exact"] < top1["attention"]
+    assert top1["exact"] < top1["pipeline"]
+    val = {m: results["val"][m]["top1"]["value"] for m in ("exact", "attention", "pipeline")}
+    assert val["exact"] <= val["attention"] <= val["pipeline"]
+    tried = results["selection"]
+    assert [(variant["transform"], variant["keys"]) for variant in tried] == [
+        ("identity", "frozen"),
+        ("linear", "frozen"),
+        ("linear", "learned"),
+    ]
+    (chosen,) = [variant for variant in tried if variant["chosen"]]
+    assert chosen["val_top1"] == max(variant["val_top1"] for variant in tried) == pytest.approx(val["attention"])
+    assert chosen["epochs"] > 0
+    assert results["test"]["seen_rows"]["exact"]["queries"] == 300
+    assert results["test"]["unseen_rows"]["exact"] is None
+    assert results["duplicates"] == {}
+    assert (tmp_path / "run/checkpoints/attention/best.ckpt").is_file()
+    again = Pipeline.load(tmp_path / "run/pipeline")
+    assert again.search(np.load(shifted / "queries.npy")[:7], k=3).rows.shape == (7, 3)
+
+
+def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:
+    first = run("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention")
+    checkpoint = tmp_path / "run/checkpoints/attention/best.ckpt"
+    again = run(
+        *("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention", f"attention_checkpoint={checkpoint}"),
+        folder=tmp_path / "again",
+    )
+    assert again["test"] == first["test"]
+
+
+def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> None:
+    ruin = ["attention.lr=30", "attention.schedule=constant", "attention.hub_correction=false", "stage=attention"]
+    results = run("data=embeddings", f"data.dir={folder}", *SHORT, *ruin)
+    assert results["selection"][0]["chosen"]
+    assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
+
+
+def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(budget: float | None) -> list[tuple[str, int, int | None]]:
+        given = "null" if budget is None else budget
+        config = compose_config("data=embeddings", f"data.dir={folder}", f"data.budget_s={given}")
+        several = [(v["attention"], v["reranker"]["folds"]) for v in plan(config, build_source(config))]
+        return [(f"{attention['transform']}-{attention['keys']}", attention["epochs"], n) for attention, n in several]
+
+    monkeypatch.setattr(selection, "_epoch_seconds", lambda *_: 10.0)
+    whole = 10 / selection.SHARE  # of the budget, an epoch
+    # Two variants, and three folds of which each lacks a third of the queries: four fits.
+    every = [("identity-frozen", 0, 3), ("linear-frozen", 8, 3), ("linear-learned", 8, 3)]
+    assert planned(None) == planned(8 * 4 * whole + 1) == every
+    assert planned(5 * 4 * whole + 1) == [(name, min(epochs, 5), 3) for name, epochs, _ in every]
+    assert planned(4 * 2 * whole + 1) == [("identity-frozen", 0, 2), ("linear-learned", 4, 2)]
+    assert planned(5 * whole + 1) == [("identity-frozen", 0, None), ("linear-frozen", 5, None)]
+    assert planned(1.0) == [("identity-frozen", 0, None), ("linear-frozen", 1, None)]
+
+
+def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", queries=200)
+    queries, targets = np.load(tmp_path / "f/queries.npy"), np.load(tmp_path / "f/targets.npy")
+    np.save(tmp_path / "f/queries.npy", np.concatenate([queries, queries]))
+    np.save(tmp_path / "f/targets.npy", np.concatenate([targets, targets]))
+    config = compose_config("data=embeddings", f"data.dir={tmp_path / 'f'}", "attention=linear", *SHORT)
+    source = build_source(config)
+    chosen = fit_attention(config, source, tmp_path)
+    chosen = chosen._replace(epochs=2)
+    folds = cross_fit(chosen, source, tmp_path, 3)
+    train = source.splits["train"]
+    assert sorted(torch.cat([fold.unseen for fold in folds]).tolist()) == list(range(len(train.queries)))
+    for fold in folds:
+        mine = {tuple(query.tolist()) for query in train.queries[fold.unseen]}
+        others = torch.ones(len(train.queries), dtype=torch.bool)
+        others[fold.unseen] = False
+        assert not mine & {tuple(query.tolist()) for query in train.queries[others]}
+    weights = [fold.attention.transform.network.weight for fold in folds]
+    assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.budget_s=0"], "data.budget_s=0 is not a number above 0"),
+        (["reranker.folds=1"], "reranker.folds=1 is not a whole number of at least 2"),
+        (["attention.variants=[]"], "attention.variants=.* is no list of settings"),
+        (["attention.variants=[{lr: 1}]"], "attention.variants names lr; it may name transform"),
+        (["attention.keys=loose"], "attention.keys=loose is unknown; choose one of frozen, learned"),
+    ],
+)
+def test_bad_settings_are_refused(run: Run, folder: Path, overrides: list[str], message: str) -> None:
+    single = ["attention=linear"] if "keys" in overrides[0] else []
+    with pytest.raises(InputError, match=message):
+        run("data=embeddings", f"data.dir={folder}", *single, *overrides)
+
+
+def test_evidence_needs_a_log(run: Run) -> None:
+    with pytest.raises(InputError, match=r"reranker\.kind=evidence and reranker\.folds=3 need a log of queries"):
+        run("reranker=evidence")
