@@ -267,7 +267,12 @@ def test_bad_input_ends_in_one_line(place: Path) -> None:
 def test_a_killed_search_leaves_nothing(place: Path, sent: signal.Signals, status: int) -> None:
     np.save(place / "q.npy", vectors(3_000_000))
     words = ["pipeline=pipeline", "queries=q.npy", "output=a.jsonl"]
-    process = subprocess.Popen([sys.executable, "-m", "nvf.search", *words], cwd=place, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nvf.search", *words],
+        cwd=place,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # a job in the background ignores SIGINT
+    )
     try:
         deadline = time.monotonic() + 60
         while not (place / ".a.jsonl.partial").exists() and time.monotonic() < deadline:

@@ -83,8 +83,8 @@ def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch
     monkeypatch.setattr(selection, "_epoch_seconds", lambda *_: 10.0)
     whole = 10 / selection.SHARE  # of the budget, an epoch
     # Two variants, and three folds of which each lacks a third of the queries: four fits.
-    every = [("identity-frozen", 0, 3), ("linear-frozen", 8, 3), ("linear-learned", 8, 3)]
-    assert planned(None) == planned(8 * 4 * whole + 1) == every
+    every = [("identity-frozen", 0, 3), ("linear-frozen", 14, 3), ("linear-learned", 14, 3)]
+    assert planned(None) == planned(14 * 4 * whole + 1) == every
     assert planned(5 * 4 * whole + 1) == [(name, min(epochs, 5), 3) for name, epochs, _ in every]
     assert planned(4 * 2 * whole + 1) == [("identity-frozen", 0, 2), ("linear-learned", 4, 2)]
     assert planned(5 * whole + 1) == [("identity-frozen", 0, None), ("linear-frozen", 5, None)]

@@ -120,7 +120,7 @@ def check(config: Settings, source: Source) -> None:
             if (value := config[stage][name]) is not None:
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (budget := config["data"].get("budget_s")) is not None:
-        check_number("data.budget_s", budget, above=0, remedy="300 is the default, null sets no limit")
+        check_number("data.budget_s", budget, above=0, remedy="480 is the default, null sets no limit")
     for variant in variants(config):
         module, _ = attention_stage(variant, source)
     if config["attention_checkpoint"] is not None:
