@@ -11,7 +11,7 @@ import torch
 from conftest import compose_config, write_folder
 from nvf import InputError, Pipeline, selection
 from nvf.selection import cross_fit, fit_attention, plan
-from nvf.stages import build_source
+from nvf.stages import attention_stage, build_source
 
 Run = Callable[..., dict[str, Any]]
 SHORT = ["attention.epochs=3", "reranker.epochs=3", "k=5", "trainer.enable_progress_bar=false"]
@@ -91,7 +91,18 @@ def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch
     assert planned(1.0) == [("identity-frozen", 0, None), ("linear-frozen", 1, None)]
 
 
-def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
+def test_what_is_not_clearly_above_exact_search_gives_way(
+    run: Run, shifted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "clearly_above", lambda *_: False)
+    results = run("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention", "attention.hub_correction=false")
+    exact, *others = results["selection"]
+    assert max(variant["val_top1"] for variant in others) > exact["val_top1"]
+    assert exact["chosen"]
+    assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
+
+
+def test_folds_have_not_seen_their_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "f", queries=200)
     queries, targets = np.load(tmp_path / "f/queries.npy"), np.load(tmp_path / "f/targets.npy")
     np.save(tmp_path / "f/queries.npy", np.concatenate([queries, queries]))
@@ -100,14 +111,20 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
     source = build_source(config)
     chosen = fit_attention(config, source, tmp_path)
     chosen = chosen._replace(epochs=2)
+    given: list[torch.Tensor] = []
+
+    def watched(settings: Any, partial: Any) -> Any:
+        given.append(partial.splits["train"].queries)
+        return attention_stage(settings, partial)
+
+    monkeypatch.setattr(selection, "attention_stage", watched)
     folds = cross_fit(chosen, source, tmp_path, 3)
     train = source.splits["train"]
     assert sorted(torch.cat([fold.unseen for fold in folds]).tolist()) == list(range(len(train.queries)))
-    for fold in folds:
+    for fold, fitted_on in zip(folds, given, strict=True):
+        assert len(fitted_on) + len(fold.unseen) == len(train.queries)
         mine = {tuple(query.tolist()) for query in train.queries[fold.unseen]}
-        others = torch.ones(len(train.queries), dtype=torch.bool)
-        others[fold.unseen] = False
-        assert not mine & {tuple(query.tolist()) for query in train.queries[others]}
+        assert not mine & {tuple(query.tolist()) for query in fitted_on}
     weights = [fold.attention.transform.network.weight for fold in folds]
     assert not torch.equal(weights[0], weights[1])
 
