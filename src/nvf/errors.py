@@ -33,3 +33,9 @@ def check_number(
         or (below is not None and value >= below)
     ):
         raise InputError(f"{name}={value} is not {' '.join([kind, ' and '.join(limits)]).strip()}; {remedy}")
+
+
+def one_line(fault: BaseException) -> str:
+    """What another library's exception says, on one line of bounded length, for an InputError to quote."""
+    text = " ".join(str(fault).split())
+    return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__

@@ -53,14 +53,16 @@ def evaluate(
     missing = {"oracle"} if oracle is None else set()
     missing |= set() if isinstance(model, Pipeline) else {"pipeline"}
     counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
+    if oracle is rows:
+        counted["oracle"] = counted["exact"]
     covered, against = RankCounts().to(rows.device), Agreement().to(rows.device)  # ranks of covered targets alone
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
     for queries, targets in tqdm(blocks(batch, size), title, leave=False, delay=3):
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
         scores = {"exact": F.normalize(queries, dim=-1) @ rows.T}
-        if oracle is not None:
-            scores["oracle"] = scores["exact"] if oracle is rows else queries @ oracle.T
+        if oracle is not None and oracle is not rows:
+            scores["oracle"] = queries @ oracle.T
         if isinstance(model, Pipeline):
             found = model(queries)
             scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates

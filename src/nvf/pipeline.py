@@ -1,8 +1,6 @@
 """Both stages as one module: one differentiable distribution over the memory, a search, a folder on disk."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
@@ -200,10 +198,6 @@ class Pipeline(nn.Module):
         folder = Path(folder)
         if folder.exists() and not (folder / "config.json").is_file():
             raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-        partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
         config = {
             "format": FORMAT,
             "k": self.k,
@@ -212,15 +206,14 @@ class Pipeline(nn.Module):
             "attention": self.attention.settings,
             "reranker": self.reranker.settings,
         }
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if self.memory.ids is not None:
-            write_ids(self.memory.ids, partial / IDS_FILE)
-        save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
-        save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder) as partial:
+            partial.mkdir()
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if self.memory.ids is not None:
+                write_ids(self.memory.ids, partial / IDS_FILE)
+            save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
+            save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
@@ -250,7 +243,7 @@ class Pipeline(nn.Module):
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
-            raise InputError(f"{folder} is damaged ({_line(fault)}); save the pipeline again") from None
+            raise InputError(f"{folder} is damaged ({one_line(fault)}); save the pipeline again") from None
         return pipeline.eval().to(device)
 
 
@@ -266,8 +259,3 @@ def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[
 def _share_out(log_attention: Tensor, scores: Tensor) -> Tensor:
     """The candidates' log-probabilities, (B, k): stage 1's total for them, shared out by softmax(scores)."""
     return log_attention.logsumexp(dim=-1, keepdim=True) + scores.log_softmax(dim=-1)
-
-
-def _line(fault: BaseException) -> str:
-    text = " ".join(str(fault).split())
-    return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 from nvf.ids import checked_ids
 from nvf.memory import VectorMemory, check_vectors
 
@@ -59,7 +59,9 @@ def read_memory(
         field = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
         ids, vectors = _scroll(client, name, field)
     except ApiException as fault:
-        raise InputError(f"{where} does not answer ({_line(fault)}); check the server, and {KEY} if it asks") from None
+        raise InputError(
+            f"{where} does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
+        ) from None
     finally:
         client.close()
     if len(set(map(type, ids))) > 1:
@@ -86,14 +88,14 @@ def _open_local(path: str | None, where: str) -> QdrantClient:
             raise InputError(
                 f"{where} is open in another process; close it there, or run a server and set data.url"
             ) from None
-        raise InputError(f"{where} cannot be read ({_line(fault)}); repair it with qdrant-client") from None
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
 
 
 def _open_server(url: str, where: str) -> QdrantClient:
     try:
         return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
     except ValueError as fault:
-        raise InputError(f"{where} is not a URL ({_line(fault)}); give one like http://localhost:6333") from None
+        raise InputError(f"{where} is not a URL ({one_line(fault)}); give one like http://localhost:6333") from None
 
 
 def _check_collection(client: QdrantClient, name: str | None, where: str) -> str:
@@ -154,7 +156,3 @@ def _dense(point: "Record", collection: str, vector: str | None) -> Any:
             f"collection {collection}: point {point.id} has no vector {vector or ''}; give it one or remove the point"
         )
     return found
-
-
-def _line(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"

@@ -27,7 +27,7 @@ def table(results: Mapping[str, Any], queries: int) -> str:
         closed = f"{100 * figures['gap_closed']:5.1f}"
         lines.append(_entry("gap closed", f"{closed}  of stage 1 to {name} {100 * value:.1f}"))
     counts = f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
-    lines.append(_entry("against exact search", f"{counts}"))
+    lines.append(_entry("against exact search", counts))
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
         if figures.get(group) and figures[group]["exact"] is not None:
             lines.append(_entry(name, _by_method(figures[group])))

@@ -42,10 +42,11 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
     temperature is fitted, on validation queries both. A variant that is not clearly above exact search gives way to the
     first.
     """
+    held_out = fixed_queries(config, source, "val")
     if config["attention_checkpoint"] is not None:
         variant, attention = loaded_attention(config, source)
         log.info("stage 1: loaded from %s", config["attention_checkpoint"])
-        return _calibrated(variant, source, attention, variant["attention"]["epochs"])
+        return _calibrated(variant, source, held_out, attention, variant["attention"]["epochs"])
     checkpoints = folder / "checkpoints" / "attention"
     fitted, several = [], len(variants(config)) > 1
     for variant in plan(config, source):
@@ -55,8 +56,8 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
         epochs = fit(
             variant, "attention", module, data, folder, start_competes=starts_well, name=f"attention/{name}".rstrip("/")
         )
-        fitted.append((_calibrated(variant, source, module.attention, epochs), checkpoints / name / "best.ckpt"))
-    held_out = fixed_queries(config, source, "val")
+        chosen = _calibrated(variant, source, held_out, module.attention, epochs)
+        fitted.append((chosen, checkpoints / name / "best.ckpt"))
     exact = answered(SoftAttention(source.memory, transform="identity"), held_out)
     clear = [pair for pair in fitted if clearly_above(pair[0].answered, exact)]
     chosen, checkpoint = max(clear or fitted[:1], key=lambda pair: int(pair[0].answered.sum()))  # the first of equals
@@ -138,8 +139,10 @@ def plan(config: Settings, source: Source) -> list[Settings]:
     ]
 
 
-def _calibrated(variant: Settings, source: Source, attention: SoftAttention, epochs: int) -> Chosen:
-    held_out, share = fixed_queries(variant, source, "val"), 0.0
+def _calibrated(
+    variant: Settings, source: Source, held_out: QueryBatch, attention: SoftAttention, epochs: int
+) -> Chosen:
+    share = 0.0
     if variant["attention"]["hub_correction"] and isinstance(source, Recorded):
         bank = _training_queries(source).queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
@@ -160,10 +163,10 @@ def _training_queries(source: Source) -> QueryBatch:
 def _epoch_seconds(variant: Settings, source: Source) -> float:
     """What an epoch of a variant's training takes here, from two steps after one to warm up."""
     module, data = attention_stage(variant, source)
-    batch = QueryBatch(*(part[: data.batch_size] for part in data.queries("train")))
+    batches = data.train_dataloader()
+    batch = next(iter(batches))
     for step in range(3):
         if step == 1:
             started = time.perf_counter()
         attention_loss(module.attention(batch.queries), batch.targets).backward()
-    steps = data.steps_per_epoch or -(-len(data.queries("train").queries) // data.batch_size)
-    return (time.perf_counter() - started) / 2 * steps
+    return (time.perf_counter() - started) / 2 * len(batches)

@@ -188,8 +188,7 @@ def _build_data(config: Settings, stage: str, source: Source, **candidates: Any)
     settings, queries = config[stage], config["queries"]
     batch_size = settings["batch_size"]
     if isinstance(source, Recorded) and isinstance(batch_size, int):
-        steps = len(source.splits["train"].queries) // FEWEST_STEPS
-        batch_size = min(batch_size, max(SMALLEST_BATCH, steps))
+        batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
     return VectorDataModule(
         source,
         seed=settings["seed"],
