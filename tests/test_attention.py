@@ -125,8 +125,6 @@ def test_learned_keys_start_at_the_rows_and_move_alone(memory: VectorMemory) -> 
     torch.testing.assert_close(attention.keys(), memory.rows)
     rows = memory.rows.clone()
     with torch.no_grad():
-        first = attention.keys()
-        assert attention.keys() is first  # kept while nothing changes
         attention.delta[4] += 0.7
         moved = attention.keys()
     expected = F.normalize(rows[4] + 0.7, dim=-1)
@@ -136,6 +134,28 @@ def test_learned_keys_start_at_the_rows_and_move_alone(memory: VectorMemory) -> 
     weights = attention(queries()).softmax(dim=-1)
     torch.testing.assert_close(attention.answer(queries()), weights @ rows)  # values stay frozen
     assert attention.keys().requires_grad
+
+
+def test_frozen_keys_are_computed_once(memory: VectorMemory) -> None:
+    attention = SoftAttention(memory, transform="identity", keys="learned").requires_grad_(False)
+    first = attention.keys()
+    assert attention.keys() is first
+    attention.delta[4] += 0.7
+    assert not torch.equal(attention.keys(), first)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_keys_follow_every_step_of_an_optimiser(memory: VectorMemory, fused: bool) -> None:
+    attention = SoftAttention(memory, transform="identity", keys="learned")
+    optimizer = torch.optim.Adam(attention.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            attention.keys()
+        optimizer.zero_grad()
+        attention_loss(attention(queries()), torch.arange(len(queries())).unsqueeze(-1)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(attention.keys(), F.normalize(memory.rows + attention.delta, dim=-1))
 
 
 def test_a_bias_is_one_more_dimension(memory: VectorMemory) -> None:

@@ -1,4 +1,4 @@
-"""A value that depends on parameters, kept until one of them changes."""
+"""A value that depends on frozen tensors, kept until one of them changes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class Memo:
-    """Keeps the last value of a computation while no gradients are recorded; with gradients it computes anew."""
+    """Keeps the last value of a computation from tensors that need no gradient; from others it computes anew.
+
+    Those an optimiser may change without a trace: torch's fused ones leave a tensor's version as it was.
+    """
 
     def __init__(self) -> None:
         self._sources: list[tuple[Tensor, int, torch.device]] = []
@@ -16,7 +19,7 @@ class Memo:
 
     def __call__(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
         """The value of `compute()`, which depends on nothing that ever changes but `sources`."""
-        if torch.is_grad_enabled():
+        if _fleeting(sources):
             return compute()
         if self._value is None or not self._unchanged(sources):
             self._value = compute()
@@ -32,3 +35,10 @@ class Memo:
 
     def __deepcopy__(self, _: Any) -> "Memo":
         return Memo()  # the copy has tensors of its own
+
+
+def _fleeting(sources: Sequence[Tensor]) -> bool:
+    """Whether a value computed here may not be used later, or a kept one not here."""
+    # Inside a transform of torch.func, a trace or inference mode, tensors are not what they are outside of it.
+    elsewhere = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return elsewhere or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources)
