@@ -15,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nvf.attention import SoftAttention
-from nvf.memory import VectorMemory
+from nvf.evidence import FEATURES, Evidence
+from nvf.memory import VectorMemory, unit
 from nvf.pipeline import Pipeline
-from nvf.reranker import Reranker
+from nvf.reranker import EvidenceReranker, Reranker
 from nvf.train import CONF, train
 
 torch.set_num_threads(1)
@@ -78,6 +79,20 @@ def pipeline(memory: VectorMemory) -> Pipeline:
     with torch.no_grad():
         for parameter in pipeline.reranker.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
+    return pipeline.eval()
+
+
+@pytest.fixture
+def weighing(memory: VectorMemory) -> Pipeline:
+    """A pipeline that weighs evidence, with learned keys and a bias, none of it left at zero."""
+    torch.manual_seed(0)
+    log, targets = torch.randn(90, 8), torch.randint(30, (90, 1))
+    attention = SoftAttention(memory, transform="linear", keys="learned", biased=True, beta=5.0)
+    evidence = Evidence.gather(memory, unit(log), targets)
+    pipeline = Pipeline(attention, EvidenceReranker(len(FEATURES), hidden=(8, 8)), k=4, evidence=evidence)
+    with torch.no_grad():
+        for tensor in (*pipeline.parameters(), attention.bias):
+            tensor += 0.1 * torch.randn(tensor.shape)
     return pipeline.eval()
 
 

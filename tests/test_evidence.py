@@ -88,7 +88,7 @@ def test_features_equal_a_loop(
     queries, places = (log[0], evidence.logged) if leave_out else (unit_queries(9, 5), None)
     with torch.no_grad():
         top = attention.candidates(queries, 5, logsumexp=True)
-        found = evidence(attention, queries, top, places)
+        found = evidence(attention, queries, top, logged_as=places)
     assert found.shape == (len(queries), 5, len(FEATURES))
     for i, query in enumerate(queries):
         one = TopK(top.scores[i], top.rows[i], top.logsumexp[i])
@@ -124,6 +124,7 @@ def test_gradients_reach_query_and_transform(attention: SoftAttention, memory: V
 
 def test_the_moved_log_follows_the_transform(attention: SoftAttention, memory: VectorMemory) -> None:
     evidence, queries = Evidence.gather(memory, *logged()), unit_queries(4, 6)
+    attention.requires_grad_(False)  # so that the moved log is kept
     with torch.no_grad():
         top = attention.candidates(queries, 5, logsumexp=True)
         before = evidence(attention, queries, top)
@@ -133,6 +134,19 @@ def test_the_moved_log_follows_the_transform(attention: SoftAttention, memory: V
         fresh = Evidence.gather(memory, *logged())(attention, queries, top)
     assert torch.equal(after, fresh)
     assert not torch.equal(before, after)
+
+
+def test_a_query_that_was_never_logged_leaves_nothing_out(attention: SoftAttention, memory: VectorMemory) -> None:
+    evidence, queries = Evidence.gather(memory, *logged()), unit_queries(4, 6)
+    top = attention.candidates(queries, 5, logsumexp=True)
+    mixed = evidence(attention, queries, top, logged_as=torch.tensor([-1, 3, -1, 0]))
+    torch.testing.assert_close(mixed[[0, 2]], evidence(attention, queries, top)[[0, 2]])
+
+
+def test_rows_beyond_the_candidates_change_nothing_for_them(attention: SoftAttention, memory: VectorMemory) -> None:
+    evidence, queries = Evidence.gather(memory, *logged()), unit_queries(4, 6)
+    few, more = (attention.candidates(queries, k, logsumexp=True) for k in (5, 9))
+    torch.testing.assert_close(evidence(attention, queries, more, k=5)[:, :5], evidence(attention, queries, few))
 
 
 def test_one_row_and_one_query(memory: VectorMemory) -> None:

@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nvf.attention import SoftAttention, attention_loss
+from nvf.attention import SoftAttention
 from nvf.errors import InputError
-from nvf.evidence import FEATURES, Evidence
-from nvf.memory import QUERY_BLOCK, VectorMemory, unit
+from nvf.memory import QUERY_BLOCK, VectorMemory
 from nvf.pipeline import FILES, Pipeline
-from nvf.reranker import EvidenceReranker, Reranker
+from nvf.reranker import Reranker
 
 
 def queries(count: int = 6, dim: int = 8, seed: int = 1) -> torch.Tensor:
@@ -66,29 +65,6 @@ def test_the_most_probable_row_is_the_rerankers_choice(seed: int, k: int, beta: 
     best = found.log_probs.amax(dim=-1, keepdim=True)  # not the arg max: scores may be alike to the last bit
     torch.testing.assert_close(found.log_probs.gather(-1, choice), best, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.log_probs.logsumexp(dim=-1), torch.zeros(6), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["mlp", "residual"])
-@pytest.mark.parametrize("transform", ["mlp", "residual", "linear", "identity"])
-def test_gradients_are_exact_on_the_query_and_on_every_parameter(transform: str, kind: str) -> None:
-    torch.manual_seed(0)
-    memory = VectorMemory(torch.randn(12, 4))
-    pipeline = Pipeline(
-        SoftAttention(memory, transform=transform, beta=3.0), Reranker(4, kind=kind, hidden=(6, 5)), k=3
-    )
-    pipeline = pipeline.double().eval()
-    names, parameters = zip(*pipeline.named_parameters(), strict=True)
-    parameters = [(p + 0.2 * torch.randn_like(p)).detach().requires_grad_() for p in parameters]
-    asked = queries(3, 4).double().requires_grad_()
-    targets = torch.tensor([[0, -1], [5, 7], [11, -1]])
-
-    def loss(asked: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        found = torch.func.functional_call(pipeline, dict(zip(names, values, strict=True)), (asked,))
-        return attention_loss(found.log_probs, targets)
-
-    assert torch.autograd.gradcheck(loss, (asked, *parameters))
-    gradients = torch.autograd.grad(loss(asked, *parameters), [asked, *parameters])
-    assert all(gradient.norm() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("certainty", [1, 300])  # a certain reranker leaves candidates behind rows outside
@@ -262,20 +238,6 @@ def test_the_models_need_neither_lightning_nor_hydra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.fixture
-def weighing(memory: VectorMemory) -> Pipeline:
-    """A pipeline that weighs evidence, with learned keys and a bias, none of it left at zero."""
-    torch.manual_seed(0)
-    log, targets = torch.randn(90, 8), torch.randint(30, (90, 1))
-    attention = SoftAttention(memory, transform="linear", keys="learned", biased=True, beta=5.0)
-    evidence = Evidence.gather(memory, unit(log), targets)
-    pipeline = Pipeline(attention, EvidenceReranker(len(FEATURES), hidden=(8, 8)), k=4, evidence=evidence)
-    with torch.no_grad():
-        for tensor in (*pipeline.parameters(), attention.bias):
-            tensor += 0.1 * torch.randn(tensor.shape)
-    return pipeline.eval()
 
 
 def test_weighing_evidence_searches_saves_and_loads(weighing: Pipeline, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ class CandidateBatch(NamedTuple):
     evidence: Tensor  # (B, k, F); F = 0 for a reranker that weighs none
 
 
+class LoggedBatch(NamedTuple):
+    """Training queries with their places in the log of the evidence."""
+
+    queries: Tensor  # (B, D)
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+    logged_as: Tensor  # (B,) int64
+
+
 class Fold(NamedTuple):
     """A stage 1 that has not seen some of the training queries."""
 
@@ -40,14 +48,16 @@ class Fold(NamedTuple):
 class VectorDataModule(L.LightningDataModule):
     """Training, validation and test batches over one source of queries.
 
-    Without `attention` the loaders yield `QueryBatch`, with it `CandidateBatch`. The training batch of step s of epoch
-    e on rank r is a function of (seed, stage, e, s, r) alone, so a resumed run sees what an uninterrupted one would
-    have seen. Generated queries are fresh in every step, unless `train_samples` fixes a finite set; finite sets are
-    shuffled anew in every pass. Validation and test queries are fixed by `eval_seed`. Where the queries are fixed,
-    their candidates are computed once; a finite training set of candidates holds the valid samples alone.
+    Without `attention` the loaders yield `QueryBatch`, or for training `LoggedBatch` where there is `evidence`; with it
+    `CandidateBatch`. The training batch of step s of epoch e on rank r is a function of (seed, stage, e, s, r) alone,
+    so a resumed run sees what an uninterrupted one would have seen. Generated queries are fresh in every step, unless
+    `train_samples` fixes a finite set; finite sets are shuffled anew in every pass. Validation and test queries are
+    fixed by `eval_seed`. Where the queries are fixed, their candidates are computed once; a finite training set of
+    candidates holds the valid samples alone.
 
     Args:
         source: generated or recorded queries.
+        stage: what the batches train, which names their stream; if None, `attention`, or `reranker` where it is given.
         seed: of the training stream.
         batch_size: training queries a step and rank.
         steps_per_epoch: steps between two validations; None is one pass over a finite training set.
@@ -67,6 +77,7 @@ class VectorDataModule(L.LightningDataModule):
         self,
         source: Source,
         *,
+        stage: str | None = None,
         seed: int,
         batch_size: int,
         steps_per_epoch: int | None = None,
@@ -97,13 +108,13 @@ class VectorDataModule(L.LightningDataModule):
         self.folds = folds
         self.k = k
         self.seed = seed
-        self.stage = "attention" if attention is None else "reranker"
+        self.stage = stage or ("attention" if attention is None else "reranker")
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
         self.train_samples = train_samples
         self.samples = {"val": val_samples, "test": test_samples}
         self.eval_seed = eval_seed
-        self._sets: dict[str, QueryBatch | CandidateBatch] = {}
+        self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Move the frozen parts to the trainer's device; fixed sets are made when their loader is first asked for."""
@@ -144,7 +155,7 @@ class VectorDataModule(L.LightningDataModule):
         if self.evidence is None:
             evidence = top.scores.new_empty(*top.rows.shape, 0)
         else:
-            evidence = self.evidence(attention, batch.queries, top, logged_as)
+            evidence = self.evidence(attention, batch.queries, top, logged_as=logged_as)
         labels = are_targets(top.rows, batch.targets)
         return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence)
 
@@ -157,12 +168,18 @@ class VectorDataModule(L.LightningDataModule):
             return self.source.sample(self.train_samples or 0, generator)
         return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
 
-    def samples_of(self, split: str) -> QueryBatch | CandidateBatch:
+    def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
         """The samples of a fixed set, made once."""
         if split not in self._sets:
-            queries = self.queries(split)
-            self._sets[split] = queries if self.attention is None else self._all_candidates(queries, split)
+            self._sets[split] = self._samples(self.queries(split), split)
         return self._sets[split]
+
+    def _samples(self, queries: QueryBatch, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
+        if self.attention is not None:
+            return self._all_candidates(queries, split)
+        if self.evidence is not None and split == "train":
+            return LoggedBatch(*queries, self.evidence.logged.to(self.device))
+        return queries
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
         assert self.attention is not None

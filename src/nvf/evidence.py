@@ -93,32 +93,41 @@ class Evidence(nn.Module):
         pairs = torch.zeros(1, dtype=torch.int64, device=nothing.device)
         return cls(memory, queries=memory.rows[:1], pairs=pairs, hubness=nothing, density=nothing)
 
-    def forward(self, attention: SoftAttention, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
-        """The features in the order of FEATURES, (B, k, F).
+    def forward(
+        self,
+        attention: SoftAttention,
+        queries: Tensor,
+        top: TopK,
+        *,
+        k: int | None = None,
+        logged_as: Tensor | None = None,
+    ) -> Tensor:
+        """The features in the order of FEATURES, (B, w, F).
 
         Args:
-            attention: the stage 1 that chose the candidates.
+            attention: the stage 1 that chose the rows.
             queries: (B, D) unit rows.
-            top: the candidates, with their log-sum-exp over all rows.
-            logged_as: (B,), the place in the log of each query, where the queries are the log's own: evidence then
-                leaves each query itself out, as if it had never been logged.
+            top: the rows to describe, (B, w), with their log-sum-exp over all rows.
+            k: how many of them, the first, are the candidates; all if None.
+            logged_as: (B,), the place in the log of each query, where the queries are the log's own, -1 for those that
+                are not: evidence then leaves each query itself out, as if it had never been logged.
         """
         assert top.logsumexp is not None
-        candidates = self.memory.rows[top.rows]  # (B, k, D)
+        rows = self.memory.rows[top.rows]  # (B, w, D)
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
-        centre = candidates.mean(dim=1, keepdim=True)
-        local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(candidates - centre, dim=-1)
+        centre = rows[:, :k].mean(dim=1, keepdim=True)
+        local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
         features = {
             "logit": top.scores,
             "log_probability": top.scores - top.logsumexp.unsqueeze(-1),
-            "cosine": (candidates @ queries.unsqueeze(-1)).squeeze(-1),
+            "cosine": (rows @ queries.unsqueeze(-1)).squeeze(-1),
             "log_count": count.log1p(),
             "nearest": nearest,
             "support": support,
             "hubness": self.hubness[top.rows],
             "density": self.density[top.rows],
             "local_cosine": local.sum(dim=-1),
-            "crowding": (candidates @ centre.transpose(1, 2)).squeeze(-1),
+            "crowding": (rows @ centre.transpose(1, 2)).squeeze(-1),
         }
         return torch.stack([features[name] for name in FEATURES], dim=-1)
 
@@ -129,10 +138,9 @@ class Evidence(nn.Module):
         asked = attention.moved(queries)
         log = self._moved(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
         size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
-        alone = [None] * -(-len(rows) // size) if logged_as is None else logged_as.split(size)
-        parts = [
-            self._block(log, *block) for block in zip(asked.split(size), rows.split(size), alone, strict=True)
-        ]  # at least one: splitting nothing gives one empty block
+        of_queries, of_rows = asked.split(size), rows.split(size)  # at least one each: an empty one for no queries
+        alone = [None] * len(of_rows) if logged_as is None else logged_as.split(size)
+        parts = [self._block(log, *block) for block in zip(of_queries, of_rows, alone, strict=True)]
         count, nearest, support = (torch.cat(part) for part in zip(*parts, strict=True))
         return count, nearest, support
 
@@ -148,7 +156,8 @@ class Evidence(nn.Module):
         if logged_as is not None:
             itself = known & (query == logged_as.view(-1, 1, 1))
             known = known & ~itself
-            pair = rows * len(self.queries) + logged_as.unsqueeze(-1)
+            place = logged_as.unsqueeze(-1)
+            pair = (rows * len(self.queries) + place).where(place >= 0, -1)
             found = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
             count = count - (self.pairs[found] == pair).long()
             compared = compared - itself.sum(dim=-1)

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
+from nvf.distribution import exact, relaxed, shared_out
 from nvf.errors import InputError, one_line
 from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
@@ -21,15 +23,17 @@ from nvf.whole import written_whole
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
+WINDOW = 2  # times k rows are scored where candidates are relaxed
 
 
 class Retrieval(NamedTuple):
-    """What the pipeline says of B queries."""
+    """What the pipeline says of B queries; all but the candidates' choice is differentiable."""
 
-    log_probs: Tensor  # (B, N), the distribution's logarithm
+    log_probs: Tensor  # (B, N), of the candidates and of the rest: the distribution's logarithm
     logits: Tensor  # (B, N), stage 1's
     candidates: Tensor  # (B, k) int64 rows, in stage 1's order
     scores: Tensor  # (B, k), the reranker's
+    answer: Tensor | None  # (B, D), the soft-retrieved vector: the memory's rows, weighed by their probabilities
 
 
 class Hits(NamedTuple):
@@ -116,19 +120,54 @@ class Pipeline(nn.Module):
         moved = self.attention.transformed(unit(given).to(self.memory.rows))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
 
-    def forward(self, queries: Tensor) -> Retrieval:
-        logits = self.attention(queries)  # (B, N)
-        total = logits.logsumexp(dim=-1)
-        best = logits.topk(self.k, dim=-1)
-        scores = self.rerank(queries, TopK(best.values, best.indices, total))
-        log_attention = logits - total.unsqueeze(-1)  # (B, N)
-        inside = _share_out(log_attention.gather(-1, best.indices), scores)
-        log_probs = log_attention.scatter(-1, best.indices, inside)
-        return Retrieval(log_probs, logits, best.indices, scores)
+    def forward(
+        self,
+        queries: Tensor,
+        *,
+        logged_as: Tensor | None = None,
+        relaxation: float | None = None,
+        answer: bool = True,
+    ) -> Retrieval:
+        """The distribution and the soft-retrieved vector, differentiable in the queries and in every weight.
 
-    def rerank(self, queries: Tensor, top: TopK) -> Tensor:
-        """The reranker's scores, (B, k), of stage 1's candidates and their logits."""
-        evidence = None if self.evidence is None else self.evidence(self.attention, queries, top)
+        Any leading dimensions take the place of B, none included: a pipeline is a layer.
+
+        Args:
+            queries: (B, D), of any length but zero.
+            logged_as: (B,), each query's place in the log of the evidence, -1 for none: see `Evidence`.
+            relaxation: the temperature at which rows are candidates by degrees, in units of the logits, for training;
+                with None, the exact distribution. See `distribution.relaxed`.
+            answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
+        """
+        lead = queries.shape[:-1]
+        queries = F.normalize(queries.reshape(-1, queries.shape[-1]), dim=-1)
+        logits = self.attention(queries)  # (B, N)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has halved them
+        total = logits.logsumexp(dim=-1)
+        if self.k == len(self.memory):
+            relaxation = None  # no row is outside
+        scored = self.k if relaxation is None else min(WINDOW * self.k, len(self.memory))
+        best = logits.topk(scored, dim=-1)
+        scores = self.rerank(queries, TopK(best.values, best.indices, total), logged_as).to(logits.dtype)
+        log_attention = logits - total.unsqueeze(-1)  # (B, N)
+        if relaxation is None:
+            log_probs = exact(log_attention, best.indices, scores)
+        else:
+            log_probs = relaxed(log_attention, best.indices, scores, k=self.k, temperature=relaxation)
+        soft = log_probs.exp() @ self.memory.rows if answer else None  # (B, D)
+        return Retrieval(
+            log_probs=log_probs.reshape(*lead, len(self.memory)),
+            logits=logits.reshape(*lead, len(self.memory)),
+            candidates=best.indices[:, : self.k].reshape(*lead, self.k),
+            scores=scores[:, : self.k].reshape(*lead, self.k),
+            answer=None if soft is None else soft.reshape(*lead, self.memory.dim),
+        )
+
+    def rerank(self, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
+        """The reranker's scores of stage 1's best rows, of which the first k are the candidates."""
+        evidence = None
+        if self.evidence is not None:
+            evidence = self.evidence(self.attention, queries, top, k=self.k, logged_as=logged_as)
         return self.score(queries, top.rows, top.scores, evidence)
 
     def score(self, queries: Tensor, rows: Tensor, logits: Tensor, evidence: Tensor | None) -> Tensor:
@@ -182,7 +221,7 @@ class Pipeline(nn.Module):
         assert top.logsumexp is not None
         scores = self.rerank(queries, TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp))
         log_attention = top.scores - top.logsumexp.unsqueeze(-1)
-        inside = _share_out(log_attention[:, : self.k], scores)
+        inside = shared_out(log_attention[:, : self.k], scores)
         log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
         best = log_probs.topk(k, dim=-1)
         return top.rows.gather(-1, best.indices), best.values.exp().clamp(max=1).float()
@@ -217,7 +256,7 @@ class Pipeline(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
-        """Read a folder that `save` wrote; nothing in it can run code.
+        """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
 
         Raises:
             InputError: a file is missing, damaged, or does not fit the others.
@@ -244,7 +283,7 @@ class Pipeline(nn.Module):
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
             raise InputError(f"{folder} is damaged ({one_line(fault)}); save the pipeline again") from None
-        return pipeline.eval().to(device)
+        return pipeline.requires_grad_(False).eval().to(device)
 
 
 def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -254,8 +293,3 @@ def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[
     given = {name: value for name, value in settings.items() if name != "kind"}
     parts = {n.removeprefix("evidence."): tensor for n, tensor in weights.items() if n.startswith("evidence.")}
     return {"reranker": EvidenceReranker(len(FEATURES), **given), "evidence": Evidence(memory, **parts)}
-
-
-def _share_out(log_attention: Tensor, scores: Tensor) -> Tensor:
-    """The candidates' log-probabilities, (B, k): stage 1's total for them, shared out by softmax(scores)."""
-    return log_attention.logsumexp(dim=-1, keepdim=True) + scores.log_softmax(dim=-1)

@@ -1,0 +1,171 @@
+"""A pipeline as a layer: any leading shape, torch.func, torch.compile, autocast, frozen or trainable."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvf.attention import attention_loss
+from nvf.pipeline import Pipeline, Retrieval
+
+
+@pytest.fixture(params=["residual", "evidence"])
+def layer(request: pytest.FixtureRequest) -> Pipeline:
+    """Thirty rows of eight dimensions, k = 4."""
+    return request.getfixturevalue({"residual": "pipeline", "evidence": "weighing"}[request.param])
+
+
+def asked(*shape: int) -> Tensor:
+    return torch.randn(*shape, 8, generator=torch.Generator().manual_seed(2))
+
+
+def close(found: Retrieval, expected: Retrieval) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_answer_weighs_the_rows_by_their_probabilities(layer: Pipeline) -> None:
+    found = layer(asked(5))
+    expected = sum(p.unsqueeze(-1) * row for p, row in zip(found.log_probs.exp().T, layer.memory.rows, strict=True))
+    torch.testing.assert_close(found.answer, expected)
+    assert layer(asked(5), answer=False).answer is None
+
+
+def test_any_leading_shape_and_any_length(layer: Pipeline) -> None:
+    expected = layer(asked(6))
+    for shape in ((6,), (2, 3), (3, 1, 2)):
+        found = layer(3 * asked(6).view(*shape, 8))
+        assert found.answer is not None
+        assert found.answer.shape == (*shape, 8)
+        assert found.candidates.shape == found.scores.shape == (*shape, 4)
+        assert found.log_probs.shape == found.logits.shape == (*shape, 30)
+        close(Retrieval(*(part.flatten(0, -2) for part in found)), expected)
+    close(layer(asked(6)[2]), Retrieval(*(part[2] for part in expected)))
+    assert layer(asked(0)).log_probs.shape == (0, 30)
+
+
+def test_search_finds_what_the_layer_ranks_first(layer: Pipeline) -> None:
+    with torch.no_grad():
+        best = layer(3 * asked(6)).log_probs.topk(4)
+    hits = layer.search(3 * asked(6))
+    assert torch.equal(hits.rows, best.indices)
+    torch.testing.assert_close(hits.probabilities, best.values.exp())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_over_queries(layer: Pipeline, grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        close(torch.func.vmap(layer)(asked(6)), layer(asked(6)))
+        close(layer(asked(6)), copy.deepcopy(layer)(asked(6)))  # the transform leaves nothing behind
+
+
+def test_the_jacobian_forward_and_backward(layer: Pipeline) -> None:
+    def answer(query: Tensor) -> Tensor:
+        return layer(query).answer
+
+    backward = torch.func.vmap(torch.func.jacrev(answer))(asked(3))
+    forward = torch.func.vmap(torch.func.jacfwd(answer))(asked(3))
+    rows = [[torch.autograd.grad(answer(q)[i], q)[0] for i in range(8)] for q in asked(3).requires_grad_().unbind()]
+    expected = torch.stack([torch.stack(row) for row in rows])
+    torch.testing.assert_close(backward, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_by_sample_and_an_ensemble_of_weights(layer: Pipeline) -> None:
+    weights = dict(layer.named_parameters())
+
+    def loss(weights: dict[str, Tensor], query: Tensor) -> Tensor:
+        return -torch.func.functional_call(layer, weights, (query,)).log_probs[3]
+
+    by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, asked(4))
+    (-layer(asked(4)).log_probs[:, 3]).sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(by_sample[name].sum(dim=0), parameter.grad, rtol=1e-3, atol=1e-5)
+
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 1.1
+    stacked, _ = torch.func.stack_module_state([layer, other])
+    queries = asked(4)
+
+    def log_probs(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (queries,), {"answer": False}).log_probs
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            both = torch.func.vmap(log_probs)(stacked)
+            for found, model in zip(both, (layer, other), strict=True):
+                torch.testing.assert_close(found, model(asked(4)).log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("relaxation", [None, 0.5])
+def test_it_compiles_as_one_graph(layer: Pipeline, relaxation: float | None) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    grown, found = (asked(5).requires_grad_() for _ in range(2))
+    mine, expected = (model(q, relaxation=relaxation) for model, q in ((compiled, found), (layer, grown)))
+    close(mine, expected)
+    for output, queries in ((mine, found), (expected, grown)):
+        output.log_probs[:, 3].sum().backward()
+        assert queries.grad is not None
+    torch.testing.assert_close(found.grad, grown.grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        close(compiled(asked(5), relaxation=relaxation), expected)
+
+
+def test_autocast_stays_near_and_sums_to_one(layer: Pipeline) -> None:
+    queries = asked(5).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(queries)
+    assert found.log_probs.dtype == torch.float32
+    torch.testing.assert_close(found.log_probs.exp().sum(dim=-1), torch.ones(5))
+    assert (found.log_probs - layer(asked(5)).log_probs).abs().max() < 0.2
+    attention_loss(found.log_probs, torch.arange(5).unsqueeze(-1)).backward()
+    assert queries.grad is not None
+    assert queries.grad.isfinite().all()
+    assert queries.grad.norm() > 0
+
+
+def test_frozen_it_passes_gradients_on_and_takes_none(layer: Pipeline) -> None:
+    expected = asked(5).requires_grad_()
+    layer(expected).answer.square().sum().backward()
+    layer.requires_grad_(False)
+    layer.zero_grad()
+    for inference_before in (True, False):  # what was computed there is of no use here
+        if inference_before:
+            with torch.inference_mode():
+                layer(asked(5))
+        queries = asked(5).requires_grad_()
+        layer(queries).answer.square().sum().backward()
+        torch.testing.assert_close(queries.grad, expected.grad)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_loaded_pipeline_is_frozen_until_it_is_asked_to_learn(layer: Pipeline, tmp_path) -> None:
+    layer.save(tmp_path / "pipeline")
+    loaded = Pipeline.load(tmp_path / "pipeline")
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.requires_grad_()
+    loaded(asked(5)).log_probs[:, 0].sum().backward()
+    layer(asked(5)).log_probs[:, 0].sum().backward()
+    for mine, theirs in zip(loaded.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_a_layer_in_the_middle_of_a_network_learns(pipeline: Pipeline) -> None:
+    torch.manual_seed(0)
+    pipeline.requires_grad_(False)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh())
+    inputs, wanted = torch.randn(200, 5), pipeline.memory.rows[torch.arange(200) % 4]
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(pipeline(network(inputs)).answer, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
