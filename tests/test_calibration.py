@@ -1,11 +1,13 @@
-"""What is fitted without gradients: the hub correction, against a loop over shares."""
+"""What is fitted without gradient steps: the hub correction, against a loop over shares; the scores' temperature."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from nvf.attention import SoftAttention
-from nvf.calibration import SHARES, answered, clearly_above, fit_hub_correction
+from nvf.attention import SoftAttention, attention_loss
+from nvf.calibration import SHARES, answered, clearly_above, fit_hub_correction, fit_sharpness
 from nvf.memory import VectorMemory, hubness
+from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
 from nvf.streams import stream
 
@@ -67,3 +69,43 @@ def test_clearly_above_counts_disagreements_alone() -> None:
     assert clearly_above(right, reference)
     assert not clearly_above(reference, right)
     assert not clearly_above(right, right)
+
+
+@pytest.mark.parametrize("model", ["pipeline", "weighing"])
+@torch.no_grad()
+def test_the_scores_are_as_sharp_as_the_best_of_a_grid(model: str, request: pytest.FixtureRequest) -> None:
+    pipeline: Pipeline = request.getfixturevalue(model)
+    held_out = Noisy(pipeline.memory, sigma=0.4).sample(500, stream(0, "val"))
+
+    def loss() -> float:
+        return float(attention_loss(pipeline(held_out.queries).log_probs, held_out.targets))
+
+    before, ranked = pipeline(held_out.queries), answered(pipeline, held_out)
+    log_attention = before.logits.log_softmax(dim=-1)
+    mass = log_attention.gather(-1, before.candidates).logsumexp(dim=-1, keepdim=True)
+    losses = []
+    for factor in torch.logspace(-2, 2, 81):
+        inside = mass + (factor * before.scores).log_softmax(dim=-1)
+        losses.append(float(attention_loss(log_attention.scatter(-1, before.candidates, inside), held_out.targets)))
+    found = fit_sharpness(pipeline, held_out)
+    assert loss() <= min(losses) + 1e-6
+    assert loss() == pytest.approx(min(losses), abs=1e-3)
+    after = pipeline(held_out.queries).scores.log_softmax(dim=-1)
+    torch.testing.assert_close(after, (found * before.scores).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
+    assert torch.equal(answered(pipeline, held_out), ranked)  # it orders no candidate anew
+    assert fit_sharpness(pipeline, held_out) == pytest.approx(1.0, abs=1e-3)
+
+
+@torch.no_grad()
+def test_no_covered_query_leaves_the_scores_alone(pipeline: Pipeline) -> None:
+    held_out = Noisy(pipeline.memory, sigma=0.1).sample(50, stream(0, "val"))
+    worst = pipeline.attention(held_out.queries).argmin(dim=-1, keepdim=True)
+    before = pipeline(held_out.queries).scores
+    assert fit_sharpness(pipeline, QueryBatch(held_out.queries, worst)) == 1.0
+    assert torch.equal(pipeline(held_out.queries).scores, before)
+
+
+def test_a_pipeline_answers_with_its_most_probable_row(pipeline: Pipeline) -> None:
+    held_out = Noisy(pipeline.memory, sigma=0.3).sample(200, stream(0, "val"))
+    expected = pipeline.search(held_out.queries, k=1).rows[:, 0] == held_out.targets[:, 0]
+    assert torch.equal(answered(pipeline, held_out), expected)

@@ -27,6 +27,7 @@ def test_each_stage_has_its_curves(finished: tuple[dict[str, Any], Path]) -> Non
     for stage in ("attention", "reranker"):
         shown = events(folder / stage)
         train = {f"train/{name}" for name in ("loss", "top1", "lr", "temperature")}
+        train |= {f"gradients/{part}" for part in ("query", "transform" if stage == "attention" else "reranker")}
         val = {f"val/{name}" for name in ("loss", "top1", "top5", "coverage")}
         assert train | val <= set(shown.Tags()["scalars"])
         assert [event.step for event in shown.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]

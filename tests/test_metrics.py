@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from nvf.metrics import (
     DEEPEST,
     MISS,
-    Agreement,
     MeanAndError,
     RankCounts,
     are_targets,
@@ -62,13 +61,6 @@ def test_counts_add_up_over_batches_and_processes() -> None:
     assert whole.compute().tolist() == [2, 1, 0, 0, 1, 0, 0, 0, 0, 1, 3]
     assert whole.share(5) == pytest.approx(4 / 8)
     assert whole.compute().shape == (DEEPEST + 1,)
-
-
-def test_agreement_counts_wins_and_losses() -> None:
-    agreement = Agreement()
-    agreement.update(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
-    agreement.update(torch.tensor([True]), torch.tensor([False]))
-    assert [int(count) for count in agreement.compute()] == [2, 1]
 
 
 def test_recall_and_ndcg_equal_a_loop() -> None:

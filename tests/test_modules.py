@@ -12,12 +12,12 @@ from nvf.attention import SoftAttention
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
 from nvf.memory import VectorMemory
-from nvf.modules import AttentionModule, RerankerModule, StageModule
+from nvf.modules import AttentionModule, JointModule, RerankerModule, StageModule
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy
 from nvf.reranker import Reranker
 
-STAGES = ("attention", "reranker")
+STAGES = ("attention", "reranker", "joint")
 
 
 class StopAfter(Callback):
@@ -33,15 +33,25 @@ class StopAfter(Callback):
 def stage(name: str, schedule: str = "onecycle") -> tuple[StageModule, VectorDataModule]:
     torch.manual_seed(0)
     memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
-    attention = SoftAttention(memory, transform="mlp" if name == "attention" else "identity")
+    attention = SoftAttention(memory, transform="identity" if name == "reranker" else "mlp")
     settings = {"seed": 0, "batch_size": 32, "steps_per_epoch": 5, "val_samples": 300}
     if name == "attention":
         module: StageModule = AttentionModule(attention, lr=3e-2, schedule=schedule, k=4)
         return module, VectorDataModule(Noisy(memory, sigma=0.2), **settings)
     reranker = Reranker(8, kind="mlp", hidden=(16, 8), dropout=0.3)
-    module = RerankerModule(
-        Pipeline(attention, reranker, k=4), lr=3e-3, schedule=schedule, scalar_lr_ratio=100.0, seed=0
-    )
+    pipeline = Pipeline(attention, reranker, k=4)
+    if name == "joint":
+        module = JointModule(
+            pipeline,
+            lr=3e-2,
+            schedule=schedule,
+            scalar_lr_ratio=1.0,
+            seed=0,
+            relaxation=(1.0, 0.1),
+            attention_weight=0.5,
+        )
+        return module, VectorDataModule(Noisy(memory, sigma=0.2), stage="joint", k=4, **settings)
+    module = RerankerModule(pipeline, lr=3e-3, schedule=schedule, scalar_lr_ratio=100.0, seed=0)
     return module, VectorDataModule(Noisy(memory, sigma=0.2), attention=attention, k=4, **settings)
 
 
@@ -90,6 +100,12 @@ def test_training_learns(name: str, schedule: str, tmp_path: Path) -> None:
     assert after["val/loss"] < before["val/loss"]
     assert after["val/top1"] <= after["val/coverage"] <= 1
     assert {"train/loss", "train/top1", "train/lr", "train/temperature", "val/top5"} <= set(after)
+    parts = {"attention": ["transform", "temperature"], "reranker": ["reranker"]}
+    parts["joint"] = [*parts["attention"], *parts["reranker"]]
+    assert {metric for metric in after if metric.startswith("gradients/")} == {
+        f"gradients/{part}" for part in ["query", *parts[name]]
+    }
+    assert module.gradients.summary()["steps"] == engine.global_step
 
 
 def test_the_reranker_stage_leaves_stage_one_alone(tmp_path: Path) -> None:
@@ -129,11 +145,90 @@ def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message:
         AttentionModule(SoftAttention(memory), **{"lr": 1e-3, "schedule": "constant", **settings})
 
 
-def test_keys_that_no_query_points_at_stay(memory: VectorMemory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_keys_that_no_query_points_at_stay(memory: VectorMemory, tmp_path: Path, joint: bool) -> None:
     torch.manual_seed(0)
     learnable = torch.arange(30) % 2 == 0
-    module = AttentionModule(SoftAttention(memory, keys="learned"), lr=0.1, schedule="constant", learnable=learnable)
+    attention = SoftAttention(memory, keys="learned")
+    settings = {"lr": 0.1, "schedule": "constant", "learnable": learnable}
+    module: StageModule = AttentionModule(attention, **settings)
+    if joint:
+        module = JointModule(Pipeline(attention, Reranker(8), k=4), scalar_lr_ratio=1.0, seed=0, **settings)
     source = Noisy(memory, sigma=0.2)
     trainer(tmp_path, epochs=2).fit(module, VectorDataModule(source, seed=0, batch_size=32, steps_per_epoch=5))
-    moved = module.model.delta.detach().abs().sum(dim=-1) > 0
+    moved = attention.delta.detach().abs().sum(dim=-1) > 0
     assert torch.equal(moved, learnable)
+
+
+class Validations(Callback):
+    """What each validation of learned keys should have found."""
+
+    def __init__(self) -> None:
+        self.expected: list[float] = []
+        self.logged: list[float] = []
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        (batch,) = trainer.datamodule.val_dataloader()
+        keys = torch.nn.functional.normalize(module.model.memory.rows + module.model.delta, dim=-1)
+        self.expected.append(float(((batch.queries @ keys.T).argmax(dim=-1) == batch.targets[:, 0]).float().mean()))
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.logged.append(float(trainer.callback_metrics["val/top1"]))
+
+
+def test_every_validation_is_of_the_keys_as_they_are(memory: VectorMemory, tmp_path: Path) -> None:
+    module = AttentionModule(SoftAttention(memory, transform="identity", keys="learned"), lr=0.3, schedule="constant")
+    data = VectorDataModule(Noisy(memory, sigma=0.4), seed=0, batch_size=32, steps_per_epoch=5, val_samples=300)
+    validations = Validations()
+    engine = trainer(tmp_path, validations, epochs=3)
+    engine.validate(module, data, verbose=False)
+    engine.fit(module, data)
+    assert validations.logged == pytest.approx(validations.expected)
+    assert len(set(validations.logged)) == 4
+
+
+def test_the_relaxation_is_annealed_and_evaluation_is_exact(tmp_path: Path) -> None:
+    module, data = stage("joint")
+    used: list[float | None] = []
+    forward = module.model.forward
+
+    def spy(*arguments, **settings):
+        used.append(settings["relaxation"])
+        return forward(*arguments, **settings)
+
+    module.model.forward = spy
+    trainer(tmp_path, epochs=2).fit(module, data)
+    trained = [temperature for temperature in used if temperature is not None]
+    assert trained == pytest.approx([10 ** (-step / 9) for step in range(10)])
+    assert used.count(None) == 2  # a batch of validation an epoch
+
+
+def test_a_joint_step_is_the_sum_of_both_losses(memory: VectorMemory) -> None:
+    pipeline = Pipeline(SoftAttention(memory), Reranker(8), k=4).eval()
+    batch = Noisy(memory, sigma=0.2).sample(50, torch.Generator().manual_seed(0))
+    settings = {"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0}
+    found = pipeline(batch.queries)
+    place = batch.targets[:, :1]
+    joint, alone = (
+        -log_probs.gather(-1, place).mean() for log_probs in (found.log_probs, found.logits.log_softmax(dim=-1))
+    )
+    for weight in (0.0, 0.3):
+        loss, measured = JointModule(pipeline, attention_weight=weight, **settings).eval().measure(batch)
+        torch.testing.assert_close(loss, joint + weight * alone)
+        ranks, covered = measured()
+        assert torch.equal(covered, (found.candidates == place).any(dim=-1))
+        assert torch.equal(ranks == 1, found.log_probs.argmax(dim=-1) == place[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"relaxation": 0.5}, r"joint.relaxation=0.5 is not two temperatures; \[1, 0.1\] anneals, null is exact"),
+        ({"relaxation": [1.0]}, "is not two temperatures"),
+        ({"relaxation": [1.0, 0.0]}, "joint.relaxation=0.0 is not a number above 0"),
+        ({"attention_weight": -1}, "joint.attention_weight=-1 is not a number of at least 0"),
+    ],
+)
+def test_bad_joint_settings_are_refused(pipeline: Pipeline, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        JointModule(pipeline, **{"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0, **settings})

@@ -14,6 +14,7 @@ from nvf.checkpoints import load_attention
 from nvf.errors import InputError
 from nvf.selection import fit_attention
 from nvf.stages import attention_stage, build_source
+from nvf.train import train
 
 Run = Callable[..., dict[str, Any]]
 
@@ -80,6 +81,14 @@ def test_stage_one_can_be_had_from_a_checkpoint(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages for the small synthetic memory of seed 0."""
+    folder = tmp_path_factory.mktemp("stages")
+    train(compose_config(*SMALL, *SMALL_STEPS, "trainer.enable_progress_bar=false"), folder, started=0.0)
+    return folder / "checkpoints"
+
+
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage 1 for the small synthetic memory of seed 0."""
     folder = tmp_path_factory.mktemp("stage1")
@@ -91,7 +100,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["seed=1"], "has memory sha256:.*, but this run sha256:.*; fit stage 1 anew"),
+        (["seed=1"], "has memory sha256:.*, but this run sha256:.*; fit the stages anew"),
         (["data.dim=4"], "has memory"),
         (["attention=linear"], "has settings .*'mlp'.*, but this run .*'linear'.*; give attention="),
         (["attention.hidden=3"], "has settings"),
@@ -125,6 +134,93 @@ def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None
     module, _ = attention_stage(config, build_source(config))
     with pytest.raises(InputError, match="has stage reranker, but this run attention"):
         load_attention(module.attention, tmp_path / "run/checkpoints/reranker/best.ckpt")
+
+
+JOINT = ["stage=joint", "joint.epochs=2", "joint.steps_per_epoch=3"]
+
+
+def test_joint_training_goes_on_from_both_stages(run: Run, tmp_path: Path) -> None:
+    log = "trainer.log_every_n_steps=1"
+    whole = run(*SMALL, *SMALL_STEPS, *JOINT, log, folder=tmp_path / "whole")
+    apart = run(*SMALL, *SMALL_STEPS, folder=tmp_path / "apart")
+    assert whole["joint"]["before"] == apart["test"]
+    assert apart["joint"] is None
+    assert whole["seconds"]["joint"] > 0
+    checkpoints = tmp_path / "whole/checkpoints"
+    paths = {stage: f"{stage}_checkpoint={checkpoints / stage / 'best.ckpt'}" for stage in ("attention", "reranker")}
+    for given in ([paths["reranker"]], [*paths.values()]):
+        again = run(*SMALL, *SMALL_STEPS, *JOINT, log, *given, folder=tmp_path / f"again{len(given)}")
+        assert again["test"] == whole["test"]
+        assert again["joint"] == whole["joint"]
+        assert {path.name for path in (tmp_path / f"again{len(given)}/checkpoints").iterdir()} == {"joint"}
+    training = whole["gradients"]["training"]["joint"]
+    assert set(training) == {"steps", "query", "transform", "temperature", "reranker"}
+    assert training["steps"] == 6
+
+
+def test_joint_training_from_scratch_fits_nothing_apart(run: Run, tmp_path: Path) -> None:
+    longer = ["joint.epochs=8", "joint.steps_per_epoch=10", "joint.lr=0.03"]
+    results = run(*SMALL, "stage=joint", "stage.warm_start=false", *longer)
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"joint"}
+    assert results["test"]["pipeline"]["top1"]["value"] > results["joint"]["before"]["pipeline"]["top1"]["value"] + 0.1
+    assert set(results["gradients"]["training"]) == {"joint"}
+
+
+def test_joint_training_of_recorded_queries_gives_way_unless_it_is_clearly_better(
+    run: Run, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.keys=learned", *SMALL_STEPS]
+    for clear in (False, True):
+        monkeypatch.setattr("nvf.selection.clearly_above", lambda *_, clear=clear: clear)
+        results = run(*few, *JOINT, "joint.lr=0.01", "joint.epochs=6", folder=tmp_path / str(clear))
+        assert results["joint"]["kept"] == clear
+        assert (results["test"] == results["joint"]["before"]) == (not clear)
+
+
+def test_joint_training_keeps_to_the_time_budget(
+    run: Run, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "nvf")
+    monkeypatch.setattr("nvf.selection._epoch_seconds", lambda *_: 4.0)
+    few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
+    results = run(*few, "stage=joint", "data.budget_s=10")
+    assert "an epoch of joint training takes some 4 s: 0 epochs keep to data.budget_s=10" in caplog.text
+    assert not results["joint"]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["reranker_checkpoint=none.ckpt"],
+            "reranker_checkpoint=none.ckpt does not exist; name a run's",
+        ),
+        (["reranker_checkpoint=ATTENTION"], "has stage attention, but this run reranker; name a run's"),
+        (["reranker_checkpoint=RERANKER", "seed=1"], "has memory sha256:.*; fit the stages anew"),
+        (["reranker_checkpoint=RERANKER", "reranker=mlp"], "has reranker .*'residual'.*, but this run .*'mlp'"),
+        (["reranker_checkpoint=RERANKER", "k=4"], "has k 5, but this run 4; give k the value"),
+        (["attention_checkpoint=RERANKER"], "has stage reranker, but this run attention"),
+        (["stage.warm_start=maybe"], "stage.warm_start=maybe is neither true nor false"),
+    ],
+)
+def test_joint_training_refuses_what_does_not_fit(
+    run: Run, tmp_path: Path, checkpoints: Path, overrides: list[str], message: str
+) -> None:
+    for stage in ("attention", "reranker"):
+        path = str(checkpoints / stage / "best.ckpt")
+        overrides = [override.replace(stage.upper(), path) for override in overrides]
+    with pytest.raises(InputError, match=message):
+        run(*SMALL, *JOINT, *overrides)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_reranker_of_another_log_is_refused(run: Run, tmp_path: Path, folder: Path) -> None:
+    few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
+    run(*few, folder=tmp_path / "first")
+    path = tmp_path / "first/checkpoints/reranker/best.ckpt"
+    np.save(folder / "queries.npy", np.load(folder / "queries.npy") + 0.01)
+    with pytest.raises(InputError, match="was made with another log of queries; fit the stages anew"):
+        run(*few, f"reranker_checkpoint={path}", folder=tmp_path / "second")
 
 
 def test_generated_queries_over_a_folders_memory(run: Run, folder: Path) -> None:

@@ -30,7 +30,7 @@ CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.gl
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) -> None:
     group, name = choice.split("/")
-    overrides = [f"{group}={name}"]
+    overrides = [f"{group}={name}", *(["stage=joint"] if group == "joint" else [])]
     if choice == "trainer/gpu":
         compose_config(*overrides)  # what it asks for may not be there
         return
@@ -102,6 +102,8 @@ BAD_SETTINGS = [
     (["attention_checkpoint=none.ckpt"], "attention_checkpoint=none.ckpt does not exist; name"),
     (["attention.epochs=0"], "attention.epochs=0 is not a whole number of at least 1; raise it"),
     (["attention.steps_per_epoch=null"], "generated queries never end; set steps_per_epoch"),
+    (["stage=joint", "joint.relaxation=[1,0]"], "joint.relaxation=0 is not a number above 0"),
+    (["stage=joint", "joint.epochs=0"], "joint.epochs=0 is not a whole number of at least 1"),
     (["reranker.lr=-1"], "lr=-1 is not a number above 0; 1e-3 is a safe start"),
 ]
 
@@ -124,11 +126,14 @@ def numbers(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("choices", [["queries=warped"], ["data=clustered", "queries=noisy"], ["data=embeddings"]])
+@pytest.mark.parametrize(
+    "choices",
+    [["queries=warped"], ["data=clustered", "queries=noisy", "stage=joint", "joint=relaxed"], ["data=embeddings"]],
+)
 def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choices: list[str]) -> None:
     choices = [*choices, *([f"data.dir={folder}"] if "data=embeddings" in choices else [])]
     config = compose_config(*choices)
-    groups = ("data", "queries", "attention", "reranker")
+    groups = ("data", "queries", "attention", "reranker", *(["joint"] if "stage=joint" in choices else []))
     names = ["k", *(name for group in groups for name in numbers({group: config[group]}))]
     assert len(names) >= 15
     for name in names:

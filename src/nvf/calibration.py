@@ -1,17 +1,20 @@
-"""What a fitted stage 1 still learns without a gradient step: its temperature, and a correction of its hubs."""
+"""What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.memory import SCORE_BLOCK, hubness
-from nvf.metrics import target_ranks
+from nvf.memory import QUERY_BLOCK, SCORE_BLOCK, VectorMemory, hubness
+from nvf.metrics import are_targets, target_ranks
+from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, blocks
+from nvf.reranker import reranker_loss
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
+FACTOR_RANGE = (0.01, 100.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CLEAR = 2.0  # standard errors
 
@@ -27,23 +30,54 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
         scores = attention.transformed(queries) @ attention.keys().T  # (B, N)
-        low, high = (math.log(beta) for beta in BETA_RANGE)
-        for _ in range(20):
-            middle = torch.full((), (low + high) / 2, device=scores.device, requires_grad=True)
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(attention_loss(middle.exp() * scores, targets), middle)
-            low, high = (low, float(middle)) if slope > 0 else (float(middle), high)
-        attention.log_beta.fill_((low + high) / 2)
+        beta = _best_factor(lambda beta: attention_loss(beta * scores, targets), BETA_RANGE, scores.device)
+        attention.log_beta.fill_(math.log(beta))
 
 
 @torch.no_grad()
-def answered(attention: SoftAttention, batch: QueryBatch) -> Tensor:
-    """Which queries have a target at the highest attention, (B,) bool, in blocks."""
-    keys = attention.keys()
-    found = [
-        target_ranks(attention.transformed(part.queries) @ keys.T, part.targets) == 1
-        for part in blocks(batch, max(1, SCORE_BLOCK // len(keys)))
-    ]
+def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
+    """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; returns the factor.
+
+    Temperature scaling (arXiv 1706.04599) of the share that each candidate gets; it changes no Top-1. Convex, as in
+    `fit_temperature`; queries whose target is no candidate say nothing of it.
+    """
+    pipeline.eval()
+    scores, labels = [], []
+    for queries, targets in _blocks(batch, pipeline.memory):
+        found = pipeline(queries, answer=False)
+        scores.append(found.scores)
+        labels.append(are_targets(found.candidates, targets))
+    of_all, right = torch.cat(scores), torch.cat(labels)
+    if not right.any():
+        return 1.0
+    factor = _best_factor(lambda factor: reranker_loss(factor * of_all, right), FACTOR_RANGE, of_all.device)
+    pipeline.reranker.sharpen(factor)
+    return factor
+
+
+def _blocks(batch: QueryBatch, memory: VectorMemory) -> list[QueryBatch]:
+    return blocks(batch, max(1, min(QUERY_BLOCK, SCORE_BLOCK // len(memory))))
+
+
+def _best_factor(loss: Callable[[Tensor], Tensor], within: tuple[float, float], device: torch.device) -> float:
+    """The factor of least loss, which is convex in it, by bisection on the sign of the slope."""
+    low, high = (math.log(end) for end in within)
+    for _ in range(20):
+        middle = torch.full((), (low + high) / 2, device=device, requires_grad=True)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(loss(middle.exp()), middle)
+        low, high = (low, float(middle)) if slope > 0 else (float(middle), high)
+    return math.exp((low + high) / 2)
+
+
+@torch.no_grad()
+def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
+    """Which queries have a target at the highest attention, or probability, (B,) bool, in blocks."""
+    model.eval()
+    found = []
+    for queries, targets in _blocks(batch, model.memory):
+        scores = model(queries, answer=False).log_probs if isinstance(model, Pipeline) else model(queries)
+        found.append(target_ranks(scores, targets) == 1)
     return torch.cat(found)
 
 

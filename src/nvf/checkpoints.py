@@ -1,4 +1,4 @@
-"""Checkpoints of stage 1: what they say of themselves, and how they are loaded."""
+"""Checkpoints of the stages: what they say of themselves, and how they are loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -6,47 +6,73 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from nvf.attention import SoftAttention
-from nvf.errors import InputError
-from nvf.modules import StageModule
+from nvf.errors import InputError, one_line
+from nvf.memory import VectorMemory
+from nvf.modules import RerankerModule, StageModule
+from nvf.pipeline import Pipeline
 
-BEST = "name a run's checkpoints/attention/best.ckpt"
+REMEDIES = {
+    "stage": "name a run's checkpoints/{}/best.ckpt",
+    "memory": "fit the stages anew, or run on the data and seed that it was made for",
+    "settings": "give attention= and its settings the values that it was made with",
+    "reranker": "give reranker= and its settings the values that it was made with",
+    "k": "give k the value that it was made with",
+}
 
 
 def load_attention(attention: SoftAttention, path: str | Path) -> None:
-    """Load weights that a run saved for the same memory; nothing in the file can run code.
+    """Load stage 1's weights that a run saved for the same memory; nothing in the file can run code.
 
     Raises:
         InputError: no such file, a damaged one, another memory, or another shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"attention_checkpoint={path} does not exist; {BEST}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        about = checkpoint["nvf"]
-        weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-    except Exception as fault:  # whatever a damaged file makes torch raise
-        raise InputError(
-            f"attention_checkpoint={path} is truncated or not a checkpoint of NVF ({type(fault).__name__}); {BEST}"
-        ) from None
-    mine = describe(attention)
-    for what, remedy in (
-        ("stage", BEST),
-        ("memory", "fit stage 1 anew, or run on the data and seed that it was made for"),
-        ("settings", "give attention= and its settings the values that it was made with"),
-    ):
-        if about.get(what) != mine[what]:
-            raise InputError(
-                f"attention_checkpoint={path} has {what} {about.get(what)}, but this run {mine[what]}; {remedy}"
-            )
+    about, weights = _read(path, "attention")
+    _compare(about, describe(attention), path, "attention")
     attention.load_state_dict(weights)
 
 
-def describe(attention: SoftAttention) -> dict[str, Any]:
-    """What a checkpoint of stage 1 says of itself."""
-    return {"stage": "attention", "memory": attention.memory.fingerprint, "settings": attention.settings}
+def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
+    """Stage 1 as it was, calibrated, in a run's checkpoint of stage 2, or of both stages.
+
+    Raises:
+        InputError: as for `load_attention`.
+    """
+    about, weights = _read(path, "reranker")
+    _compare(about, {"memory": memory.fingerprint}, path, "reranker")
+    try:
+        attention = SoftAttention(memory, **about["settings"])
+        attention.load_state_dict(_under("attention.", weights))
+    except (KeyError, TypeError, ValueError, RuntimeError) as fault:
+        raise InputError(
+            f"reranker_checkpoint={path} is damaged ({one_line(fault)}); {REMEDIES['stage'].format('reranker')}"
+        ) from None
+    return attention
+
+
+def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
+    """Load stage 2's weights from a run's checkpoint of it, or of both stages; stage 1 stays as it is.
+
+    Raises:
+        InputError: as for `load_attention`; another k, or another log of queries.
+    """
+    about, weights = _read(path, "reranker")
+    mine = describe(pipeline)
+    _compare(about, {name: mine[name] for name in ("memory", "reranker", "k")}, path, "reranker")
+    pipeline.reranker.load_state_dict(_under("reranker.", weights))
+    if pipeline.evidence is not None:
+        log = _under("evidence.", weights)
+        if any(not torch.equal(log[name], kept.cpu()) for name, kept in pipeline.evidence.state_dict().items()):
+            raise InputError(f"reranker_checkpoint={path} was made with another log of queries; {REMEDIES['memory']}")
+
+
+def describe(model: SoftAttention | Pipeline) -> dict[str, Any]:
+    """What a checkpoint says of the model in it."""
+    attention = model.attention if isinstance(model, Pipeline) else model
+    about = {"memory": attention.memory.fingerprint, "settings": attention.settings}
+    return {**about, "reranker": model.reranker.settings, "k": model.k} if isinstance(model, Pipeline) else about
 
 
 class Describe(Callback):
@@ -57,4 +83,35 @@ class Describe(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, StageModule)
-        checkpoint["nvf"] = {**describe(module.attention), "stage": self.stage}
+        model = module.model if isinstance(module, RerankerModule) else module.attention
+        checkpoint["nvf"] = {"stage": self.stage, **describe(model)}
+
+
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint says of itself, and its weights."""
+    path, remedy = Path(path), REMEDIES["stage"].format(kind)
+    if not path.is_file():
+        raise InputError(f"{kind}_checkpoint={path} does not exist; {remedy}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        about, weights = checkpoint["nvf"], _under("model.", checkpoint["state_dict"])
+        stage = about["stage"]
+    except Exception as fault:  # whatever a damaged file makes torch raise
+        raise InputError(
+            f"{kind}_checkpoint={path} is truncated or not a checkpoint of NVF ({type(fault).__name__}); {remedy}"
+        ) from None
+    if (stage == "attention") != (kind == "attention"):
+        raise InputError(f"{kind}_checkpoint={path} has stage {stage}, but this run {kind}; {remedy}")
+    return about, weights
+
+
+def _compare(about: dict[str, Any], mine: dict[str, Any], path: str | Path, kind: str) -> None:
+    for what, value in mine.items():
+        if about.get(what) != value:
+            raise InputError(
+                f"{kind}_checkpoint={path} has {what} {about.get(what)}, but this run {value}; {REMEDIES[what]}"
+            )
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -1,28 +1,38 @@
-"""Every figure next to its baseline, its interval and its ceiling; the gradient audit."""
+"""Every figure next to its baseline, its interval and its ceiling."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
-from nvf.attention import SoftAttention, attention_loss
+from nvf.attention import SoftAttention
 from nvf.memory import SCORE_BLOCK
-from nvf.metrics import DEEPEST, Agreement, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
+from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
 METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
 RESAMPLES = 2000
-AUDITED = 256  # queries
+PROBABLE = ("attention", "pipeline")  # the methods whose scores are the logarithms of probabilities, but for a constant
+BINS = 15  # of confidence, equally wide
+CALIBRATION_RESAMPLES = 200
 
 Interval = dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """What a model reaches on some queries: shares in 0..1, None for what does not exist."""
+
+    figures: dict[str, Any]  # the block `test` of results.json
+    against_exact: dict[str, Any]  # queries won and lost, and McNemar's p
+    answered: Tensor  # (B,) bool, whose target is ranked first
 
 
 @torch.no_grad()
@@ -34,7 +44,7 @@ def evaluate(
     oracle: Tensor | None,
     seen: Tensor | None = None,
     title: str = "evaluation",
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Evaluation:
     """Figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
     Args:
@@ -44,9 +54,6 @@ def evaluate(
         oracle: rows (N, D) that an informed search would use; None where nobody knows them.
         seen: which rows answer a training query, (N,) bool; None where that is no question.
         title: of the progress bar.
-
-    Returns:
-        The blocks `test` and `against_exact` of results.json: shares in 0..1, None for what does not exist.
     """
     attention = model.attention if isinstance(model, Pipeline) else model
     rows = attention.memory.rows
@@ -55,7 +62,10 @@ def evaluate(
     counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
     if oracle is rows:
         counted["oracle"] = counted["exact"]
-    covered, against = RankCounts().to(rows.device), Agreement().to(rows.device)  # ranks of covered targets alone
+    covered = RankCounts().to(rows.device)  # ranks of covered targets alone
+    first: dict[str, list[Tensor]] = {method: [] for method in counted}  # whether the target is
+    confidences: dict[str, list[Tensor]] = {method: [] for method in PROBABLE if method in counted}
+    last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
     size = max(1, min(1024, SCORE_BLOCK // len(rows)))
     for queries, targets in tqdm(blocks(batch, size), title, leave=False, delay=3):
@@ -64,15 +74,17 @@ def evaluate(
         if oracle is not None and oracle is not rows:
             scores["oracle"] = queries @ oracle.T
         if isinstance(model, Pipeline):
-            found = model(queries)
+            found = model(queries, answer=False)
             scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates
         else:
             scores["attention"] = model(queries)
             candidates = scores["attention"].topk(k, dim=-1).indices
         ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
-        best = ranks["pipeline" if "pipeline" in ranks else "attention"]
-        covered.update(best[are_targets(candidates, targets).any(dim=-1)])
-        against.update(best == 1, ranks["exact"] == 1)
+        covered.update(ranks[last][are_targets(candidates, targets).any(dim=-1)])
+        for method in ranks:
+            first[method].append(ranks[method] == 1)
+        for method in confidences:
+            confidences[method].append((scores[method].amax(dim=-1) - scores[method].logsumexp(dim=-1)).exp())
 
     figures: dict[str, Any] = {method: counted[method].figures() if method in counted else None for method in METHODS}
     for name, of in (("seen_rows", True), ("unseen_rows", False)):
@@ -82,8 +94,32 @@ def evaluate(
     reranked = figures["pipeline"] is not None
     figures["rerank_given_coverage"] = wilson(right, found_at_all) if reranked and found_at_all else None
     figures["gap_closed"] = gap_closed(figures) if reranked else None
-    wins, losses = (int(count) for count in against.compute())
-    return figures, {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
+    answered = {method: torch.cat(parts) for method, parts in first.items() if parts}
+    figures["calibration_error"] = {
+        method: calibration_error(torch.cat(parts), answered[method]) for method, parts in confidences.items()
+    }
+    return Evaluation(figures, against(answered[last], answered["exact"]), answered[last])
+
+
+def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Queries that a method answers and a reference does not, the reverse, and McNemar's p; both (B,) bool."""
+    wins, losses = int((answered & ~reference).sum()), int((~answered & reference).sum())
+    return {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
+
+
+def calibration_error(confidences: Tensor, answered: Tensor) -> Interval:
+    """The expected calibration error of the first answers (arXiv 1706.04599), its error by the bootstrap over queries.
+
+    Args:
+        confidences: (B,), the probability of each query's most probable row.
+        answered: (B,) bool, whether that is right.
+    """
+    confidences, right = confidences.nan_to_num(0).cpu(), answered.cpu().int()
+    value = binary_calibration_error(confidences, right, n_bins=BINS)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(CALIBRATION_RESAMPLES)]
+    found = torch.stack([binary_calibration_error(confidences[drawn], right[drawn], n_bins=BINS) for drawn in draws])
+    return _around(value, found.std())
 
 
 class _Counts(nn.Module):
@@ -162,34 +198,6 @@ def gap_closed(figures: Mapping[str, Any]) -> float | None:
     start, end = figures["attention"]["top1"]["value"], figures["pipeline"]["top1"]["value"]
     gap = ceiling(figures)[1] - start
     return (end - start) / gap if gap > 0 else None
-
-
-def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[str, Any]:
-    """Norms of the gradient of the model's loss on the first queries of a batch and on every parameter.
-
-    Returns:
-        `query` and one norm per parameter under `parameters`, None where it is not finite; `finite`, whether all are;
-        `vanished`, the names whose norm is zero.
-    """
-    model.eval()
-    queries = batch.queries[:AUDITED].clone().requires_grad_(True)
-    named = dict(model.named_parameters())
-    frozen = [parameter for parameter in named.values() if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    found = model(queries)
-    logits = found.log_probs if isinstance(model, Pipeline) else found
-    gradients = torch.autograd.grad(attention_loss(logits, batch.targets[:AUDITED]), [queries, *named.values()])
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    values = [float(gradient.norm()) for gradient in gradients]
-    norms = {n: v if math.isfinite(v) else None for n, v in zip(["query", *named], values, strict=True)}
-    return {
-        "query": norms.pop("query"),
-        "parameters": norms,
-        "finite": all(math.isfinite(value) for value in values),
-        "vanished": [name for name, norm in norms.items() if norm == 0],
-    }
 
 
 def _around(mean: Tensor, error: Tensor) -> Interval:

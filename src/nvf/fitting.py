@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -20,6 +20,13 @@ from nvf.stages import Settings
 log = logging.getLogger("nvf")
 
 
+class Fitted(NamedTuple):
+    """How a fit went."""
+
+    epochs: int  # that the kept weights were fitted for
+    gradients: dict[str, Any]  # what `GradientLog.summary` says
+
+
 def fit(
     config: Settings,
     stage: str,
@@ -29,8 +36,8 @@ def fit(
     *,
     start_competes: bool,
     name: str | None = None,
-) -> int:
-    """Fit a module and leave the weights of its best validation Top-1 in it; returns the epochs they were fitted for.
+) -> Fitted:
+    """Fit a module and leave the weights of its best validation Top-1 in it.
 
     Where the untrained start is a search that works, it is validated too and wins unless training beats or equals it:
     the weights are then of 0 epochs. So they are if the stage's `epochs` are 0.
@@ -61,8 +68,8 @@ def fit(
         trainer.save_checkpoint(checkpoints / "start.ckpt")
     if settings["epochs"] == 0:
         os.replace(checkpoints / "start.ckpt", checkpoints / "best.ckpt")
-        return 0
-    trainer.fit(module, data)
+        return Fitted(0, module.gradients.summary())
+    trainer.fit(module.train(), data)
     assert best.best_model_score is not None
     score = float(best.best_model_score)
     if start_score > score:
@@ -71,7 +78,7 @@ def fit(
     (checkpoints / "start.ckpt").unlink(missing_ok=True)
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
-    return 0 if start_score > score else checkpoint["epoch"] + 1
+    return Fitted(0 if start_score > score else checkpoint["epoch"] + 1, module.gradients.summary())
 
 
 def fit_blindly(
@@ -81,7 +88,7 @@ def fit_blindly(
     trainer = _trainer(
         config, stage, folder, [_StopAfter(epochs)], logger=False, enable_checkpointing=False, limit_val_batches=0
     )
-    trainer.fit(module, data)
+    trainer.fit(module.train(), data)
 
 
 class _StopAfter(Callback):

@@ -113,25 +113,3 @@ class MeanAndError(Metric):
         """Mean and standard error."""
         mean = self.total / self.count
         return mean, ((self.squares / self.count - mean.square()).clamp(min=0) / self.count).sqrt()
-
-
-class Agreement(Metric):
-    """Counts over queries where a method and a reference are right or wrong: `wins` (only the method), `losses`."""
-
-    full_state_update = False
-    wins: Tensor
-    losses: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("wins", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("losses", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, right: Tensor, reference_right: Tensor) -> None:
-        """Count two (B,) bool tensors."""
-        self.wins += (right & ~reference_right).sum()
-        self.losses += (~right & reference_right).sum()
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Wins and losses."""
-        return self.wins, self.losses

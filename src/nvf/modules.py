@@ -1,6 +1,6 @@
-"""The two LightningModules: thin shells around the attention, and around the pipeline with its reranker."""
+"""The LightningModules: thin shells around stage 1, around stage 2 behind it, and around both together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.data import CandidateBatch
+from nvf.data import LoggedBatch
 from nvf.errors import InputError, check_number
-from nvf.metrics import RankCounts, candidate_ranks, target_ranks
+from nvf.gradients import GradientLog, norms
+from nvf.metrics import RankCounts, are_targets, candidate_ranks, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch
 from nvf.reranker import reranker_loss
 from nvf.streams import stream_seed
 
 SCHEDULES = ("onecycle", "constant")
-LossAndRanks = tuple[Tensor, Callable[[], Tensor]]
+RELAXATIONS = "[1, 0.1] anneals, null is exact"
+Measured = tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]
 
 
 class StageModule(L.LightningModule):
-    """What both stages share: Adam, the schedule, and the metrics `split/name`.
+    """What the stages share: Adam, the schedule, the metrics `split/name`, and the norms of gradients.
 
     Raises:
         InputError: a learning rate that is not positive and finite, or an unknown schedule.
@@ -36,9 +38,11 @@ class StageModule(L.LightningModule):
         self.lr, self.schedule, self.k = lr, schedule, k
         self.ranks = RankCounts()
         self.coverage = MeanMetric()
+        self.gradients = GradientLog()
+        self._queries: Tensor | None = None  # of a step whose gradients are looked at
 
-    def measure(self, batch: Any) -> LossAndRanks:
-        """The loss, and how to get the rank of every query's target when somebody wants it."""
+    def measure(self, batch: Any) -> Measured:
+        """The loss, and how to get the rank of every query's target, and whether it is a candidate, if wanted."""
         raise NotImplementedError
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -51,21 +55,32 @@ class StageModule(L.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Any, _: int) -> Tensor:
-        loss, ranks = self.measure(batch)
         # Only in the steps whose metrics Lightning hands to the logger: logging costs more than a small step.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("train/loss", loss.detach(), prog_bar=True)
-            self.log("train/top1", (ranks() == 1).float().mean())
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-            self.log("train/temperature", 1 / self.attention.beta.detach())
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return self.measure(batch)[0]
+        self._queries = batch.queries.detach().requires_grad_()
+        loss, ranks = self.measure(batch._replace(queries=self._queries))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/top1", (ranks()[0] == 1).float().mean())
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("train/temperature", 1 / self.attention.beta.detach())
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._queries is None:
+            return
+        gradients = [(name, parameter.grad) for name, parameter in self.named_parameters()]
+        found = norms([("query", self._queries.grad), *gradients])
+        self._queries = None
+        self.gradients.add(found)
+        self.log_dict({f"gradients/{part}": norm for part, norm in found.items()})
+
     def validation_step(self, batch: Any, _: int) -> None:
-        loss, ranks = self.measure(batch)
-        found = ranks()
-        self.ranks.update(found)
-        self.coverage.update((found <= self.k).float())
-        self.log("val/loss", loss, batch_size=len(found), sync_dist=True)
+        loss, measured = self.measure(batch)
+        ranks, covered = measured()
+        self.ranks.update(ranks)
+        self.coverage.update(covered.float())
+        self.log("val/loss", loss, batch_size=len(ranks), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/top1", self.ranks.share(1), prog_bar=True)
@@ -100,19 +115,21 @@ class AttentionModule(StageModule):
         self, attention: SoftAttention, *, lr: float, schedule: str, k: int = 5, learnable: Tensor | None = None
     ) -> None:
         super().__init__(lr=lr, schedule=schedule, k=k)
-        self.learnable: Tensor | None
         self.model = attention
-        self.register_buffer("learnable", learnable, persistent=False)
-        if attention.delta is not None and learnable is not None:
-            attention.delta.register_hook(lambda gradient: gradient * self.learnable.unsqueeze(-1))
+        _hold_keys(attention, learnable)
 
     @property
     def attention(self) -> SoftAttention:
         return self.model
 
-    def measure(self, batch: QueryBatch) -> LossAndRanks:
+    def measure(self, batch: QueryBatch) -> Measured:
         logits = self.model(batch.queries)
-        return attention_loss(logits, batch.targets), lambda: target_ranks(logits, batch.targets)
+
+        def found() -> tuple[Tensor, Tensor]:
+            ranks = target_ranks(logits, batch.targets)
+            return ranks, ranks <= self.k
+
+        return attention_loss(logits, batch.targets), found
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.parameters()), self.lr)]
@@ -142,12 +159,81 @@ class RerankerModule(StageModule):
         # Dropout draws from the global generator; a run resumed at this epoch must draw the same masks.
         torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
 
-    def measure(self, batch: CandidateBatch) -> LossAndRanks:
+    def measure(self, batch: Any) -> Measured:  # a CandidateBatch
         scores = self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
-        return reranker_loss(scores, batch.labels), lambda: candidate_ranks(scores, batch.labels)
+        return reranker_loss(scores, batch.labels), lambda: (candidate_ranks(scores, batch.labels), batch.valid)
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         scalars = [p for name, p in self.model.reranker.named_parameters() if name == "evidence"]
         network = [p for name, p in self.model.reranker.named_parameters() if name != "evidence"]
         rates = [(network, self.lr), (scalars, self.lr * self.scalar_lr_ratio)]
         return [(parameters, lr) for parameters, lr in rates if parameters]
+
+
+class JointModule(RerankerModule):
+    """Fits both stages of a pipeline on batches of queries, by -log of its distribution at the targets.
+
+    Args:
+        pipeline: stage 1 and the reranker.
+        lr: of the reranker's network and of stage 1.
+        relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
+            None for the exact distribution. See `distribution.relaxed`.
+        attention_weight: of stage 1's own loss, which is added.
+        learnable: which learned keys may move, as for `AttentionModule`.
+
+    Raises:
+        InputError: a relaxation that is not two numbers above 0, or a negative weight.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        lr: float,
+        schedule: str,
+        scalar_lr_ratio: float,
+        seed: int,
+        relaxation: Sequence[float] | None = None,
+        attention_weight: float = 0.0,
+        learnable: Tensor | None = None,
+    ) -> None:
+        super().__init__(pipeline, lr=lr, schedule=schedule, scalar_lr_ratio=scalar_lr_ratio, seed=seed)
+        if relaxation is not None:
+            if not isinstance(relaxation, list | tuple) or len(relaxation) != 2:
+                raise InputError(f"joint.relaxation={relaxation} is not two temperatures; {RELAXATIONS}")
+            for temperature in relaxation:
+                check_number("joint.relaxation", temperature, above=0, remedy=RELAXATIONS)
+        check_number("joint.attention_weight", attention_weight, minimum=0, remedy="0 leaves stage 1's loss out")
+        self.relaxation, self.attention_weight = relaxation, attention_weight
+        self.model.attention.requires_grad_(True)
+        _hold_keys(self.model.attention, learnable)
+
+    @property
+    def temperature(self) -> float | None:
+        """At which candidates are relaxed in this step."""
+        if self.relaxation is None or not self.training:
+            return None
+        first, last = self.relaxation
+        return first * (last / first) ** (self.global_step / max(1, self.trainer.estimated_stepping_batches - 1))
+
+    def measure(self, batch: Any) -> Measured:  # a QueryBatch or a LoggedBatch
+        logged_as = batch.logged_as if isinstance(batch, LoggedBatch) else None
+        found = self.model(batch.queries, logged_as=logged_as, relaxation=self.temperature, answer=False)
+        loss = attention_loss(found.log_probs, batch.targets)
+        if self.attention_weight:
+            loss = loss + self.attention_weight * attention_loss(found.logits, batch.targets)
+
+        def ranks() -> tuple[Tensor, Tensor]:
+            covered = are_targets(found.candidates, batch.targets).any(dim=-1)
+            return target_ranks(found.log_probs, batch.targets), covered
+
+        return loss, ranks
+
+    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [(list(self.model.attention.parameters()), self.lr), *super().learning_rates()]
+
+
+def _hold_keys(attention: SoftAttention, learnable: Tensor | None) -> None:
+    """Let no gradient reach the learned keys of rows that are not learnable."""
+    if attention.delta is not None and learnable is not None:
+        attention.delta.register_hook(lambda gradient: gradient * learnable.to(gradient.device).unsqueeze(-1))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvf.evaluation import METRICS, ceiling
+from nvf.gradients import failures
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
 
@@ -26,8 +27,14 @@ def table(results: Mapping[str, Any], queries: int) -> str:
         name, value = ceiling(figures)
         closed = f"{100 * figures['gap_closed']:5.1f}"
         lines.append(_entry("gap closed", f"{closed}  of stage 1 to {name} {100 * value:.1f}"))
-    counts = f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
-    lines.append(_entry("against exact search", counts))
+    lines.append(_entry("against exact search", _won_and_lost(against)))
+    errors = figures["calibration_error"]
+    shown = ", ".join(f"{NAMES[method]} {_percent(errors[method]).strip()}" for method in errors)
+    lines.append(_entry("calibration error", shown))
+    if (joint := results.get("joint")) is not None:
+        lines.append(_entry("before joint training", _before(joint["before"])))
+        done = _won_and_lost(joint["against"]) if joint["kept"] else "not clearly better on validation, so not kept"
+        lines.append(_entry("joint training", done))
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
         if figures.get(group) and figures[group]["exact"] is not None:
             lines.append(_entry(name, _by_method(figures[group])))
@@ -59,6 +66,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     gradients = results.get("gradients")
     if gradients and not gradients["finite"]:
         lines.append("A gradient is not finite: lower the learning rates.")
+    lines += failures(gradients["training"] if gradients else {})
     if gradients and gradients["vanished"]:
         lines.append(
             f"No gradient reaches {', '.join(gradients['vanished'])}: the untrained start validated best, "
@@ -69,6 +77,17 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 def _percent(interval: Mapping[str, float]) -> str:
     return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
+
+
+def _won_and_lost(against: Mapping[str, Any]) -> str:
+    return f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
+
+
+def _before(figures: Mapping[str, Any]) -> str:
+    """What separate training had reached."""
+    shares = [f"{NAMES[method]} {100 * figures[method]['top1']['value']:.1f}" for method in ("attention", "pipeline")]
+    coverage, error = figures["coverage"]["value"], figures["calibration_error"]["pipeline"]["value"]
+    return f"Top-1 of {', '.join(shares)}; coverage {100 * coverage:.1f}, calibration error {100 * error:.1f}"
 
 
 def _entry(name: str, text: str) -> str:

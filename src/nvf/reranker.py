@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
+from nvf.evidence import FEATURES
 
 RERANKERS = ("mlp", "residual")
 
@@ -63,6 +64,12 @@ class Reranker(nn.Module):
             scores = scores + self.evidence[0] * logits + self.evidence[1] * beta * cosine
         return scores
 
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Scale all scores: a softmax over them has its temperature divided by the factor."""
+        for weight in (*self.rest[-1].parameters(), *([self.evidence] if self.kind == "residual" else [])):
+            weight.mul_(factor)
+
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
 
@@ -112,6 +119,14 @@ class EvidenceReranker(nn.Module):
         deviation = flat.std(dim=0, correction=0)
         self.mean.copy_(flat.mean(dim=0))
         self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Scale all scores but for one constant a query, as `Reranker.sharpen` does."""
+        for weight in (*self.network[-1].parameters(), self.weight):
+            weight.mul_(factor)
+        logit = FEATURES.index("logit")  # stage 1's, again: there its coefficient is free
+        self.weight[logit] += (factor - 1) * self.scale[logit]
 
     def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
         """Scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""

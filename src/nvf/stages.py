@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from nvf.attention import SoftAttention
-from nvf.checkpoints import load_attention
+from nvf.checkpoints import attention_within, load_attention, load_reranker
 from nvf.data import Fold, VectorDataModule
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError, check_number
 from nvf.evidence import FEATURES, Evidence
 from nvf.memory import VectorMemory, check_k
-from nvf.modules import AttentionModule, RerankerModule
+from nvf.modules import AttentionModule, JointModule, RerankerModule
 from nvf.pipeline import Pipeline
 from nvf.queries import Nearest, Noisy, QueryBatch, QuerySource, Recorded, Source, Warped
 from nvf.reranker import EvidenceReranker, Reranker
@@ -92,15 +92,8 @@ def reranker_stage(
         folds: stages 1 that have not seen some of them.
     """
     settings = config["reranker"]
-    torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    network = {name: settings[name] for name in ("hidden", "dropout")}
-    reranker: Reranker | EvidenceReranker
-    if evidence is None:
-        reranker = Reranker(attention.memory.dim, kind=settings["kind"], **network)
-    else:
-        reranker = EvidenceReranker(len(FEATURES), **network)
     module = RerankerModule(
-        Pipeline(attention, reranker, k=config["k"], evidence=evidence),
+        untrained_pipeline(config, attention, evidence),
         lr=settings["lr"],
         schedule=settings["schedule"],
         scalar_lr_ratio=settings["scalar_lr_ratio"],
@@ -109,13 +102,35 @@ def reranker_stage(
     return module, _build_data(config, "reranker", source, attention=attention, evidence=evidence, folds=folds)
 
 
+def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> tuple[JointModule, VectorDataModule]:
+    """Both stages, to be fitted together, and their batches."""
+    settings = config["joint"]
+    given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
+    module = JointModule(pipeline, **{name: settings[name] for name in given}, learnable=seen_rows(source))
+    return module, _build_data(config, "joint", source, evidence=pipeline.evidence)
+
+
+def untrained_pipeline(config: Settings, attention: SoftAttention, evidence: Evidence | None) -> Pipeline:
+    """A stage 1 with a new reranker behind it."""
+    settings = config["reranker"]
+    torch.manual_seed(stream_seed(settings["seed"], "reranker"))
+    network = {name: settings[name] for name in ("hidden", "dropout")}
+    reranker: Reranker | EvidenceReranker
+    if evidence is None:
+        reranker = Reranker(attention.memory.dim, kind=settings["kind"], **network)
+    else:
+        reranker = EvidenceReranker(len(FEATURES), **network)
+    return Pipeline(attention, reranker, k=config["k"], evidence=evidence)
+
+
 def check(config: Settings, source: Source) -> None:
     """Build once what the stages will build, so that bad settings are refused before any work.
 
     Raises:
         InputError: whatever is wrong with them.
     """
-    for stage in config["stage"]["fit"]:
+    fits = stages(config)
+    for stage in fits:
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None:
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
@@ -123,9 +138,10 @@ def check(config: Settings, source: Source) -> None:
         check_number("data.budget_s", budget, above=0, remedy="480 is the default, null sets no limit")
     for variant in variants(config):
         module, _ = attention_stage(variant, source)
-    if config["attention_checkpoint"] is not None:
-        loaded_attention(config, source)
-    if "reranker" not in config["stage"]["fit"]:
+    attention = module.attention
+    if config["attention_checkpoint"] is not None or config["reranker_checkpoint"] is not None:
+        attention = loaded_attention(config, source)[1]
+    if fits == ["attention"]:
         return
     settings = config["reranker"]
     weighs, folds = settings["kind"] == "evidence", settings["folds"]
@@ -137,16 +153,31 @@ def check(config: Settings, source: Source) -> None:
     if folds is not None:
         check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")
     evidence = Evidence.of_one(source.memory) if weighs else None
-    reranker_stage(config, source, module.attention, evidence=evidence)
+    pipeline = reranker_stage(config, source, attention, evidence=evidence)[0].model
+    if config["reranker_checkpoint"] is not None:
+        pipeline = loaded_pipeline(config, source, attention)
+    if "joint" in fits:
+        joint_stage(config, source, pipeline)
+
+
+def stages(config: Settings) -> list[str]:
+    """What is fitted, in which order; a cold start leaves everything to the last."""
+    fits = config["stage"]["fit"]
+    warm = config["stage"].get("warm_start", True)
+    if not isinstance(warm, bool):
+        raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
+    return fits if warm else fits[-1:]
 
 
 def loaded_attention(config: Settings, source: Source) -> tuple[Settings, SoftAttention]:
-    """The stage 1 that `attention_checkpoint` names, with the settings of the variant that it was.
+    """The stage 1 that `attention_checkpoint` names, else the one in `reranker_checkpoint`, and its variant's settings.
 
     Raises:
         InputError: it is no stage 1 for this memory, or none of the configured variants.
     """
     *others, last = variants(config)
+    if config["attention_checkpoint"] is None:
+        return last, attention_within(config["reranker_checkpoint"], source.memory)
     for variant in others:
         attention = attention_stage(variant, source)[0].attention
         with suppress(InputError):
@@ -155,6 +186,31 @@ def loaded_attention(config: Settings, source: Source) -> tuple[Settings, SoftAt
     attention = attention_stage(last, source)[0].attention
     load_attention(attention, config["attention_checkpoint"])
     return last, attention
+
+
+def loaded_pipeline(config: Settings, source: Source, attention: SoftAttention) -> Pipeline:
+    """A stage 1 with the reranker that `reranker_checkpoint` names.
+
+    Raises:
+        InputError: that is no reranker for this memory, k or log of queries, or none of the configured kind.
+    """
+    pipeline = untrained_pipeline(config, attention, log_of_queries(config, source))
+    load_reranker(pipeline, config["reranker_checkpoint"])
+    return pipeline
+
+
+def log_of_queries(config: Settings, source: Source) -> Evidence | None:
+    """The evidence that the training queries give, where the reranker weighs any."""
+    if config["reranker"]["kind"] != "evidence":
+        return None
+    return Evidence.gather(source.memory, *training_queries(source))
+
+
+def training_queries(source: Source) -> QueryBatch:
+    """The recorded queries of the training split."""
+    assert isinstance(source, Recorded)
+    device = source.memory.rows.device
+    return QueryBatch(*(part.to(device) for part in source.splits["train"]))
 
 
 def variants(config: Settings) -> list[Settings]:
@@ -191,6 +247,7 @@ def _build_data(config: Settings, stage: str, source: Source, **candidates: Any)
         batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
     return VectorDataModule(
         source,
+        stage=stage,
         seed=settings["seed"],
         batch_size=batch_size,
         steps_per_epoch=settings["steps_per_epoch"],

@@ -20,7 +20,6 @@ from nvf.errors import InputError
 
 if TYPE_CHECKING:
     from nvf.attention import SoftAttention
-    from nvf.pipeline import Pipeline
 
 START = time.perf_counter()
 HERE = Path(__file__).resolve()
@@ -42,10 +41,12 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     """
     # Imported here so that --help and a config error answer without importing torch.
     from nvf.dashboards import log_hparams
-    from nvf.evaluation import audit_gradients, evaluate
+    from nvf.evaluation import against, evaluate
+    from nvf.gradients import audit_gradients
+    from nvf.pipeline import Pipeline
     from nvf.report import remarks, table
     from nvf.results import versions, write_results
-    from nvf.selection import fit_attention, fit_reranker
+    from nvf.selection import fit_attention, fit_joint, fit_reranker
     from nvf.stages import build_source, check, fixed_queries, seen_rows
 
     quiet()
@@ -53,27 +54,41 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     check(config, source)
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
+    training: dict[str, Any] = {}  # the gradients in it
     with timed(seconds, "attention"):
         chosen = fit_attention(config, source, folder)
+        training["attention"] = chosen.gradients
     model: SoftAttention | Pipeline = chosen.attention
     if "reranker" in config["stage"]["fit"]:
         with timed(seconds, "reranker"):
-            model = fit_reranker(config, source, chosen, folder)
+            model, training["reranker"] = fit_reranker(config, source, chosen, folder)
+
+    val, test = (fixed_queries(config, source, split) for split in ("val", "test"))
+    known: dict[str, Any] = {"k": config["k"], "oracle": source.oracle, "seen": seen_rows(source)}
+    before = joint = None
+    if "joint" in config["stage"]["fit"]:
+        with timed(seconds, "evaluation"):
+            before = evaluate(model, test, **known, title="before joint training")
+        with timed(seconds, "joint"):
+            assert isinstance(model, Pipeline)
+            training["joint"], kept = fit_joint(config, source, model, folder)
+    if isinstance(model, Pipeline):
         model.save(folder / "pipeline")
     with timed(seconds, "evaluation"):
-        val, test = (fixed_queries(config, source, split) for split in ("val", "test"))
-        known: dict[str, Any] = {"k": config["k"], "oracle": source.oracle, "seen": seen_rows(source)}
-        val_figures, _ = evaluate(model, val, **known, title="validation")
-        test_figures, against_exact = evaluate(model, test, **known, title="test")
+        val_found = evaluate(model, val, **known, title="validation")
+        found = evaluate(model, test, **known, title="test")
+        if before is not None:
+            joint = {"kept": kept, "before": before.figures, "against": against(found.answered, before.answered)}
         gradients = audit_gradients(model, val)
     total = time.perf_counter() - started
     results = {
-        "test": test_figures,
-        "val": val_figures,
-        "against_exact": against_exact,
+        "test": found.figures,
+        "val": val_found.figures,
+        "against_exact": found.against_exact,
+        "joint": joint,
         "selection": chosen.tried,
         "duplicates": getattr(source, "duplicates", None),
-        "gradients": gradients,
+        "gradients": {**gradients, "training": {stage: found for stage, found in training.items() if found}},
         "seconds": {**seconds, "total": total},
         "config": config,
         "versions": versions(),
@@ -86,15 +101,15 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     for line in remarks(results):
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, folder)
-    return (val_figures["pipeline"] or val_figures["attention"])["top1"]["value"]
+    return (val_found.figures["pipeline"] or val_found.figures["attention"])["top1"]["value"]
 
 
 @contextmanager
 def timed(seconds: dict[str, float | None], name: str) -> Iterator[None]:
-    """Note how long the block took."""
+    """Add how long the block took."""
     start = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = (seconds.get(name) or 0) + time.perf_counter() - start
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
