@@ -41,6 +41,8 @@ def test_hparams_hold_the_settings_and_the_test_figures(finished: tuple[dict[str
         for metric, figure in results["test"][method].items():
             (event,) = shown.Scalars(f"hp/{method}/{metric}")
             assert event.value == pytest.approx(figure["value"], abs=1e-6)
+    (event,) = shown.Scalars("hp/pipeline/calibration_error")
+    assert event.value == pytest.approx(results["test"]["calibration_error"]["pipeline"]["value"], abs=1e-6)
     content = shown.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     session = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     settings = {name: value.ListFields()[0][1] for name, value in session.hparams.items() if value.ListFields()}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.attention import attention_loss
+from nvf.errors import InputError
 from nvf.pipeline import Pipeline, Retrieval
 
 
@@ -44,6 +45,21 @@ def test_any_leading_shape_and_any_length(layer: Pipeline) -> None:
         close(Retrieval(*(part.flatten(0, -2) for part in found)), expected)
     close(layer(asked(6)[2]), Retrieval(*(part[2] for part in expected)))
     assert layer(asked(0)).log_probs.shape == (0, 30)
+
+
+@pytest.mark.parametrize(
+    ("queries", "relaxation", "message"),
+    [
+        (torch.ones(2, 7), None, r"queries have shape \(2, 7\); give floats, \(\.\.\., 8\)"),
+        (torch.tensor(1.0), None, r"queries have shape \(\)"),
+        (torch.ones(2, 8), 0.0, "relaxation=0.0 is not a number above 0; None is exact"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    pipeline: Pipeline, queries: Tensor, relaxation: float | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline(queries, relaxation=relaxation)
 
 
 def test_search_finds_what_the_layer_ranks_first(layer: Pipeline) -> None:

@@ -14,7 +14,7 @@ from nvf.errors import InputError
 from nvf.memory import VectorMemory
 from nvf.modules import AttentionModule, JointModule, RerankerModule, StageModule
 from nvf.pipeline import Pipeline
-from nvf.queries import Noisy
+from nvf.queries import Noisy, QueryBatch, Recorded
 from nvf.reranker import Reranker
 
 STAGES = ("attention", "reranker", "joint")
@@ -151,9 +151,11 @@ def test_keys_that_no_query_points_at_stay(memory: VectorMemory, tmp_path: Path,
     learnable = torch.arange(30) % 2 == 0
     attention = SoftAttention(memory, keys="learned")
     settings = {"lr": 0.1, "schedule": "constant", "learnable": learnable}
-    module: StageModule = AttentionModule(attention, **settings)
+    module: StageModule
     if joint:
         module = JointModule(Pipeline(attention, Reranker(8), k=4), scalar_lr_ratio=1.0, seed=0, **settings)
+    else:
+        module = AttentionModule(attention, **settings)
     source = Noisy(memory, sigma=0.2)
     trainer(tmp_path, epochs=2).fit(module, VectorDataModule(source, seed=0, batch_size=32, steps_per_epoch=5))
     moved = attention.delta.detach().abs().sum(dim=-1) > 0
@@ -218,6 +220,20 @@ def test_a_joint_step_is_the_sum_of_both_losses(memory: VectorMemory) -> None:
         ranks, covered = measured()
         assert torch.equal(covered, (found.candidates == place).any(dim=-1))
         assert torch.equal(ranks == 1, found.log_probs.argmax(dim=-1) == place[:, 0])
+
+
+def test_a_logged_query_is_no_evidence_for_itself(weighing: Pipeline) -> None:
+    module = JointModule(weighing, lr=1e-3, schedule="constant", scalar_lr_ratio=1.0, seed=0).eval()
+    assert weighing.evidence is not None
+    source = Recorded(weighing.memory, {"train": QueryBatch(weighing.evidence.queries, torch.zeros(90, 1).long())})
+    weighing.evidence.logged = torch.arange(90)
+    data = VectorDataModule(source, stage="joint", seed=0, batch_size=90, evidence=weighing.evidence)
+    (batch,) = data.train_dataloader()
+    alone = weighing(batch.queries, logged_as=batch.logged_as).log_probs
+    with_itself = weighing(batch.queries).log_probs
+    assert (alone - with_itself).abs().max() > 0.01
+    assert torch.equal(weighing.evidence.queries[batch.logged_as], batch.queries)
+    torch.testing.assert_close(module.measure(batch)[0], -alone[:, 0].mean())
 
 
 @pytest.mark.parametrize(

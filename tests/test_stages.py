@@ -139,6 +139,7 @@ def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None
 JOINT = ["stage=joint", "joint.epochs=2", "joint.steps_per_epoch=3"]
 
 
+@pytest.mark.filterwarnings("error:.*in eval mode")  # an evaluation comes before; dropout is on again after it
 def test_joint_training_goes_on_from_both_stages(run: Run, tmp_path: Path) -> None:
     log = "trainer.log_every_n_steps=1"
     whole = run(*SMALL, *SMALL_STEPS, *JOINT, log, folder=tmp_path / "whole")

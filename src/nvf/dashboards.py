@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from nvf.evaluation import METHODS, METRICS
 
-SETTINGS = ("stage", "data", "queries", "attention", "reranker", "seed", "k")
+SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
 
 
 def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
@@ -21,6 +21,8 @@ def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
         for metric in METRICS
     }
     metrics["hp/coverage"] = figures["coverage"]["value"]
+    for method, error in figures["calibration_error"].items():
+        metrics[f"hp/{method}/calibration_error"] = error["value"]
     settings = _flat({name: results["config"][name] for name in SETTINGS})
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(settings, metrics)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
 from nvf.distribution import exact, relaxed, shared_out
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, check_number, one_line
 from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
@@ -138,7 +138,14 @@ class Pipeline(nn.Module):
             relaxation: the temperature at which rows are candidates by degrees, in units of the logits, for training;
                 with None, the exact distribution. See `distribution.relaxed`.
             answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
+
+        Raises:
+            InputError: queries of another width, or a relaxation that is not above 0.
         """
+        if queries.shape[-1:] != (self.memory.dim,):
+            raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (..., {self.memory.dim})")
+        if relaxation is not None:
+            check_number("relaxation", relaxation, above=0, remedy="None is exact")
         lead = queries.shape[:-1]
         queries = F.normalize(queries.reshape(-1, queries.shape[-1]), dim=-1)
         logits = self.attention(queries)  # (B, N)
