@@ -88,7 +88,7 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         "joint": joint,
         "selection": chosen.tried,
         "duplicates": getattr(source, "duplicates", None),
-        "gradients": {**gradients, "training": {stage: found for stage, found in training.items() if found}},
+        "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},
         "config": config,
         "versions": versions(),
