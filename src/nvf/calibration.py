@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.memory import QUERY_BLOCK, SCORE_BLOCK, VectorMemory, hubness
-from nvf.metrics import are_targets, target_ranks
+from nvf.memory import SCORE_BLOCK, hubness
+from nvf.metrics import are_targets, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
-from nvf.queries import QueryBatch, blocks
+from nvf.queries import QueryBatch, score_blocks
 from nvf.reranker import reranker_loss
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
@@ -43,20 +43,16 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets in _blocks(batch, pipeline.memory):
-        found = pipeline(queries, answer=False)
-        scores.append(found.scores)
-        labels.append(are_targets(found.candidates, targets))
+    for queries, targets in score_blocks(batch, len(pipeline.memory)):
+        top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True)
+        scores.append(pipeline.rerank(queries, top))
+        labels.append(are_targets(top.rows, targets))
     of_all, right = torch.cat(scores), torch.cat(labels)
     if not right.any():
         return 1.0
     factor = _best_factor(lambda factor: reranker_loss(factor * of_all, right), FACTOR_RANGE, of_all.device)
     pipeline.reranker.sharpen(factor)
     return factor
-
-
-def _blocks(batch: QueryBatch, memory: VectorMemory) -> list[QueryBatch]:
-    return blocks(batch, max(1, min(QUERY_BLOCK, SCORE_BLOCK // len(memory))))
 
 
 def _best_factor(loss: Callable[[Tensor], Tensor], within: tuple[float, float], device: torch.device) -> float:
@@ -75,7 +71,7 @@ def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
     """Which queries have a target at the highest attention, or probability, (B,) bool, in blocks."""
     model.eval()
     found = []
-    for queries, targets in _blocks(batch, model.memory):
+    for queries, targets in score_blocks(batch, len(model.memory)):
         scores = model(queries, answer=False).log_probs if isinstance(model, Pipeline) else model(queries)
         found.append(target_ranks(scores, targets) == 1)
     return torch.cat(found)
@@ -86,7 +82,7 @@ def clearly_above(answered: Tensor, reference: Tensor) -> bool:
 
     Of several searches that are as good as the reference, one always looks better on a few queries.
     """
-    wins, losses = int((answered & ~reference).sum()), int((~answered & reference).sum())
+    wins, losses = wins_and_losses(answered, reference)
     return wins - losses > CLEAR * math.sqrt(wins + losses)
 
 

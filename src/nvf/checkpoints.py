@@ -24,7 +24,7 @@ REMEDIES = {
 
 
 def load_attention(attention: SoftAttention, path: str | Path) -> None:
-    """Load stage 1's weights that a run saved for the same memory; nothing in the file can run code.
+    """Load stage 1's weights that a run saved for the same memory, frozen; nothing in the file can run code.
 
     Raises:
         InputError: no such file, a damaged one, another memory, or another shape.
@@ -32,10 +32,11 @@ def load_attention(attention: SoftAttention, path: str | Path) -> None:
     about, weights = _read(path, "attention")
     _compare(about, describe(attention), path, "attention")
     attention.load_state_dict(weights)
+    attention.requires_grad_(False)
 
 
 def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
-    """Stage 1 as it was, calibrated, in a run's checkpoint of stage 2, or of both stages.
+    """Stage 1 as it was, calibrated, and frozen, in a run's checkpoint of stage 2, or of both stages.
 
     Raises:
         InputError: as for `load_attention`.
@@ -49,7 +50,7 @@ def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
         raise InputError(
             f"reranker_checkpoint={path} is damaged ({one_line(fault)}); {REMEDIES['stage'].format('reranker')}"
         ) from None
-    return attention
+    return attention.requires_grad_(False)
 
 
 def load_reranker(pipeline: Pipeline, path: str | Path) -> None:

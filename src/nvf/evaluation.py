@@ -12,10 +12,9 @@ from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention
-from nvf.memory import SCORE_BLOCK
-from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
+from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
-from nvf.queries import QueryBatch, blocks
+from nvf.queries import QueryBatch, score_blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
 METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
@@ -63,12 +62,11 @@ def evaluate(
     if oracle is rows:
         counted["oracle"] = counted["exact"]
     covered = RankCounts().to(rows.device)  # ranks of covered targets alone
-    first: dict[str, list[Tensor]] = {method: [] for method in counted}  # whether the target is
+    first: dict[str, list[Tensor]] = {method: [] for method in ("exact", *PROBABLE)}  # whether the target is
     confidences: dict[str, list[Tensor]] = {method: [] for method in PROBABLE if method in counted}
     last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
-    size = max(1, min(1024, SCORE_BLOCK // len(rows)))
-    for queries, targets in tqdm(blocks(batch, size), title, leave=False, delay=3):
+    for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
         scores = {"exact": F.normalize(queries, dim=-1) @ rows.T}
         if oracle is not None and oracle is not rows:
@@ -81,7 +79,7 @@ def evaluate(
             candidates = scores["attention"].topk(k, dim=-1).indices
         ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
         covered.update(ranks[last][are_targets(candidates, targets).any(dim=-1)])
-        for method in ranks:
+        for method in ranks.keys() & first.keys():
             first[method].append(ranks[method] == 1)
         for method in confidences:
             confidences[method].append((scores[method].amax(dim=-1) - scores[method].logsumexp(dim=-1)).exp())
@@ -103,7 +101,7 @@ def evaluate(
 
 def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
     """Queries that a method answers and a reference does not, the reverse, and McNemar's p; both (B,) bool."""
-    wins, losses = int((answered & ~reference).sum()), int((~answered & reference).sum())
+    wins, losses = wins_and_losses(answered, reference)
     return {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
 
 

@@ -37,7 +37,7 @@ def fit(
     start_competes: bool,
     name: str | None = None,
 ) -> Fitted:
-    """Fit a module and leave the weights of its best validation Top-1 in it.
+    """Fit a module and leave the weights of its best validation Top-1 in it, frozen.
 
     Where the untrained start is a search that works, it is validated too and wins unless training beats or equals it:
     the weights are then of 0 epochs. So they are if the stage's `epochs` are 0.
@@ -68,6 +68,7 @@ def fit(
         trainer.save_checkpoint(checkpoints / "start.ckpt")
     if settings["epochs"] == 0:
         os.replace(checkpoints / "start.ckpt", checkpoints / "best.ckpt")
+        module.requires_grad_(False)
         return Fitted(0, module.gradients.summary())
     trainer.fit(module.train(), data)
     assert best.best_model_score is not None
@@ -78,17 +79,19 @@ def fit(
     (checkpoints / "start.ckpt").unlink(missing_ok=True)
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
+    module.requires_grad_(False)
     return Fitted(0 if start_score > score else checkpoint["epoch"] + 1, module.gradients.summary())
 
 
 def fit_blindly(
     config: Settings, stage: str, module: StageModule, data: VectorDataModule, folder: Path, epochs: int
 ) -> None:
-    """Fit a module for the first `epochs` epochs of the stage's schedule; nothing is validated, chosen or written."""
+    """Fit a module for the first `epochs` epochs of the stage's schedule, and freeze it; nothing else happens."""
     trainer = _trainer(
         config, stage, folder, [_StopAfter(epochs)], logger=False, enable_checkpointing=False, limit_val_batches=0
     )
     trainer.fit(module.train(), data)
+    module.requires_grad_(False)
 
 
 class _StopAfter(Callback):

@@ -32,6 +32,11 @@ def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
     return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
 
 
+def wins_and_losses(answered: Tensor, reference: Tensor) -> tuple[int, int]:
+    """How many queries a method answers and a reference does not, and the reverse; both (B,) bool."""
+    return int((answered & ~reference).sum()), int((~answered & reference).sum())
+
+
 def recall(found: Tensor, targets: Tensor) -> Tensor:
     """The share of each query's targets that are among the rows it found, (B,).
 

@@ -205,7 +205,8 @@ class JointModule(RerankerModule):
                 check_number("joint.relaxation", temperature, above=0, remedy=RELAXATIONS)
         check_number("joint.attention_weight", attention_weight, minimum=0, remedy="0 leaves stage 1's loss out")
         self.relaxation, self.attention_weight = relaxation, attention_weight
-        self.model.attention.requires_grad_(True)
+        self.steps = 1  # of the whole training, known when it starts
+        self.model.requires_grad_(True)
         _hold_keys(self.model.attention, learnable)
 
     @property
@@ -214,7 +215,10 @@ class JointModule(RerankerModule):
         if self.relaxation is None or not self.training:
             return None
         first, last = self.relaxation
-        return first * (last / first) ** (self.global_step / max(1, self.trainer.estimated_stepping_batches - 1))
+        return first * (last / first) ** (self.global_step / max(1, self.steps - 1))
+
+    def on_train_start(self) -> None:
+        self.steps = int(self.trainer.estimated_stepping_batches)
 
     def measure(self, batch: Any) -> Measured:  # a QueryBatch or a LoggedBatch
         logged_as = batch.logged_as if isinstance(batch, LoggedBatch) else None

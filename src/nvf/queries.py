@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError, check_number
-from nvf.memory import VectorMemory
+from nvf.memory import QUERY_BLOCK, SCORE_BLOCK, VectorMemory
 from nvf.streams import stream
 
 WARPS = ("rotation", "mlp")
@@ -24,6 +24,11 @@ class QueryBatch(NamedTuple):
 def blocks(batch: Batch, size: int) -> list[Batch]:
     """A named tuple of tensors, cut into pieces of at most `size` samples."""
     return [type(batch)(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
+
+
+def score_blocks(batch: Batch, rows: int) -> list[Batch]:
+    """Pieces whose scores over so many rows are few enough to be held at once."""
+    return blocks(batch, max(1, min(QUERY_BLOCK, SCORE_BLOCK // rows)))
 
 
 class QuerySource(Protocol):

@@ -26,7 +26,6 @@ from nvf.stages import (
     log_of_queries,
     reranker_stage,
     stages,
-    training_queries,
     variants,
 )
 from nvf.streams import stream
@@ -133,7 +132,6 @@ def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path
     module, data = joint_stage(config, source, pipeline)
     affordable = _affordable(config, module, data)
     epochs, gradients = fit(affordable, "joint", module, data, folder, start_competes=True)
-    pipeline.requires_grad_(False)
     kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(answered(pipeline, held_out), before))
     if kept:
         fit_sharpness(pipeline, held_out)
@@ -206,7 +204,7 @@ def _calibrated(
 ) -> Chosen:
     share = 0.0
     if variant["attention"]["hub_correction"] and isinstance(source, Recorded):
-        bank = training_queries(source).queries
+        bank = fixed_queries(variant, source, "train").queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
     fit_temperature(attention, *held_out)
     return _chosen(variant, held_out, attention, epochs, share)

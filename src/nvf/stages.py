@@ -203,14 +203,7 @@ def log_of_queries(config: Settings, source: Source) -> Evidence | None:
     """The evidence that the training queries give, where the reranker weighs any."""
     if config["reranker"]["kind"] != "evidence":
         return None
-    return Evidence.gather(source.memory, *training_queries(source))
-
-
-def training_queries(source: Source) -> QueryBatch:
-    """The recorded queries of the training split."""
-    assert isinstance(source, Recorded)
-    device = source.memory.rows.device
-    return QueryBatch(*(part.to(device) for part in source.splits["train"]))
+    return Evidence.gather(source.memory, *fixed_queries(config, source, "train"))
 
 
 def variants(config: Settings) -> list[Settings]:
@@ -227,7 +220,7 @@ def variants(config: Settings) -> list[Settings]:
 
 
 def fixed_queries(config: Settings, source: Source, split: str) -> QueryBatch:
-    """The `val` or `test` queries of a run."""
+    """The `val` or `test` queries of a run, or the `train` queries where they are recorded."""
     return _build_data(config, "attention", source).queries(split)
 
 
