@@ -39,7 +39,8 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def _run(*overrides: str, folder: Path = tmp_path / "run") -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
-        config = compose_config(*overrides)
+        # One test's stage 1 is none of the next one's business, and most tests do not look at pictures.
+        config = compose_config("cache=off", "dashboards=none", *overrides)
         config["trainer"]["enable_progress_bar"] = False
         objective = train(config, folder, started=0.0)
         results = json.loads((folder / "results.json").read_text())

@@ -1,5 +1,6 @@
 """Where queries come from: three generated sources with their oracles, and the user's own."""
 
+import hashlib
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -29,6 +30,15 @@ def blocks(batch: Batch, size: int) -> list[Batch]:
 def score_blocks(batch: Batch, rows: int) -> list[Batch]:
     """Pieces whose scores over so many rows are few enough to be held at once."""
     return blocks(batch, max(1, min(QUERY_BLOCK, SCORE_BLOCK // rows)))
+
+
+def fingerprint(batch: QueryBatch) -> str:
+    """The hash of queries and targets: `sha256:` and 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in batch:
+        digest.update(str((part.dtype, tuple(part.shape))).encode())
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 class QuerySource(Protocol):

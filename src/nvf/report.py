@@ -38,6 +38,8 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
         if figures.get(group) and figures[group]["exact"] is not None:
             lines.append(_entry(name, _by_method(figures[group])))
+    if (by := results.get("attention_fitted_by")) is not None:
+        lines.append(_entry("stage 1", f"reused, as {by['folder']} fitted it in {by['seconds']:.0f} s"))
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
         name = "stage 1, by validation" if variant["chosen"] else ""

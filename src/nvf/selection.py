@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nvf.attention import SoftAttention
+from nvf.cache import Kept, opened
 from nvf.calibration import answered, clearly_above, fit_hub_correction, fit_sharpness, fit_temperature
 from nvf.data import Fold, VectorDataModule
 from nvf.fitting import fit, fit_blindly
@@ -46,6 +47,7 @@ class Chosen(NamedTuple):
     answered: torch.Tensor  # which validation queries it answers, (B,) bool
     tried: list[dict[str, Any]]  # every variant with its validation Top-1
     gradients: dict[str, Any] | None  # in its training; None where there was none
+    fitted_by: dict[str, Any] | None = None  # the run that this one reuses it from, and its seconds
 
 
 def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
@@ -53,7 +55,7 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
 
     Each has the weights of its best validation Top-1; then its hubs are corrected, if that is asked for, and its
     temperature is fitted, on validation queries both. A variant that is not clearly above exact search gives way to the
-    first.
+    first. What an earlier run has fitted so already is taken from the cache.
     """
     held_out = fixed_queries(config, source, "val")
     if (path := config["attention_checkpoint"] or config["reranker_checkpoint"]) is not None:
@@ -65,6 +67,36 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
     if "attention" not in stages(config):
         variant = variants(config)[-1]
         return _chosen(variant, held_out, attention_stage(variant, source)[0].attention, 0)
+    with opened(config, source) as entry:
+        if entry is not None and (kept := entry.read(source.memory, folder)) is not None:
+            return _reused(config, held_out, kept)
+        started = time.perf_counter()
+        chosen = _fit_variants(config, source, folder, held_out)
+        if entry is not None:
+            settings = {"attention": chosen.config["attention"], "folds": chosen.config["reranker"]["folds"]}
+            about = {name: getattr(chosen, name) for name in ("epochs", "hub_share", "tried", "gradients")}
+            by = {"folder": str(folder), "seconds": time.perf_counter() - started}
+            entry.write(Kept(chosen.attention, {**settings, **about, "fitted_by": by}), folder)
+    return chosen
+
+
+def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
+    about = kept.about
+    log.info("stage 1: as %s fitted it", about["fitted_by"]["folder"])
+    variant = {
+        **config,
+        "attention": about["attention"],
+        "reranker": {**config["reranker"], "folds": about["folds"]},
+    }
+    return Chosen(
+        kept.attention,
+        variant,
+        answered=answered(kept.attention, held_out),
+        **{name: about[name] for name in ("epochs", "hub_share", "tried", "gradients", "fitted_by")},
+    )
+
+
+def _fit_variants(config: Settings, source: Source, folder: Path, held_out: QueryBatch) -> Chosen:
     checkpoints = folder / "checkpoints" / "attention"
     fitted, several = [], len(variants(config)) > 1
     for variant in plan(config, source):

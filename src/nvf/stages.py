@@ -233,6 +233,14 @@ def seen_rows(source: Source) -> torch.Tensor | None:
     return seen[:-1].to(source.memory.rows.device)
 
 
+def clusters(config: Settings) -> list[int] | None:
+    """Which cluster each row of a clustered memory is in; None where there are none."""
+    data = config["data"]
+    if data["name"] != "clustered":
+        return None
+    return [cluster for cluster in range(data["clusters"]) for _ in range(data["rows_per_cluster"])]
+
+
 def _build_data(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
     settings, queries = config[stage], config["queries"]
     batch_size = settings["batch_size"]

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from nvf.errors import InputError
+from nvf import sweeps
+from nvf.errors import InputError, check_number, one_line
 
 if TYPE_CHECKING:
     from nvf.attention import SoftAttention
@@ -40,16 +43,24 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         The objective for sweepers: Top-1 on validation of what was fitted last.
     """
     # Imported here so that --help and a config error answer without importing torch.
-    from nvf.dashboards import log_hparams
+    import numpy as np
+    import torch
+
+    from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
     from nvf.evaluation import against, evaluate
     from nvf.gradients import audit_gradients
     from nvf.pipeline import Pipeline
+    from nvf.queries import fingerprint
     from nvf.report import remarks, table
     from nvf.results import versions, write_results
     from nvf.selection import fit_attention, fit_joint, fit_reranker
-    from nvf.stages import build_source, check, fixed_queries, seen_rows
+    from nvf.stages import build_source, check, clusters, fixed_queries, seen_rows
 
     quiet()
+    if config["threads"] is not None:
+        check_number("threads", config["threads"], minimum=1, whole=True, remedy="null uses all cores")
+        torch.set_num_threads(config["threads"])
+    check_dashboards(config["dashboards"])
     source = build_source(config)
     check(config, source)
 
@@ -80,6 +91,9 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         if before is not None:
             joint = {"kept": kept, "before": before.figures, "against": against(found.answered, before.answered)}
         gradients = audit_gradients(model, val)
+        texts = texts_of(config["data"].get("dir"), len(source.memory))
+        shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
+        show(model, val, config["dashboards"], folder, **shown)
     total = time.perf_counter() - started
     results = {
         "test": found.figures,
@@ -87,14 +101,17 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         "against_exact": found.against_exact,
         "joint": joint,
         "selection": chosen.tried,
+        "attention_fitted_by": chosen.fitted_by,
         "duplicates": getattr(source, "duplicates", None),
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},
         "config": config,
         "versions": versions(),
         "memory": source.memory.fingerprint,
+        "queries": fingerprint(test),
     }
     log_hparams(results, folder)
+    np.save(folder / "answered.npy", found.answered.cpu().numpy())
     write_results(results, folder / "results.json")
 
     log.info("\n%s\n", table(results, len(test.queries)))
@@ -121,6 +138,16 @@ def main(cfg: DictConfig) -> float:
     if sweep:
         config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
     try:
+        if sweep:
+            if config["resume"]:
+                if (objective := sweeps.finished(folder, config)) is not None:
+                    log.info("done already: %s", folder)
+                    return objective
+                sweeps.clear(folder)
+            sweeps.refuse_local_ddp(config)
+            config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
+        elif config["resume"]:
+            raise InputError(f"resume={config['resume']} goes on with a sweep; add -m, or leave it out")
         return train(config, folder, time.perf_counter() if sweep else START)
     except InputError as error:
         if not sweep:
@@ -129,14 +156,64 @@ def main(cfg: DictConfig) -> float:
             sys.exit(1)
         log.error("%s", error)
         raise CompactHydraException(f"error: {error}") from None
-    except Exception:
+    except Exception as fault:
         log.exception("the run failed")
         if not sweep:
             sys.exit(1)
-        raise
+        # The launchers send it from process to process, which not every exception survives.
+        raise CompactHydraException(f"error: {one_line(fault)}; its traceback is in {folder}/train.log") from None
     except SystemExit as stop:  # Lightning's answer to SIGTERM has no status, and a sweep would end with success
         log.error("stopped; what was saved is in %s", folder)
+        if sweep and not sweeps.in_turn(settings.launcher):
+            raise CompactHydraException(f"error: the job of {folder} was stopped") from None  # the others go on
         sys.exit(stop.code or 143)
+
+
+def entry() -> None:
+    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well."""
+    words = sys.argv[1:]
+    if words in (["--help"], ["-h"]):
+        print(usage())
+        return
+    if not any(word.lstrip("+").startswith(("experiment=", "hydra.mode=", "--config", "-c")) for word in words):
+        # Only those say a mode; to ask the configuration for one, Hydra composes all of it once more.
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what was begun is put away
+    elsewhere = any(word.startswith("hydra.sweep.dir=") for word in words)
+    if "resume=true" in words and not elsewhere and (before := sweeps.earlier(words)) is not None:
+        sys.argv.insert(sys.argv.index("resume=true"), f"hydra.sweep.dir={before}")
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code not in (130, 143):
+            sweeps.finish()
+        raise
+    sweeps.finish()
+
+
+def usage() -> str:
+    """What `--help` prints: the choices and the settings as they stand in conf/."""
+
+    def names(group: Path) -> str:
+        return ", ".join(sorted(choice.stem for choice in group.glob("*.yaml")))
+
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    settings = (CONF / "config.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0]
+    return "\n".join(
+        [
+            "python -m nvf.train name=value ...              one run",
+            "python -m nvf.train -m name=value,value ...     a sweep: every combination, a table at the end",
+            "",
+            f"choices, each a file in {CONF}:",
+            *(f"  {group.name + '=':13}{names(group)}" for group in groups),
+            "",
+            "settings beside theirs, as attention.lr=1e-3 is one of theirs:",
+            *(f"  {line}" for line in settings.strip().splitlines()),
+            "",
+            f"jobs of a sweep side by side: hydra/launcher={names(CONF / 'hydra/launcher')}",
+            "a run's settings, composed: --cfg job; Hydra's own words: --hydra-help",
+        ]
+    )
 
 
 def quiet() -> None:
@@ -157,4 +234,6 @@ def remove_traces(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from nvf.train import entry  # under its name, so that other processes find what they are sent
+
+    entry()
