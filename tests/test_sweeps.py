@@ -120,6 +120,14 @@ def test_the_local_executor_of_submitit_runs_a_sweep(tmp_path: Path) -> None:
     assert sorted(jobs(tmp_path)) == ["0", "1"]
 
 
+def test_optuna_searches_for_the_best_on_validation(tmp_path: Path) -> None:
+    done = command("experiment=search", "hydra.sweeper.n_trials=2", *WORDS, "reranker.epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [result["val"]["pipeline"]["top1"]["value"] for result in jobs(tmp_path).values()]
+    assert len(found) == 2
+    assert f"Best value: {max(found)}" in done.stdout
+
+
 def test_the_slurm_launcher_is_composed(tmp_path: Path) -> None:
     done = command("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "--cfg", "hydra", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

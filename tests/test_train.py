@@ -177,6 +177,18 @@ def test_unknown_settings_are_refused_before_torch_is_imported(tmp_path: Path, a
     assert not (tmp_path / "outputs").exists()
 
 
+def test_help_names_every_choice_and_setting_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = command("--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0
+    for path in CONF.glob("*/*.yaml"):
+        assert re.search(rf"{path.parent.name}=.*\b{path.stem}\b", done.stdout), path
+    for path in CONF.glob("hydra/launcher/*.yaml"):
+        assert re.search(rf"hydra/launcher=.*\b{path.stem}\b", done.stdout), path
+    for setting in ("seed", "k", "cache", "threads", "resume", "attention_checkpoint"):
+        assert f"  {setting}: " in done.stdout
+
+
 def test_bad_input_in_a_sweep_fails_the_sweep(tmp_path: Path) -> None:
     done = command("-m", "k=0,1001", cwd=tmp_path)
     assert done.returncode == 1
