@@ -183,7 +183,7 @@ def _panel(looked: Looked, query: int, number: int, texts: Sequence[str] | None)
     )
 
 
-def _name(row: int, texts: Sequence[str] | None, width: int = 30) -> str:
+def _name(row: int, texts: Sequence[str] | None, width: int = 26) -> str:
     from nvf.figures import shortened
 
     return f"row {row}" if texts is None else shortened(f"{row}: {texts[row]}", width)
@@ -212,5 +212,5 @@ def _heat_map(
         {method: np.concatenate(parts) for method, parts in maps.items()},
         right,
         [f"query {numbers[query]}" for query in chosen],
-        [_name(row, texts, 24) for row in columns.tolist()],
+        [_name(row, texts, 20) for row in columns.tolist()],
     )

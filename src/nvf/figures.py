@@ -210,7 +210,7 @@ def draw_heat_map(
     """
     n, c = right.shape
     wide, tall = max(5.0, 0.3 * c), 0.5 + 0.3 * n
-    left, below = 1.4, 1.1 if max(map(len, rows)) <= SHORT else 2.3  # inches, of the names
+    left, below = 1.4, 1.1 if max(map(len, rows)) <= SHORT else 2.4  # inches, of the names
     size = (left + wide + 1.2, below + (tall + 0.3) * len(maps))
     figure = _figure(*size)
     for place, (method, values) in enumerate(maps.items()):
