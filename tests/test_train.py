@@ -69,7 +69,7 @@ def test_a_new_user_types_one_line(tmp_path: Path) -> None:
     assert "exact search" in done.stdout
     assert "against exact search" in done.stdout
     assert "Warning" not in done.stdout + done.stderr
-    (run,) = tmp_path.glob("outputs/*/*")
+    (run,) = tmp_path.glob("outputs/[0-9]*/*")
     assert {path.name for path in run.iterdir()} >= {".hydra", "train.log", "checkpoints", "pipeline", "results.json"}
     assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert "exact search" in (run / "train.log").read_text()
