@@ -93,7 +93,10 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         gradients = audit_gradients(model, val)
         texts = texts_of(config["data"].get("dir"), len(source.memory))
         shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
-        show(model, val, config["dashboards"], folder, **shown)
+        try:
+            show(model, val, config["dashboards"], folder, **shown)
+        except Exception:  # a picture is not worth a run
+            log.exception("not all of what TensorBoard shows could be drawn; the figures below are whole")
     total = time.perf_counter() - started
     results = {
         "test": found.figures,
