@@ -86,6 +86,16 @@ def test_the_key_is_of_the_users_queries_not_of_their_folder(tmp_path: Path) -> 
     assert one == copy != other
 
 
+def test_a_reused_stage_1_leaves_the_folds_that_are_asked_for(tmp_path: Path, folder: Path) -> None:
+    words = ["data=embeddings", f"data.dir={folder}", "data.budget_s=null", "attention.epochs=1"]
+    words += [f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false"]
+    for folds in (3, 2):
+        config = compose_config(*words, f"reranker.folds={folds}")
+        chosen = selection.fit_attention(config, build_source(config), tmp_path / str(folds))
+        assert chosen.config["reranker"]["folds"] == folds
+    assert chosen.fitted_by is not None
+
+
 def test_a_damaged_entry_is_fitted_anew(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = [*SMALL, *SMALL_STEPS, f"cache={tmp_path / 'cache'}"]
     run(*words, folder=tmp_path / "first")

@@ -83,11 +83,9 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
 def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
     about = kept.about
     log.info("stage 1: as %s fitted it", about["fitted_by"]["folder"])
-    variant = {
-        **config,
-        "attention": about["attention"],
-        "reranker": {**config["reranker"], "folds": about["folds"]},
-    }
+    variant = {**config, "attention": about["attention"]}
+    if config["data"].get("budget_s") is not None:  # it may have left fewer folds than were asked for, see `plan`
+        variant["reranker"] = {**config["reranker"], "folds": about["folds"]}
     return Chosen(
         kept.attention,
         variant,
