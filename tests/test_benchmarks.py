@@ -1,5 +1,6 @@
-"""The comparison that is run on request: every row is there, and baselines equal loops."""
+"""What is run on request: every row is there, and what is compared is what it says it is."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,22 @@ import torch.nn.functional as F
 
 import adapters
 import baselines
+import factored
+import loops
+import performance
+import recipes
+import scale
+import search_speed
+import timing
+from nvf.attention import SoftAttention
 from nvf.errors import InputError
 from nvf.evaluation import wilson
+from nvf.fitting import fit
+from nvf.memory import VectorMemory
 from nvf.queries import QueryBatch, Recorded
+from nvf.reranker import Reranker, reranker_loss
+from nvf.stages import build_source
+from nvf.streams import stream
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]
 NAMES = [
@@ -121,3 +135,221 @@ def test_more_than_there_is(source: Recorded, tmp_path: Path) -> None:
         adapters.subsample(source, tmp_path, 0, subsample_rows=51)
     with pytest.raises(InputError, match=r"data\.dir is not set"):
         adapters.main(["seed=0"])
+
+
+TINY = ["data.rows=40", "data.dim=8", "trainer.enable_progress_bar=false", "dashboards=none"]
+FEW_QUERIES = ["queries.val_samples=100", "queries.test_samples=100"]
+FEW_STEPS = [f"{stage}.{word}" for stage in ("attention", "reranker") for word in ("epochs=1", "steps_per_epoch=4")]
+
+
+def test_repeats_are_in_turn_after_a_warm_up() -> None:
+    seen: list[str] = []
+    took = timing.interleaved({name: lambda name=name: seen.append(name) for name in "ab"}, repeats=2, least=0.0)
+    assert seen[-4:] == ["a", "b", "a", "b"]
+    assert set(seen[:-4]) == {"a", "b"}
+    assert all(each >= 0 for each in took.values())
+    counts = iter(range(6))
+    assert timing.in_turn({name: lambda: float(next(counts)) for name in "ab"}, 2) == {"a": [2, 4], "b": [3, 5]}
+
+
+def test_peak_bytes_of_known_allocations(capfd: pytest.CaptureFixture[str]) -> None:
+    old = [torch.zeros(500_000)]
+
+    def work() -> torch.Tensor:
+        old.pop()  # was there before, so it is none of the function's
+        first = torch.empty(1_000_000)
+        del first
+        return torch.empty(300_000).add_(torch.empty(400_000)[:300_000])
+
+    assert timing.peak_bytes(work) == 4_000_000
+    assert timing.peak_bytes(lambda: (torch.empty(1_000_000), torch.empty(300_000))) == 5_200_000
+    assert capfd.readouterr().err == ""
+
+
+def test_peak_rss_of_a_known_allocation() -> None:
+    def work() -> None:
+        for _ in range(3):  # one at a time
+            np.ones(40_000_000, dtype=np.uint8)
+
+    assert 39e6 < timing.peak_rss(work) < 60e6  # the kernel counts roughly
+
+
+def test_a_table_is_aligned() -> None:
+    lines = timing.table(["a", "long title"], [["first", "1"], ["x", "10"]]).splitlines()
+    assert lines == [
+        "| a     | long title |",
+        "| ----- | ---------: |",
+        "| first |          1 |",
+        "| x     |         10 |",
+    ]
+
+
+def test_the_original_recipe_has_the_models_of_its_configuration() -> None:
+    source = build_source(timing.settings("experiment=original", *TINY))
+    batch = source.sample(50, stream(0, "test"))
+    torch.manual_seed(0)
+    stage_one = recipes.Peripheral(source.memory.rows, beta=20.0)
+    attention = SoftAttention(source.memory, transform="mlp", normalize=False, beta=20.0)
+    attention.transform.network.load_state_dict(stage_one.transform.state_dict())
+    plain = F.cross_entropy(stage_one(batch.queries), batch.targets[:, 0])
+    torch.testing.assert_close(plain, attention.loss(*batch))
+
+    stage_two = recipes.Foveal(8, (16, 4), 0.1).eval()
+    reranker = Reranker(8, kind="mlp", hidden=(16, 4)).eval()
+    reranker.first.load_state_dict(stage_two.network[0].state_dict())
+    reranker.rest[2].load_state_dict(stage_two.network[3].state_dict())
+    reranker.rest[4].load_state_dict({"weight": stage_two.network[5].weight})
+    found = recipes.candidates(stage_one, batch, k=5)
+    top = attention.candidates(batch.queries, 5)
+    assert torch.equal(found.rows, top.rows)
+    vectors, valid = source.memory.rows[found.rows], found.labels >= 0
+    assert 0 < valid.sum() < len(valid)
+    labels = found.rows == batch.targets
+    assert torch.equal(valid, labels.any(dim=-1))
+    plain = F.cross_entropy(stage_two(batch.queries, vectors)[valid], found.labels[valid])
+    ours = reranker_loss(reranker(batch.queries, vectors, top.scores, attention.beta), labels)
+    torch.testing.assert_close(plain, ours)
+
+    best = stage_two(batch.queries, vectors).argmax(dim=-1)
+    right = [bool(valid[i]) and int(found.rows[i, best[i]]) == int(target) for i, (target,) in enumerate(batch.targets)]
+    assert recipes.top1(stage_two, found, source.memory.rows) == np.mean(right)
+
+
+def test_both_recipes_run_to_their_end_or_to_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "EVERY", 2)
+    words = [*TINY, *FEW_QUERIES, *FEW_STEPS]
+    config = timing.settings(*words, "cache=off")
+    for look, goal in ((True, 0.01), (False, 2.0)):
+        found = recipes.nvf(config, goal)
+        assert found["reached"] is look
+        assert 0 < found["stage_1_seconds"] < found["seconds"]
+    original = timing.settings(
+        "experiment=original", *words[:-4], "attention.epochs=2", "attention.train_samples=300",
+        "reranker.epochs=40", "reranker.train_samples=600", "reranker.batch_size=32",
+    )  # fmt: skip
+    found = recipes.original(original, 2.0)
+    assert not found["reached"]
+    assert 0 < found["best_top1"] <= 1
+    assert recipes.original(original, found["best_top1"])["reached"]
+
+
+def test_a_clock_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 11.0, 12.0])
+    monkeypatch.setattr(recipes.time, "perf_counter", lambda: next(ticks))
+    goal = recipes.Goal(0.9)
+    goal.look(lambda: 0.5)
+    assert (goal.seconds, goal.best) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize("stage", ["attention", "reranker"])
+def test_the_plain_loop_trains_as_lightning_does(stage: str, tmp_path: Path) -> None:
+    config = timing.settings(*TINY, *FEW_QUERIES, *FEW_STEPS, "attention.batch_size=32", "reranker.batch_size=32")
+    source = build_source(config)
+    stage_one = SoftAttention(source.memory, transform="linear")
+    module, data = loops.built(config, stage, source, stage_one)
+    fit(config, stage, module, data, tmp_path, start_competes=False)
+    other, _ = loops.built(config, stage, source, stage_one)
+    generators = (stream(0, f"train/{stage}", 0, step, 0) for step in range(4))
+    losses = list(loops.plain(other, config, stage, source, generators))
+    assert len(losses) == 4
+    for name, weight in module.state_dict().items():
+        torch.testing.assert_close(weight, other.state_dict()[name], msg=name)
+
+
+def test_loops_are_compared() -> None:
+    first, second = loops.compare(steps=3, repeats=1, batch=16, words=TINY)
+    assert (first["stage"], second["stage"]) == ("stage 1", "stage 2")
+    assert set(second["plain_step_parts"]) == {"sampling", "candidates", "model"}
+    rate = first["steps_per_second"]
+    assert first["ratio"] == pytest.approx(rate["lightning"] / rate["plain"])
+
+
+def test_the_concatenated_reranker_is_the_same_function() -> None:
+    for kind in ("mlp", "residual"):
+        ours, plain = factored.pair(kind, 8)
+        batch = factored.batch_of(16, 3, 8)
+        for reranker in (ours, plain):
+            factored.training_pass(reranker, batch)()
+        torch.testing.assert_close(
+            [weight.grad for weight in ours.parameters()], [weight.grad for weight in plain.parameters()]
+        )
+
+
+def test_the_factored_reranker_takes_less_memory() -> None:
+    batch = factored.batch_of(128, 20, 384)
+    ours, plain = (timing.peak_bytes(factored.training_pass(each, batch)) for each in factored.pair("residual", 384))
+    features = 4 * 128 * 20 * 4 * 384  # bytes
+    assert ours < features < plain
+
+
+def test_searches_are_compared() -> None:
+    pytest.importorskip("faiss")
+    found = search_speed.exact([60, 300], [8], [1, 20], repeats=1)
+    assert [(case["rows"], case["batch"]) for case in found] == [(60, 1), (60, 20), (300, 1), (300, 20)]
+    assert all(case["same_rows"] for case in found)
+    memory = VectorMemory(torch.eye(8)[[0, 0, 1, 2, 3]])
+    queries = torch.eye(8)[:1].numpy()
+    assert search_speed.same_rows(memory, queries, [[0, 1]], np.array([[1, 0]]))  # a tie
+    assert not search_speed.same_rows(memory, queries, [[0, 1]], np.array([[0, 2]]))
+
+
+def test_an_approximate_search_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(search_speed, "PER_CLUSTER", 50)
+    monkeypatch.setattr(search_speed, "EF_SEARCH", (5, 200))
+    narrow, wide, *_ = found = search_speed.hnsw(200, 8, [4], repeats=1)
+    assert [case["data"] for case in found] == ["clustered", "clustered", "synthetic", "synthetic"]
+    assert narrow["recall"] <= wide["recall"] == 1
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    sizes = [10_000, 100_000, 1_000_000]
+    assert scale.power_law(sizes, [3 * size**0.7 for size in sizes]) == pytest.approx((0.7, 3.0))
+    cases = [
+        {"rows": n, "dim": 128, "method": m, "seconds": 2e-6 * n, "process_bytes": 1e6}
+        for n in sizes
+        for m in scale.METHODS
+    ]
+    found = scale.growth(cases)["exact"]
+    assert (found["exponent"], found["exponent_large"]) == pytest.approx((1.0, 1.0))
+    assert found["seconds_on_paper"] == pytest.approx(20.0)
+    assert found["bytes_on_paper"] == pytest.approx(1e6 + 4 * 128 * 10**7)
+    assert scale.growth(cases[:3])["exact"]["exponent"] is None
+
+
+def test_steps_over_a_large_memory_have_the_same_loss() -> None:
+    memory = VectorMemory.synthetic(rows=300, dim=8, seed=0)
+    steps = {method: scale.step_of(memory, method, batch=16, sample=300) for method in scale.METHODS}
+    for _ in range(3):  # of training
+        exact, *others = (step() for step in steps.values())
+        for loss in others:
+            torch.testing.assert_close(loss, exact)
+
+
+def test_figures_become_tables_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("faiss")
+    options = {"threads": 1, "folder": tmp_path}
+    performance.main([f"folder={tmp_path}", f"figure={tmp_path / 'none.png'}"])
+    assert not (tmp_path / "none.png").exists()
+    assert capsys.readouterr().out.strip() == ""
+    timing.write_json("factored", factored.compare(16, [3], [8], 1), options)
+    exact = search_speed.exact([60, 300], [8], [1, 20], repeats=1)
+    timing.write_json("search_speed", {"exact": exact, "hnsw": []}, options)
+    monkeypatch.setattr(scale, "METHODS", ("exact",))  # a process each
+    (case,) = scale.compare([200], dim=8, batch=16, sample=50, repeats=1, threads=1)
+    assert min(case["process_bytes"], case["tensor_bytes"], case["seconds"]) > 0
+    monkeypatch.undo()
+    cases = [{**case, "rows": rows, "method": method} for rows in (200, 10**5, 10**6) for method in scale.METHODS]
+    timing.write_json("scale", {"cases": cases, "growth": scale.growth(cases)}, options)
+    record = json.loads((tmp_path / "scale.json").read_text())
+    assert record["machine"]["threads"] == 1
+    assert {"torch", "faiss", "lightning", "numpy", "python"} == set(record["versions"])
+    capsys.readouterr()
+    performance.main([f"folder={tmp_path}", f"figure={tmp_path / 'performance.png'}"])
+    printed = capsys.readouterr().out
+    assert [line[3:] for line in printed.splitlines() if line.startswith("## ")] == [
+        performance.BENCHMARKS[name][0] for name in ("search_speed", "factored", "scale")
+    ]
+    assert (tmp_path / "performance.png").stat().st_size > 10_000

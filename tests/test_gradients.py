@@ -66,7 +66,7 @@ def test_a_part_without_gradient_is_left_out() -> None:
 def test_the_log_counts_what_is_lost() -> None:
     log = GradientLog()
     for query, reranker in ((0.0, 1.0), (2.0, math.inf), (1.0, math.nan), (4.0, 0.0)):
-        log.add({"query": query, "reranker": reranker})
+        log.add({"query": torch.tensor(query), "reranker": torch.tensor(reranker)})
     summary = log.summary()
     assert summary["steps"] == 4
     assert set(summary) & set(PARTS) == {"query", "reranker"}

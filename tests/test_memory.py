@@ -1,33 +1,14 @@
-"""The memory's rows are unit and frozen, its search exact in blocks of any size."""
+"""The memory's rows are unit and frozen, wherever and in whatever type they are kept."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nvf.errors import InputError
-from nvf.memory import QUERY_BLOCK, VectorMemory, blockwise_topk, unit
-
-
-@given(
-    rows=st.integers(1, 60),
-    queries=st.integers(0, 5),
-    k=st.integers(1, 60),
-    block=st.integers(1, 200),
-)
-@settings(deadline=None)
-def test_blockwise_search_equals_one_matmul(rows: int, queries: int, k: int, block: int) -> None:
-    k = min(k, rows)
-    generator = torch.Generator().manual_seed(rows)
-    keys = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
-    asked = torch.randn(queries, 4, generator=generator, dtype=torch.float64)
-    found = blockwise_topk(asked, keys, k, logsumexp=True, scores_per_block=block)
-    scores = asked @ keys.T
-    order = scores.argsort(dim=-1, descending=True)[:, :k]
-    assert torch.equal(found.rows, order)
-    torch.testing.assert_close(found.scores, scores.gather(-1, order))
-    torch.testing.assert_close(found.logsumexp, scores.logsumexp(dim=-1))
+from nvf.memory import DTYPES, VectorMemory, neighbours, unit
+from nvf.products import QUERY_BLOCK
 
 
 def test_search_takes_more_queries_than_a_block(memory: VectorMemory) -> None:
@@ -137,3 +118,60 @@ def test_sizes_are_checked() -> None:
         VectorMemory.clustered(clusters=1, rows_per_cluster=1, dim=1, sigma=-0.1, seed=0)
     with pytest.raises(InputError, match=r"data.sigma=nan"):
         VectorMemory.clustered(clusters=1, rows_per_cluster=1, dim=1, sigma=np.nan, seed=0)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_kept_as_asked(dtype: str, mapped: bool, tmp_path: Path) -> None:
+    vectors = 3 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "rows" if mapped else None
+    memory = VectorMemory(vectors, dtype=dtype, mapped=folder)
+    assert torch.equal(memory.rows, unit(vectors).to(DTYPES[dtype]))
+    assert memory.fingerprint == VectorMemory(vectors).fingerprint
+    assert torch.equal(memory.take(torch.tensor([[3, 3]])), memory.rows[[3, 3]].float().unsqueeze(0))
+    asked = torch.randn(9, 8)
+    found = memory.search(asked, 3)
+    assert found.scores.dtype == torch.float32
+    torch.testing.assert_close(found.scores, (unit(asked) @ memory.rows.float().T).topk(3).values)
+
+
+def test_mapped_rows_are_written_once(tmp_path: Path) -> None:
+    vectors = torch.randn(50, 8)
+    first = VectorMemory(vectors, mapped=tmp_path)
+    (file,) = tmp_path.iterdir()  # no partial one
+    assert file.stat().st_size == 4 * vectors.numel()
+    written = file.stat().st_mtime_ns
+    assert torch.equal(VectorMemory(vectors, mapped=tmp_path).rows, first.rows)
+    assert file.stat().st_mtime_ns == written
+    VectorMemory(vectors + 1, mapped=tmp_path)
+    VectorMemory(vectors, dtype="float16", mapped=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 3
+    file.write_bytes(file.read_bytes()[:-1])  # cut short: written anew
+    assert torch.equal(VectorMemory(vectors, mapped=tmp_path).rows, unit(vectors))
+
+
+def test_a_restored_memory_has_the_rows_to_the_last_bit() -> None:
+    rows = unit(torch.randn(5, 3)) * 1.0000001
+    assert VectorMemory.restore(rows, "sha256:0").rows is rows
+    with pytest.raises(InputError, match="row 1 is zero"):
+        VectorMemory.restore(torch.tensor([[1.0], [0.0]]), "sha256:0")
+
+
+def test_bad_ways_to_keep_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.dtype=int8 is unknown; choose one of float32, float16, bfloat16"):
+        VectorMemory(torch.ones(2, 2), dtype="int8")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"data.mapped=.*file cannot hold the rows"):
+        VectorMemory(torch.ones(2, 2), mapped=tmp_path / "file")
+
+
+def test_neighbours_equal_a_loop_and_are_never_the_row_itself() -> None:
+    keys = unit(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+    keys[10:17] = keys[10]  # more equal rows than neighbours
+    found = neighbours(keys, 3)
+    for row, others in enumerate(found.tolist()):
+        scores = keys @ keys[row]
+        assert row not in others
+        assert len(set(others)) == 3
+        expected = scores[[other for other in range(40) if other != row]].topk(3).values
+        torch.testing.assert_close(scores[others], expected)

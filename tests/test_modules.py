@@ -7,14 +7,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvf.attention import SoftAttention
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
-from nvf.memory import VectorMemory
+from nvf.memory import VectorMemory, neighbours
 from nvf.modules import AttentionModule, JointModule, RerankerModule, StageModule
 from nvf.pipeline import Pipeline
-from nvf.queries import Noisy, QueryBatch, Recorded
+from nvf.queries import Noisy, QueryBatch, Recorded, Warped
 from nvf.reranker import Reranker
 
 STAGES = ("attention", "reranker", "joint")
@@ -138,6 +139,10 @@ def test_scalars_have_a_learning_rate_of_their_own() -> None:
         ({"lr": 0.0}, "lr=0.0 is not a number above 0"),
         ({"lr": "fast"}, "lr=fast"),
         ({"schedule": "cosine"}, "schedule=cosine is unknown; choose one of onecycle, constant"),
+        ({"sample": 0}, "attention.sample=0 is not a whole number of at least 1; 8192 is a good start"),
+        ({"sample": 31}, "attention.sample=31 exceeds the memory's 30 rows; null takes them all"),
+        ({"sample": 8, "hard": 30}, "attention.hard=30 is not a whole number of at least 0 and below 30"),
+        ({"hard": 2}, "attention.hard=2 adds to a sample of the rows; set attention.sample"),
     ],
 )
 def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
@@ -192,13 +197,13 @@ def test_every_validation_is_of_the_keys_as_they_are(memory: VectorMemory, tmp_p
 def test_the_relaxation_is_annealed_and_evaluation_is_exact(tmp_path: Path) -> None:
     module, data = stage("joint")
     used: list[float | None] = []
-    forward = module.model.forward
+    loss = module.model.loss
 
     def spy(*arguments, **settings):
         used.append(settings["relaxation"])
-        return forward(*arguments, **settings)
+        return loss(*arguments, **settings)
 
-    module.model.forward = spy
+    module.model.loss = spy
     trainer(tmp_path, epochs=2).fit(module, data)
     trained = [temperature for temperature in used if temperature is not None]
     assert trained == pytest.approx([10 ** (-step / 9) for step in range(10)])
@@ -248,3 +253,67 @@ def test_a_logged_query_is_no_evidence_for_itself(weighing: Pipeline) -> None:
 def test_bad_joint_settings_are_refused(pipeline: Pipeline, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         JointModule(pipeline, **{"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0, **settings})
+
+
+@pytest.mark.parametrize("keys", ["frozen", "learned"])
+def test_a_sample_of_the_rows_teaches_what_all_of_them_do(keys: str, tmp_path: Path) -> None:
+    memory = VectorMemory.synthetic(rows=400, dim=8, seed=0)
+    source = Warped(memory, sigma=0.1, warp="rotation", warp_seed=0)
+    reached = {}
+    for sample, hard in ((None, 0), (50, 0), (50, 4)):
+        torch.manual_seed(0)
+        attention = SoftAttention(memory, transform="linear", keys=keys)
+        module = AttentionModule(attention, lr=3e-2, schedule="onecycle", sample=sample, hard=hard)
+        data = VectorDataModule(source, seed=0, batch_size=128, steps_per_epoch=100, val_samples=2000)
+        fitted = trainer(tmp_path, epochs=2)
+        fitted.fit(module, data)
+        reached[sample, hard] = float(fitted.callback_metrics["val/top1"])
+    assert min(reached.values()) > reached[None, 0] - 0.03 > 0.5
+
+
+def test_hard_negatives_are_the_neighbours_of_the_target(memory: VectorMemory, tmp_path: Path) -> None:
+    module = AttentionModule(SoftAttention(memory), lr=1e-3, schedule="constant", sample=5, hard=3)
+    seen = []
+    loss = module.model.sampled_loss
+
+    def spy(queries: torch.Tensor, targets: torch.Tensor, **rows: torch.Tensor) -> torch.Tensor:
+        seen.append((targets, rows["sample"], rows["hard"]))
+        return loss(queries, targets, **rows)
+
+    module.model.sampled_loss = spy
+    data = VectorDataModule(Noisy(memory, sigma=0.2), seed=0, batch_size=16, steps_per_epoch=3, val_samples=20)
+    trainer(tmp_path, epochs=1).fit(module, data)
+    assert len(seen) == 3  # validation is exact
+    assert not torch.equal(seen[0][1], seen[1][1])
+    for targets, sample, hard in seen:
+        assert sample.shape == (5,)
+        similar = memory.rows[targets[:, 0]] @ memory.rows.T
+        assert torch.equal(hard, similar.topk(4).indices[:, 1:])  # the first is the row itself
+
+
+class NoHostWaits(TorchDispatchMode):
+    """Fails where a value goes from the device to the host, by which a GPU would lose its lead."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::unique2"}
+        assert function.name().partition(".")[0] not in waits, function.name()
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_in_a_step_waits_for_the_device(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvf.products._on_cpu", lambda _: False)  # what runs elsewhere
+    module, data = stage(name)
+    if isinstance(module, AttentionModule) and sampled:
+        module.sample, module.hard, module.neighbours = 8, 2, neighbours(data.source.memory.rows, 2)
+        module.attention.keys = lambda: pytest.fail("not all keys are needed")
+    loader = data.train_dataloader()
+    optimizer = torch.optim.Adam([p for rates, _ in module.learning_rates() for p in rates], fused=True)
+    monkeypatch.setattr(StageModule, "device", torch.device("cpu"), raising=False)
+    monkeypatch.setattr(StageModule, "global_step", 0), monkeypatch.setattr(StageModule, "global_rank", 0)
+    with NoHostWaits():
+        loss = module.measure(loader.dataset[0, 0])[0]
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite()

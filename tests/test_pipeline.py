@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
-from nvf.memory import QUERY_BLOCK, VectorMemory
+from nvf.memory import VectorMemory
 from nvf.pipeline import FILES, Pipeline
+from nvf.products import QUERY_BLOCK
 from nvf.reranker import Reranker
 
 
@@ -234,7 +235,7 @@ def test_the_models_need_neither_lightning_nor_hydra() -> None:
         "import sys, torch; from nvf import Pipeline, Reranker, SoftAttention, VectorMemory;"
         "memory = VectorMemory(torch.randn(9, 4));"
         "Pipeline(SoftAttention(memory), Reranker(4), k=3).search(torch.randn(2, 4));"
-        "print(sorted({'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'tensorboard'} & set(sys.modules)))"
+        "print(sorted({'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'tensorboard', 'faiss'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -266,6 +267,30 @@ def test_exported_keys_answer_as_stage_one_does(weighing: Pipeline, tmp_path: Pa
     scores = weighing.transform(asked) @ keys.T
     expected = weighing.attention(queries()) / weighing.attention.beta
     np.testing.assert_allclose(scores, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_half_precision_are_searched_saved_and_exported(tmp_path: Path, dtype: str) -> None:
+    halved = VectorMemory(queries(40), dtype=dtype)
+    whole = VectorMemory.restore(halved.rows.float(), halved.fingerprint)
+    torch.manual_seed(0)
+    attention, reranker = SoftAttention(halved, transform="residual"), Reranker(8, hidden=(16, 8))
+    half, full = (Pipeline(attention, reranker, k=4).eval() for _ in range(2))
+    full.attention = SoftAttention(whole, transform="residual")
+    full.attention.load_state_dict(attention.state_dict())
+    half.save(tmp_path / "pipeline")
+    loaded = Pipeline.load(tmp_path / "pipeline")
+    assert loaded.memory.rows.dtype == halved.rows.dtype
+    expected, distribution = full.search(queries(9)), full(queries(9))
+    for model in (half, loaded):
+        hits, found = model.search(queries(9)), model(queries(9))
+        assert torch.equal(hits.rows, expected.rows)
+        torch.testing.assert_close(hits.probabilities, expected.probabilities)
+        torch.testing.assert_close(found.log_probs, distribution.log_probs)
+        torch.testing.assert_close(found.answer, distribution.answer)
+        assert model.transform(queries(9)).dtype == torch.float32
+    loaded.export_keys(tmp_path / "keys.npy")
+    assert np.array_equal(np.load(tmp_path / "keys.npy").astype(np.float32), whole.rows.numpy())
 
 
 def test_keys_go_to_no_other_format(weighing: Pipeline, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from conftest import command
 from nvf.answers import ENDINGS
 from nvf.errors import InputError
 from nvf.ids import checked_ids
-from nvf.memory import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole
 from nvf.pipeline import Hits, Pipeline
+from nvf.products import QUERY_BLOCK
 from nvf.search import OPTIONS, search
 
 COUNTS = (1, QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 3)
@@ -289,7 +289,8 @@ def test_it_starts_without_lightning_and_explains_itself_without_torch(place: Pa
     use = (
         "import runpy, sys; sys.argv[1:] = sys.argv[1].split();"
         "runpy.run_module('nvf.search', run_name='__main__');"
-        "print(sorted({'torch', 'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'pyarrow'} & set(sys.modules)))"
+        "slow = {'torch', 'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'pyarrow', 'faiss'};"
+        "print(sorted(slow & set(sys.modules)))"
     )
     for words, imported in (("pipeline=pipeline queries=q.npy output=a.npy", "['torch']"), ("--help", "[]")):
         done = subprocess.run(

@@ -12,6 +12,7 @@ import torch
 from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf.checkpoints import load_attention
 from nvf.errors import InputError
+from nvf.pipeline import Pipeline
 from nvf.selection import fit_attention
 from nvf.stages import attention_stage, build_source
 from nvf.train import train
@@ -243,3 +244,28 @@ def test_several_right_answers_run_to_the_end(run: Run, folder: Path) -> None:
     np.save(folder / "targets.npy", np.stack([targets, (targets + 1) % 50], axis=1))
     one = run("data=embeddings", f"data.dir={folder}", "attention.epochs=2", "reranker.epochs=2")
     assert one["test"]["pipeline"]["top1"]["value"] > 0
+
+
+LARGE = {
+    "half": ["data.dtype=float16"],
+    "mapped": ["data.dtype=bfloat16", "data.mapped=rows"],
+    "sampled": ["attention.sample=20", "attention.hard=3"],
+}
+
+
+@pytest.mark.parametrize("way", LARGE)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_ways_with_a_large_memory_run_to_the_end(
+    run: Run, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str, recorded: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["data=embeddings", f"data.dir={folder}"] if recorded else [*SMALL, "queries=noisy"]
+    results = run("trainer=debug", "stage=joint", *given, *LARGE[way])
+    plain = run("trainer=debug", "stage=joint", *given, folder=tmp_path / "plain")
+    for method in ("exact", "attention", "pipeline"):
+        ours, theirs = (found["test"][method]["top1"]["value"] for found in (results, plain))
+        assert ours == pytest.approx(theirs, abs=0.1)
+    assert ("mapped" in results["config"]["data"] and (tmp_path / "rows").is_dir()) == (way == "mapped")
+    loaded = Pipeline.load(tmp_path / "run/pipeline")
+    assert str(loaded.memory.rows.dtype) == f"torch.{results['config']['data']['dtype']}"
+    assert loaded.search(torch.randn(3, 8), k=2).rows.shape == (3, 2)

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvf.crossentropy import cross_entropy, sampled_cross_entropy
 from nvf.errors import InputError, check_number
 from nvf.memo import Memo
-from nvf.memory import TopK, VectorMemory, blockwise_topk, check_k
+from nvf.memory import VectorMemory, check_k
+from nvf.products import TopK, blockwise_topk, inner_products, weighted_sum
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
 KEYS = ("frozen", "learned")
@@ -88,8 +90,9 @@ class SoftAttention(nn.Module):
         self.normalize = normalize
         self.transform = QueryTransform(transform, memory.dim, hidden)
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
-        self.delta = nn.Parameter(torch.zeros_like(memory.rows)) if keys == "learned" else None
-        self.register_buffer("bias", torch.zeros_like(memory.rows[:, 0]) if biased else None)
+        nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
+        self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
+        self.register_buffer("bias", nothing if biased else None)
         self._settings = {"transform": transform, "hidden": hidden, "normalize": normalize, "keys": keys}
         self._keys = Memo()
 
@@ -111,9 +114,16 @@ class SoftAttention(nn.Module):
 
         def compute() -> Tensor:
             keys = rows if delta is None else F.normalize(rows + delta, dim=-1)
-            return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1)], dim=-1)
+            return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(keys.dtype)], dim=-1)
 
         return self._keys(compute, [tensor for tensor in (rows, delta, bias) if tensor is not None])
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """The keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
+        keys = self.memory.take(rows)
+        if self.delta is not None:
+            keys = F.normalize(keys + self.delta[rows], dim=-1)
+        return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:
         """z, (B, D)."""
@@ -130,11 +140,22 @@ class SoftAttention(nn.Module):
         return self.beta * self.transformed(queries)
 
     def forward(self, queries: Tensor) -> Tensor:
-        return self.project(queries) @ self.keys().T  # (B, N)
+        return inner_products(self.project(queries), self.keys())  # (B, N)
 
     def answer(self, queries: Tensor) -> Tensor:
         """The soft answer softmax(logits) V, (B, D)."""
-        return self(queries).softmax(dim=-1) @ self.memory.rows
+        return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
+
+    def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
+        """`attention_loss` of the logits, to its first gradient, without ever holding the (B, N) of them."""
+        return cross_entropy(self.project(queries), self.keys(), targets)
+
+    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
+        """An estimate of that, see `sampled_cross_entropy`, from no more rows than are named."""
+        count = len(self.memory)
+        return sampled_cross_entropy(
+            self.project(queries), self.keys_of, targets, count=count, sample=sample, hard=hard
+        )
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
         """The k rows of highest attention and their logits, and if asked the log-sum-exp over all rows; in blocks.

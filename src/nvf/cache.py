@@ -112,7 +112,7 @@ def stage_key(config: Settings, source: Source) -> str:
     """
     budget = config["data"].get("budget_s")
     rests_on = {
-        "memory": source.memory.fingerprint,
+        "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
         "queries": config["queries"],
         "recorded": [fingerprint(source.splits[split]) for split in ("train", "val")]
         if isinstance(source, Recorded)

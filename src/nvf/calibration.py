@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.memory import SCORE_BLOCK, hubness
+from nvf.memory import hubness
 from nvf.metrics import are_targets, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
-from nvf.queries import QueryBatch, score_blocks
+from nvf.products import inner_products
+from nvf.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
 from nvf.reranker import reranker_loss
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 FACTOR_RANGE = (0.01, 100.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCORES = 2**26  # that a temperature is fitted to, 256 MB: 256 queries' up to 262,144 rows
 CLEAR = 2.0  # standard errors
 
 
@@ -24,12 +26,13 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
 
     Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
     outside the candidates depends on both. The loss is convex in beta, so bisection on the sign of its slope finds the
-    minimum within BETA_RANGE. As many queries are used as keep the scores in one block, at least 256.
+    minimum within BETA_RANGE. As many queries are used as keep the scores few, at least FEWEST_QUERIES.
     """
-    count = max(256, SCORE_BLOCK // len(attention.memory))
+    rows = len(attention.memory)
+    count = max(FEWEST_QUERIES, min(256, SCORES // rows), ALL_SCORES // rows)
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
-        scores = attention.transformed(queries) @ attention.keys().T  # (B, N)
+        scores = inner_products(attention.transformed(queries), attention.keys())  # (B, N)
         beta = _best_factor(lambda beta: attention_loss(beta * scores, targets), BETA_RANGE, scores.device)
         attention.log_beta.fill_(math.log(beta))
 

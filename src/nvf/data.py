@@ -13,7 +13,7 @@ from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number
 from nvf.evidence import Evidence
 from nvf.metrics import are_targets
-from nvf.queries import QueryBatch, Recorded, Source, blocks
+from nvf.queries import QueryBatch, Recorded, Source, blocks, score_blocks
 from nvf.streams import stream, stream_seed
 
 EVAL_BATCH = 1024
@@ -209,7 +209,9 @@ class VectorDataModule(L.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         samples, (rank, ranks) = self.samples_of(split), self._ranks
         mine = type(samples)(*(part[rank::ranks] for part in samples))
-        return DataLoader(blocks(mine, EVAL_BATCH), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        candidates = isinstance(mine, CandidateBatch)  # else every row is scored
+        batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -248,7 +250,11 @@ class _FreshBatches(Dataset):
 
 
 class _FiniteBatches(Dataset):
-    """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short."""
+    """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short.
+
+    Ranks have slices of one length, which together are what one process with as many times the samples a step sees; for
+    it at most ranks - 1 samples a pass are seen twice.
+    """
 
     def __init__(self, data: VectorDataModule, samples: Any) -> None:
         self.samples = samples
@@ -265,6 +271,8 @@ class _FiniteBatches(Dataset):
         if self._order[0] != turn:
             order = torch.randperm(self.count, generator=stream(self.seed, "order", turn))
             self._order = (turn, order.to(self.samples.queries.device))
-        start = (index * self.ranks + self.rank) * self.size
-        chosen = self._order[1][start : start + self.size]
+        start = index * self.size * self.ranks
+        share = min(self.size, -(-(self.count - start) // self.ranks))  # alike for all: their gradients are averaged
+        places = (start + self.rank * share + torch.arange(share)) % self.count
+        chosen = self._order[1][places.to(self._order[1].device)]
         return type(self.samples)(*(part[chosen] for part in self.samples))

@@ -15,6 +15,7 @@ Every fault raises an InputError that names the file, the row where there is one
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch
 from nvf import npy
 from nvf.errors import InputError
 from nvf.ids import FILE, read_ids, target_rows
-from nvf.memory import VectorMemory, check_dim, unit
+from nvf.memory import VectorMemory, check_dim, check_vectors, unit
 from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS, deal, repeats
 
@@ -31,17 +32,22 @@ COLUMNS = {"id": "id", "vector": "vector", "targets": "targets"}
 log = logging.getLogger("nvf")
 
 
-def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS) -> VectorMemory:
-    """The corpus of a folder as a memory, (N, D), with the ids that the folder gives its rows."""
+def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **stored: Any) -> VectorMemory:
+    """The corpus of a folder as a memory, (N, D), with the ids that the folder gives its rows.
+
+    `stored` may say how the memory keeps its rows, `dtype` and `mapped`; of a corpus.npy no whole copy is made.
+    """
     folder = Path(folder)
     if _corpus_format(folder) == "parquet":
         from nvf.parquet import read_corpus  # needs pyarrow, which is an extra
 
         vectors, ids = read_corpus(folder / "corpus.parquet", columns)
-        return VectorMemory(vectors, ids=ids)
-    vectors = npy.read_vectors(folder / "corpus.npy", "the vectors of your items; corpus.parquet would do as well")
-    given = (folder / FILE).exists()
-    return VectorMemory(vectors, ids=read_ids(folder / FILE, len(vectors)) if given else None)
+        return VectorMemory(vectors, ids=ids, **stored)
+    path = folder / "corpus.npy"
+    vectors = npy.map_vectors(path, "the vectors of your items; corpus.parquet would do as well")
+    given = read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
+    check_vectors(vectors, str(path), given)
+    return VectorMemory(vectors, ids=given, **stored)
 
 
 def read_recorded(

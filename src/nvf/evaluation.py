@@ -1,5 +1,7 @@
 """Every figure next to its baseline, its interval and its ceiling."""
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +14,10 @@ from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention
+from nvf.index import approximate_topk
 from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
+from nvf.products import QUERY_BLOCK, blockwise_topk, inner_products
 from nvf.queries import QueryBatch, score_blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
@@ -22,6 +26,8 @@ RESAMPLES = 2000
 PROBABLE = ("attention", "pipeline")  # the methods whose scores are the logarithms of probabilities, but for a constant
 BINS = 15  # of confidence, equally wide
 CALIBRATION_RESAMPLES = 200
+ALONE = {"sync_on_compute": False}  # the other processes of a run do not evaluate
+ROUNDING = 1e-5  # cosines nearer than this are one
 
 Interval = dict[str, float]
 
@@ -61,16 +67,16 @@ def evaluate(
     counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
     if oracle is rows:
         counted["oracle"] = counted["exact"]
-    covered = RankCounts().to(rows.device)  # ranks of covered targets alone
+    covered = RankCounts(**ALONE).to(rows.device)  # ranks of covered targets alone
     first: dict[str, list[Tensor]] = {method: [] for method in ("exact", *PROBABLE)}  # whether the target is
     confidences: dict[str, list[Tensor]] = {method: [] for method in PROBABLE if method in counted}
     last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
     for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
-        scores = {"exact": F.normalize(queries, dim=-1) @ rows.T}
+        scores = {"exact": inner_products(F.normalize(queries, dim=-1), rows)}
         if oracle is not None and oracle is not rows:
-            scores["oracle"] = queries @ oracle.T
+            scores["oracle"] = inner_products(queries, oracle)
         if isinstance(model, Pipeline):
             found = model(queries, answer=False)
             scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates
@@ -105,6 +111,52 @@ def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
     return {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
 
 
+@torch.no_grad()
+def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict[str, Any]:
+    """What a pipeline's index costs and saves, next to exact search: the block `index` of results.json.
+
+    `recall` is the share of the exact candidates, or of rows as near as these, that are candidates with the index.
+
+    Args:
+        pipeline: one that has an index; it keeps it.
+        queries: (B, D) unit rows.
+        targets: (B, m) rows, padded with -1.
+    """
+    index, keys, k = pipeline.index, pipeline.attention.keys(), pipeline.k
+    assert index is not None
+    shares, asked = [], min(2 * k, len(keys))  # as many as the search asks for
+    for block in queries.split(QUERY_BLOCK):
+        projected = pipeline.attention.project(block)
+        found = approximate_topk(index, projected, keys, asked).scores[:, :k]
+        worst = blockwise_topk(projected, keys, k).scores[:, -1:]
+        alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
+        shares.append((found >= worst - alike).float().mean(dim=-1))
+    share = torch.cat(shares).double()
+    value, reach = float(share.mean()), 1.96 * float(share.std(correction=0)) / math.sqrt(len(share))
+    rows, rate = _timed_search(pipeline, queries)
+    right = int((rows == targets).any(dim=-1).sum())
+    pipeline.index = None
+    try:
+        exact_rate = _timed_search(pipeline, queries)[1]
+    finally:
+        pipeline.index = index
+    return {
+        "kind": index.kind,
+        "settings": index.settings,
+        "recall": {"value": value, "low": max(0.0, value - reach), "high": min(1.0, value + reach)},
+        "top1": wilson(right, len(queries)),
+        "queries_per_second": {"index": rate, "exact": exact_rate},
+    }
+
+
+def _timed_search(pipeline: Pipeline, queries: Tensor) -> tuple[Tensor, float]:
+    """The most probable row of each query, (B, 1), and how many a second were answered."""
+    pipeline.search(queries[:1])  # what is computed once is none of a query's time
+    start = time.perf_counter()
+    rows = pipeline.search(queries).rows
+    return rows[:, :1], len(queries) / (time.perf_counter() - start)
+
+
 def calibration_error(confidences: Tensor, answered: Tensor) -> Interval:
     """The expected calibration error of the first answers (arXiv 1706.04599), its error by the bootstrap over queries.
 
@@ -126,8 +178,10 @@ class _Counts(nn.Module):
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
-        self.ranks, self.ndcg, self.recall = RankCounts(), MeanAndError(), MeanAndError()
-        self.known = nn.ModuleList([RankCounts(), RankCounts()])  # of rows not in the log, and of rows in it
+        self.ranks, self.ndcg, self.recall = RankCounts(**ALONE), MeanAndError(**ALONE), MeanAndError(**ALONE)
+        self.known = nn.ModuleList(
+            [RankCounts(**ALONE), RankCounts(**ALONE)]
+        )  # of rows not in the log, and of rows in it
 
     def update(self, scores: Tensor, targets: Tensor, known: Tensor | None) -> Tensor:
         """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""

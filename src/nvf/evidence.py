@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
 from nvf.memo import Memo
-from nvf.memory import SCORE_BLOCK, TopK, VectorMemory, blockwise_topk, hubness
+from nvf.memory import VectorMemory, hubness
+from nvf.products import SCORE_BLOCK, TopK, blockwise_topk
 
 FEATURES = (
     "logit",  # stage 1's
@@ -89,9 +90,9 @@ class Evidence(nn.Module):
     @classmethod
     def of_one(cls, memory: VectorMemory) -> "Evidence":
         """A log of one query, the first row, which it answers: enough to build on."""
-        nothing = torch.zeros_like(memory.rows[:, 0])
-        pairs = torch.zeros(1, dtype=torch.int64, device=nothing.device)
-        return cls(memory, queries=memory.rows[:1], pairs=pairs, hubness=nothing, density=nothing)
+        first = torch.zeros(1, dtype=torch.int64, device=memory.rows.device)
+        nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
+        return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
 
     def forward(
         self,
@@ -113,7 +114,7 @@ class Evidence(nn.Module):
                 are not: evidence then leaves each query itself out, as if it had never been logged.
         """
         assert top.logsumexp is not None
-        rows = self.memory.rows[top.rows]  # (B, w, D)
+        rows = self.memory.take(top.rows)  # (B, w, D)
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
         centre = rows[:, :k].mean(dim=1, keepdim=True)
         local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
@@ -170,5 +171,5 @@ class Evidence(nn.Module):
 def _density(rows: Tensor) -> Tensor:
     neighbours = min(NEIGHBOURS, len(rows) - 1)
     if neighbours == 0:
-        return torch.zeros_like(rows[:, 0])
+        return rows.new_zeros(len(rows), dtype=torch.float32)
     return blockwise_topk(rows, rows, neighbours + 1).scores[:, 1:].mean(dim=-1)  # the first is the row itself

@@ -23,23 +23,23 @@ def part_of(name: str) -> str:
     return {"log_beta": "temperature", "delta": "keys", "query": "query"}.get(last, "transform")
 
 
-def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, float]:
-    """The norm of the gradient on each part that has one, from the gradients of named tensors."""
+def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
+    """The norm of the gradient on each part that has one, from the gradients of named tensors; no host waits."""
     squares: dict[str, Tensor] = {}
     for name, gradient in gradients:
         if gradient is not None:
             part, square = part_of(name), gradient.detach().float().square().sum()
             squares[part] = squares[part] + square if part in squares else square
-    return {part: float(squares[part].sqrt()) for part in PARTS if part in squares}
+    return {part: squares[part].sqrt() for part in PARTS if part in squares}
 
 
 class GradientLog:
     """What the norms were over the steps of a fit that were looked at."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Tensor]] = []
 
-    def add(self, found: dict[str, float]) -> None:
+    def add(self, found: dict[str, Tensor]) -> None:
         """Note the norms of a step."""
         self.steps.append(found)
 
@@ -50,7 +50,7 @@ class GradientLog:
         """
         found: dict[str, Any] = {"steps": len(self.steps)}
         for part in PARTS:
-            values = [step[part] for step in self.steps if part in step]
+            values = [float(step[part]) for step in self.steps if part in step]
             finite = [value for value in values if math.isfinite(value)]
             if values:
                 found[part] = {
@@ -82,7 +82,7 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     for parameter in frozen:
         parameter.requires_grad_(False)
     found = dict(zip(named, gradients, strict=True))
-    parts = norms(found.items())
+    parts = {part: float(norm) for part, norm in norms(found.items()).items()}
     single = {name: float(gradient.norm()) for name, gradient in found.items() if name != "query"}
     return {
         **{part: _number(parts[part]) if part in parts else None for part in PARTS},

@@ -10,6 +10,7 @@ from torch import Tensor
 from nvf.attention import SoftAttention
 from nvf.metrics import target_ranks
 from nvf.pipeline import Pipeline
+from nvf.products import inner_products
 from nvf.queries import QueryBatch, score_blocks
 
 
@@ -39,14 +40,15 @@ def look(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: 
     memory = model.memory.rows
     parts: list[dict[str, dict[str, Tensor]]] = []
     for queries, targets in score_blocks(batch, len(memory)):
-        exact = target_ranks(F.normalize(queries, dim=-1) @ memory.T, targets)
+        exact = target_ranks(inner_products(F.normalize(queries, dim=-1), memory), targets)
         part: dict[str, dict[str, Tensor]] = {
             "ranks": {"exact search": exact},
             "confidences": {},
             "probabilities": {},
         }
         if oracle is not None:
-            part["ranks"]["oracle"] = exact if oracle is memory else target_ranks(queries @ oracle.T, targets)
+            same = oracle is memory
+            part["ranks"]["oracle"] = exact if same else target_ranks(inner_products(queries, oracle), targets)
         for method, (scores, total) in scored(model, queries).items():
             if method == "stage 1":
                 rows = scores.topk(k, dim=-1).indices

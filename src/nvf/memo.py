@@ -37,8 +37,11 @@ class Memo:
         return Memo()  # the copy has tensors of its own
 
 
+def is_transformed() -> bool:
+    """Whether this is inside a transform of torch.func or a trace: tensors are not there what they are outside."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
 def _fleeting(sources: Sequence[Tensor]) -> bool:
     """Whether a value computed here may not be used later, or a kept one not here."""
-    # Inside a transform of torch.func, a trace or inference mode, tensors are not what they are outside of it.
-    elsewhere = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-    return elsewhere or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources)
+    return is_transformed() or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources)

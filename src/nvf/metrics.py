@@ -77,8 +77,8 @@ class RankCounts(Metric):
     full_state_update = False
     counts: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.add_state("counts", torch.zeros(DEEPEST + 1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, ranks: Tensor) -> None:
@@ -103,8 +103,8 @@ class MeanAndError(Metric):
     total: Tensor
     squares: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         for name in ("count", "total", "squares"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

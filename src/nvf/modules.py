@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from nvf.attention import SoftAttention, attention_loss
+from nvf.attention import SoftAttention
+from nvf.crossentropy import stratified
 from nvf.data import LoggedBatch
 from nvf.errors import InputError, check_number
 from nvf.gradients import GradientLog, norms
+from nvf.memory import neighbours
 from nvf.metrics import RankCounts, are_targets, candidate_ranks, target_ranks
 from nvf.pipeline import Pipeline
-from nvf.queries import QueryBatch
+from nvf.queries import QueryBatch, score_blocks
 from nvf.reranker import reranker_loss
-from nvf.streams import stream_seed
+from nvf.streams import stream, stream_seed
 
 SCHEDULES = ("onecycle", "constant")
 RELAXATIONS = "[1, 0.1] anneals, null is exact"
@@ -103,33 +105,67 @@ class StageModule(L.LightningModule):
 
 
 class AttentionModule(StageModule):
-    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows.
+    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or over an estimate of it from some.
 
     Args:
         attention: stage 1.
         learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
             only ever be pushed away, and be lost to the queries that want it.
+        sample: how many rows a step estimate the loss; all of them give it exactly if None.
+        hard: how many rows, the nearest to a query's target, are added to them.
+        seed: of the samples.
     """
 
     def __init__(
-        self, attention: SoftAttention, *, lr: float, schedule: str, k: int = 5, learnable: Tensor | None = None
+        self,
+        attention: SoftAttention,
+        *,
+        lr: float,
+        schedule: str,
+        k: int = 5,
+        learnable: Tensor | None = None,
+        sample: int | None = None,
+        hard: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__(lr=lr, schedule=schedule, k=k)
+        rows = len(attention.memory)
+        if sample is not None:
+            check_number("attention.sample", sample, minimum=1, whole=True, remedy="8192 is a good start")
+            if sample > rows:
+                raise InputError(f"attention.sample={sample} exceeds the memory's {rows} rows; null takes them all")
+        check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
+        if hard and sample is None:
+            raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
         self.model = attention
+        self.sample, self.hard, self.seed = sample, hard, seed
+        self.neighbours: Tensor | None = None  # of each row, (N, h)
         _hold_keys(attention, learnable)
 
     @property
     def attention(self) -> SoftAttention:
         return self.model
 
-    def measure(self, batch: QueryBatch) -> Measured:
-        logits = self.model(batch.queries)
+    def on_train_epoch_start(self) -> None:
+        if self.hard and (self.neighbours is None or self.model.delta is not None):  # learned keys move
+            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
 
+    def measure(self, batch: QueryBatch) -> Measured:
         def found() -> tuple[Tensor, Tensor]:
-            ranks = target_ranks(logits, batch.targets)
+            with torch.no_grad():
+                blocks = score_blocks(QueryBatch(*batch), len(self.model.memory))
+                ranks = torch.cat([target_ranks(self.model(queries), targets) for queries, targets in blocks])
             return ranks, ranks <= self.k
 
-        return attention_loss(logits, batch.targets), found
+        if self.sample is None or not self.training:
+            return self.model.loss(batch.queries, batch.targets), found
+        generator = stream(self.seed, "sample", self.global_step, self.global_rank, device=self.device)
+        sample = stratified(len(self.model.memory), self.sample, generator)
+        hard = None
+        if self.neighbours is not None:
+            first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
+            hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
+        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard), found
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.parameters()), self.lr)]
@@ -221,17 +257,21 @@ class JointModule(RerankerModule):
         self.steps = int(self.trainer.estimated_stepping_batches)
 
     def measure(self, batch: Any) -> Measured:  # a QueryBatch or a LoggedBatch
-        logged_as = batch.logged_as if isinstance(batch, LoggedBatch) else None
-        found = self.model(batch.queries, logged_as=logged_as, relaxation=self.temperature, answer=False)
-        loss = attention_loss(found.log_probs, batch.targets)
-        if self.attention_weight:
-            loss = loss + self.attention_weight * attention_loss(found.logits, batch.targets)
+        relaxation, logged_as = self.temperature, batch.logged_as if isinstance(batch, LoggedBatch) else None
+        ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
 
-        def ranks() -> tuple[Tensor, Tensor]:
-            covered = are_targets(found.candidates, batch.targets).any(dim=-1)
-            return target_ranks(found.log_probs, batch.targets), covered
+        def found() -> tuple[Tensor, Tensor]:
+            ranks, covered = [], []
+            whole = batch._replace(queries=batch.queries.detach())
+            for block in score_blocks(whole, len(self.model.memory)):
+                places = block.logged_as if isinstance(block, LoggedBatch) else None
+                with torch.no_grad():
+                    said = self.model(block.queries, logged_as=places, relaxation=relaxation, answer=False)
+                ranks.append(target_ranks(said.log_probs, block.targets))
+                covered.append(are_targets(said.candidates, block.targets).any(dim=-1))
+            return torch.cat(ranks), torch.cat(covered)
 
-        return loss, ranks
+        return ours + self.attention_weight * attention, found
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.attention.parameters()), self.lr), *super().learning_rates()]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nvf.errors import InputError
@@ -14,6 +15,12 @@ def read_vectors(path: Path, what: str) -> Tensor:
     vectors = from_numpy(open_vectors(path, what))
     check_vectors(vectors, str(path))
     return vectors
+
+
+def map_vectors(path: Path, what: str) -> Tensor:
+    """The same, on disk until they are used, and not checked for zeros, NaN and infinity."""
+    array = open_vectors(path, what)
+    return torch.from_numpy(array) if array.dtype.isnative else from_numpy(array)
 
 
 def open_vectors(path: Path, what: str) -> np.ndarray:
@@ -42,7 +49,7 @@ def _open_array(path: Path, what: str) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path} is missing; it holds {what}")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as fault:
         raise InputError(f"{path} is truncated or not a plain .npy array ({fault}); write it with numpy.save") from None
     if not isinstance(array, np.ndarray):

@@ -1,6 +1,7 @@
 """Both stages as one module: one differentiable distribution over the memory, a search, a folder on disk."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nvf.attention import SoftAttention
+from nvf.crossentropy import logsumexp, scores_of
 from nvf.distribution import exact, relaxed, shared_out
 from nvf.errors import InputError, check_number, one_line
 from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
-from nvf.memory import QUERY_BLOCK, TopK, VectorMemory, check_k, check_vectors, from_numpy, unit
+from nvf.index import FILE as INDEX_FILE
+from nvf.index import Index, approximate_topk, read_index
+from nvf.memory import VectorMemory, check_k, check_vectors, from_numpy, unit
+from nvf.products import QUERY_BLOCK, TopK, blockwise_topk, weighted_sum
 from nvf.reranker import EvidenceReranker, Reranker
 from nvf.whole import written_whole
 
@@ -58,6 +63,9 @@ class Pipeline(nn.Module):
         k: the number of candidates.
         evidence: what it weighs.
 
+    With `index` set to one over its keys (`nvf.index.build_index`), `search` takes stage 1's best rows from there; the
+    distribution, and with it training, stays exact. Keys that are trained on want the index built anew.
+
     Raises:
         InputError: k is not in 1..N, or evidence and reranker do not go together.
     """
@@ -78,11 +86,23 @@ class Pipeline(nn.Module):
         self.reranker = reranker
         self.k = k
         self.evidence = evidence
+        self._index: Index | None = None
 
     @property
     def memory(self) -> VectorMemory:
         """The rows that are searched."""
         return self.attention.memory
+
+    @property
+    def index(self) -> Index | None:
+        """Where `search` finds stage 1's best rows; None: among all of them, exactly."""
+        return self._index
+
+    @index.setter
+    def index(self, index: Index | None) -> None:
+        if index is not None:
+            index.check_fits(self.attention.keys())
+        self._index = index
 
     def keys(self) -> Tensor:
         """Stage 1's keys, to load into any index of inner products, which is then asked for `transform(queries)`.
@@ -106,8 +126,9 @@ class Pipeline(nn.Module):
             if path.suffix == ".safetensors":
                 save_file({"keys": keys}, partial)
             else:
+                half = keys.dtype == torch.bfloat16  # which numpy has not
                 with partial.open("wb") as file:
-                    np.save(file, keys.numpy())
+                    np.save(file, (keys.float() if half else keys).numpy())
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
@@ -117,7 +138,7 @@ class Pipeline(nn.Module):
             InputError: queries of another shape or type, zero or not finite.
         """
         given = self._checked(queries)
-        moved = self.attention.transformed(unit(given).to(self.memory.rows))
+        moved = self.attention.transformed(unit(given).to(self.attention.log_beta))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
 
     def forward(
@@ -161,7 +182,7 @@ class Pipeline(nn.Module):
             log_probs = exact(log_attention, best.indices, scores)
         else:
             log_probs = relaxed(log_attention, best.indices, scores, k=self.k, temperature=relaxation)
-        soft = log_probs.exp() @ self.memory.rows if answer else None  # (B, D)
+        soft = weighted_sum(log_probs.exp(), self.memory.rows) if answer else None  # (B, D)
         return Retrieval(
             log_probs=log_probs.reshape(*lead, len(self.memory)),
             logits=logits.reshape(*lead, len(self.memory)),
@@ -169,6 +190,46 @@ class Pipeline(nn.Module):
             scores=scores[:, : self.k].reshape(*lead, self.k),
             answer=None if soft is None else soft.reshape(*lead, self.memory.dim),
         )
+
+    def loss(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        *,
+        logged_as: Tensor | None = None,
+        relaxation: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attention_loss` of the distribution and of stage 1 alone, to their first gradients, never holding (B, N).
+
+        Of the distribution no more is computed than the rows that are reranked and the targets have of it.
+
+        Args:
+            queries: (B, D), of any length but zero.
+            targets: (B, m) rows, padded with -1.
+            logged_as: as for `forward`, and `relaxation` too.
+        """
+        queries = F.normalize(queries, dim=-1)
+        projected, keys, count = self.attention.project(queries), self.attention.keys(), len(self.memory)
+        if self.k == count:
+            relaxation = None  # no row is outside
+        scored = self.k if relaxation is None else min(WINDOW * self.k, count)
+        rows = blockwise_topk(projected, keys, scored).rows
+        total = logsumexp(projected, keys)
+        of_rows, of_targets = (
+            scores_of(projected, self.attention.keys_of(some.clamp(min=0)), some) for some in (rows, targets)
+        )  # (B, w) and (B, m)
+        scores = self.rerank(queries, TopK(of_rows, rows, total), logged_as).to(total.dtype)
+        log_attention = torch.cat([of_rows, of_targets], dim=-1) - total.unsqueeze(-1)  # (B, w + m)
+        places = torch.arange(scored, device=rows.device).expand_as(rows)
+        if relaxation is None:
+            log_probs = exact(log_attention, places, scores)
+        else:
+            log_probs = relaxed(log_attention, places, scores, k=self.k, temperature=relaxation)
+        same = targets.unsqueeze(-1) == rows.unsqueeze(1)  # (B, m, w)
+        alone = scored + torch.arange(targets.shape[1], device=rows.device)
+        right = log_probs.gather(-1, same.int().argmax(dim=-1).where(same.any(dim=-1), alone))
+        right = right.masked_fill(targets < 0, -math.inf)
+        return -right.logsumexp(dim=-1).mean(), (total - of_targets.logsumexp(dim=-1)).mean()
 
     def rerank(self, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
         """The reranker's scores of stage 1's best rows, of which the first k are the candidates."""
@@ -181,11 +242,15 @@ class Pipeline(nn.Module):
         """The reranker's scores, (B, k), where the evidence, (B, k, F), if it weighs any, is known already."""
         if isinstance(self.reranker, EvidenceReranker):
             return self.reranker(logits, evidence)
-        return self.reranker(queries, self.memory.rows[rows], logits, self.attention.beta)
+        return self.reranker(queries, self.memory.take(rows), logits, self.attention.beta)
 
     @torch.no_grad()
     def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
         """The k most probable rows, their probabilities and ids, in blocks that never hold (B, N).
+
+        With an index they are the most probable of those it finds. What they have of the whole is then an estimate,
+        see `approximate_topk`; the order among them does not depend on it, but for an `EvidenceReranker`, which weighs
+        stage 1's probabilities too.
 
         Args:
             queries: (B, D) of any float type and length; numpy or torch.
@@ -220,11 +285,10 @@ class Pipeline(nn.Module):
         return given
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        rows = self.memory.rows
-        queries = unit(queries).to(rows)
+        queries = unit(queries).to(self.attention.log_beta)
         # A candidate may lose its probability to the reranker, so the k most probable rows are among the k + self.k
         # that stage 1 likes best.
-        top = self.attention.candidates(queries, min(self.k + k, len(rows)), logsumexp=True)
+        top = self._best(queries, min(self.k + k, len(self.memory)))
         assert top.logsumexp is not None
         scores = self.rerank(queries, TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp))
         log_attention = top.scores - top.logsumexp.unsqueeze(-1)
@@ -233,10 +297,17 @@ class Pipeline(nn.Module):
         best = log_probs.topk(k, dim=-1)
         return top.rows.gather(-1, best.indices), best.values.exp().clamp(max=1).float()
 
+    def _best(self, queries: Tensor, count: int) -> TopK:
+        """Stage 1's best rows, or with an index about the best."""
+        if self.index is None:
+            return self.attention.candidates(queries, count, logsumexp=True)
+        return approximate_topk(self.index, self.attention.project(queries), self.attention.keys(), count)
+
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, whole or not at all.
 
-        It holds config.json, two safetensors files, and ids.json where the memory has ids.
+        It holds config.json, two safetensors files, ids.json where the memory has ids, and index.faiss where the
+        pipeline has an index.
 
         Raises:
             InputError: the path holds something that is not a pipeline.
@@ -255,6 +326,7 @@ class Pipeline(nn.Module):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(folder) as partial:
             partial.mkdir()
+            config["index"] = None if self.index is None else self.index.write(partial / INDEX_FILE)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if self.memory.ids is not None:
                 write_ids(self.memory.ids, partial / IDS_FILE)
@@ -262,8 +334,17 @@ class Pipeline(nn.Module):
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
         """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
+
+        An index is the exception in kind, if not in intent: FAISS reads it, in C++. Its hash is checked first, which
+        finds what is damaged but not what is forged.
+
+        Args:
+            folder: of the pipeline.
+            device: where it goes.
+            index: whether to read the index, if there is one: without it, or where FAISS is not installed, the search
+                is exact.
 
         Raises:
             InputError: a file is missing, damaged, or does not fit the others.
@@ -278,19 +359,27 @@ class Pipeline(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if config["format"] != FORMAT:
                 raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-            rows, ids = load_file(folder / "memory.safetensors")["rows"], None
+            rows, ids = _tensors(folder / "memory.safetensors")["rows"], None
             if config.get("ids"):
                 ids = read_ids(folder / IDS_FILE, len(rows), remedy="save the pipeline again")
             memory = VectorMemory.restore(rows, config["memory"], ids)
-            weights = load_file(folder / "weights.safetensors")
+            weights = _tensors(folder / "weights.safetensors")
             attention = SoftAttention(memory, **config["attention"])
             pipeline = cls(attention, **_second_stage(memory, config["reranker"], weights), k=config["k"])
             pipeline.load_state_dict(weights)
+            pipeline.requires_grad_(False).eval()
+            if index and config.get("index") is not None:
+                pipeline.index = read_index(folder / INDEX_FILE, config["index"], attention.keys())
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
             raise InputError(f"{folder} is damaged ({one_line(fault)}); save the pipeline again") from None
-        return pipeline.requires_grad_(False).eval().to(device)
+        return pipeline.to(device)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, copied: in the file they are not aligned, and products of such ones round otherwise."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:

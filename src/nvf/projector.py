@@ -83,7 +83,7 @@ def write_points(
     queries, rows = shown_points(targets, len(attention.memory), limit)
     raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
     vectors = [
-        attention.memory.rows[torch.from_numpy(rows).to(raw.device)],
+        attention.memory.take(torch.from_numpy(rows).to(raw.device)),
         F.normalize(raw, dim=-1),
         F.normalize(attention.moved(raw), dim=-1),
     ]

@@ -33,7 +33,7 @@ TIMEOUT = 60  # seconds a request
 
 
 def read_memory(
-    *, path: str | None, url: str | None, collection: str | None, vector: str | None = None
+    *, path: str | None, url: str | None, collection: str | None, vector: str | None = None, **stored: Any
 ) -> VectorMemory:
     """The vectors of a collection as a memory, (N, D), its point ids as the ids of the rows, which they sort.
 
@@ -44,6 +44,7 @@ def read_memory(
         url: of a server; the key that it may ask for is read from the environment, QDRANT_API_KEY.
         collection: its name.
         vector: the name of the vector, where points have several.
+        stored: how the memory keeps its rows, `dtype` and `mapped`.
 
     Raises:
         InputError: not exactly one of path and url, nothing readable there, no such collection or vector, or no points.
@@ -70,7 +71,7 @@ def read_memory(
     sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
     rows = torch.from_numpy(vectors[order])
     check_vectors(rows, f"collection {name}", sorted_ids)
-    return VectorMemory(rows, ids=sorted_ids)
+    return VectorMemory(rows, ids=sorted_ids, **stored)
 
 
 def _open_local(path: str | None, where: str) -> QdrantClient:

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError, check_number
-from nvf.memory import QUERY_BLOCK, SCORE_BLOCK, VectorMemory
+from nvf.memory import VectorMemory
+from nvf.products import QUERY_BLOCK
 from nvf.streams import stream
 
 WARPS = ("rotation", "mlp")
+ALL_SCORES = 2**22  # that are held at once where all of them are needed,
+FEWEST_QUERIES = 64  # but for so many queries, or reading the rows would take longer than the arithmetic
 Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
 
 
@@ -29,7 +32,7 @@ def blocks(batch: Batch, size: int) -> list[Batch]:
 
 def score_blocks(batch: Batch, rows: int) -> list[Batch]:
     """Pieces whose scores over so many rows are few enough to be held at once."""
-    return blocks(batch, max(1, min(QUERY_BLOCK, SCORE_BLOCK // rows)))
+    return blocks(batch, min(QUERY_BLOCK, max(FEWEST_QUERIES, ALL_SCORES // rows)))
 
 
 def fingerprint(batch: QueryBatch) -> str:
@@ -91,7 +94,7 @@ class Noisy:
         rows = self.oracle
         targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
         noise = _normal(count, self.memory.dim, generator)
-        return QueryBatch(F.normalize(rows[targets[:, 0]] + self.sigma * noise, dim=-1), targets)
+        return QueryBatch(F.normalize(rows[targets[:, 0]].float() + self.sigma * noise, dim=-1), targets)
 
 
 class Warped(Noisy):
@@ -111,12 +114,19 @@ class Warped(Noisy):
         generator, dim = stream(warp_seed, "warp"), memory.dim
         if warp == "rotation":
             q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-            warped = memory.rows.cpu() @ (q * r.diagonal().sign())
+            rotation = q * r.diagonal().sign()
+
+            def warped(rows: Tensor) -> Tensor:
+                return rows @ rotation
         else:
             inner = torch.randn(dim, 4 * dim, generator=generator)
             outer = torch.randn(4 * dim, dim, generator=generator)
-            warped = torch.tanh(memory.rows.cpu() @ inner) @ outer
-        self._warped = F.normalize(warped, dim=-1)
+
+            def warped(rows: Tensor) -> Tensor:
+                return torch.tanh(rows @ inner) @ outer
+
+        parts = memory.rows.cpu().split(ALL_SCORES // dim)
+        self._warped = torch.cat([F.normalize(warped(part.float()), dim=-1).to(part.dtype) for part in parts])
 
     @property
     def oracle(self) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nvf.evaluation import METRICS, ceiling
 from nvf.gradients import failures
+from nvf.options import two_digits
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
 
@@ -31,6 +32,8 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     errors = figures["calibration_error"]
     shown = ", ".join(f"{NAMES[method]} {_percent(errors[method]).strip()}" for method in errors)
     lines.append(_entry("calibration error", shown))
+    if (index := results.get("index")) is not None:
+        lines += _index(index, results["config"]["k"])
     if (joint := results.get("joint")) is not None:
         lines.append(_entry("before joint training", _before(joint["before"])))
         done = _won_and_lost(joint["against"]) if joint["kept"] else "not clearly better on validation, so not kept"
@@ -79,6 +82,16 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 def _percent(interval: Mapping[str, float]) -> str:
     return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
+
+
+def _index(index: Mapping[str, Any], k: int) -> list[str]:
+    """What searching with an index finds, and how fast."""
+    recall, top1 = (_percent(index[name]).strip() for name in ("recall", "top1"))
+    rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
+    return [
+        _entry(f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"),
+        _entry("", f"{rates['index']} queries/s, searched exactly {rates['exact']}"),
+    ]
 
 
 def _won_and_lost(against: Mapping[str, Any]) -> str:

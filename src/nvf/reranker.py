@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from nvf.errors import InputError, check_number
 from nvf.evidence import FEATURES
+from nvf.memo import is_transformed
 
 RERANKERS = ("mlp", "residual")
 
@@ -77,9 +79,45 @@ class Reranker(nn.Module):
         """
         w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
         from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
-        from_candidates = F.linear(candidates, w_candidate - w_difference)  # (B, k, hidden)
-        from_products = F.linear(queries.unsqueeze(1) * candidates, w_product)  # (B, k, hidden)
-        return from_query.unsqueeze(1) + from_candidates + from_products
+        parts = (from_query, queries, candidates, w_candidate - w_difference, w_product)
+        if is_transformed() or torch.is_autocast_enabled(queries.device.type):  # which see plain operations alone
+            return _first_layer(*parts)
+        found: Tensor = _FirstLayer.apply(*parts)
+        return found
+
+
+def _first_layer(start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor) -> Tensor:
+    """start + W c + P (q * c), (B, k, hidden)."""
+    products = F.linear(queries.unsqueeze(1) * candidates, of_products)
+    return start.unsqueeze(1) + F.linear(candidates, weight) + products
+
+
+class _FirstLayer(torch.autograd.Function):
+    """The same in one tensor, and backwards from q and c alone: their product is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(queries, candidates, weight, of_products)
+        found = F.linear(candidates, weight).add_(start.unsqueeze(1))  # (B, k, hidden)
+        products = (queries.unsqueeze(1) * candidates).flatten(0, 1)
+        found.view(-1, found.shape[-1]).addmm_(products, of_products.T)
+        return found
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        queries, candidates, weight, of_products = ctx.saved_tensors  # type: ignore[attr-defined]
+        _, *wanted = ctx.needs_input_grad  # type: ignore[attr-defined]
+        on_products = upstream @ of_products if wanted[0] or wanted[1] else None  # (B, k, D)
+        flat = upstream.flatten(0, 1)  # (B k, hidden)
+        return (
+            upstream.sum(dim=1),
+            (on_products * candidates).sum(dim=1) if wanted[0] else None,
+            upstream @ weight + on_products * queries.unsqueeze(1) if wanted[1] else None,
+            flat.T @ candidates.flatten(0, 1) if wanted[2] else None,
+            flat.T @ (queries.unsqueeze(1) * candidates).flatten(0, 1) if wanted[3] else None,
+        )
 
 
 class EvidenceReranker(nn.Module):

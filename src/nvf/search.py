@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvf.errors import InputError
 from nvf.options import Option, find_device, path, run, two_digits, whole
 
 if TYPE_CHECKING:
@@ -17,11 +18,12 @@ OPTIONS = (
     Option("output", "the answers, best first: .npy, .parquet or .jsonl", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
+    Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
 )
 
 
-def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, device: str) -> str:
+def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, index: str | None, device: str) -> str:
     """Answer every query in the file, holding one block of queries and answers at a time.
 
     Returns:
@@ -37,7 +39,9 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     from nvf.vectors import open_vectors
 
     check_output(output, queries)
-    model = Pipeline.load(pipeline, find_device(device))
+    if index not in (None, "flat"):
+        raise InputError(f"index={index} is neither null nor flat; others are built in training: nvf.train index=hnsw")
+    model = Pipeline.load(pipeline, find_device(device), index=index is None)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
     vectors = open_vectors(queries, column, dim=model.memory.dim)
@@ -46,13 +50,14 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(vectors.count / seconds)
-    return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, k={k}); answers in {output}"
+    how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
+    return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
 
 
 def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"]:
     from tqdm import tqdm
 
-    from nvf.memory import QUERY_BLOCK
+    from nvf.products import QUERY_BLOCK
 
     with tqdm(total=vectors.count, unit=" queries", leave=False, delay=1) as bar:
         for block in vectors.blocks(QUERY_BLOCK):

@@ -15,6 +15,7 @@ from nvf.data import Fold, VectorDataModule
 from nvf.fitting import fit, fit_blindly
 from nvf.modules import JointModule, StageModule
 from nvf.pipeline import Pipeline
+from nvf.processes import agreed
 from nvf.queries import QueryBatch, Recorded, Source
 from nvf.reranker import EvidenceReranker
 from nvf.stages import (
@@ -97,7 +98,7 @@ def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
 def _fit_variants(config: Settings, source: Source, folder: Path, held_out: QueryBatch) -> Chosen:
     checkpoints = folder / "checkpoints" / "attention"
     fitted, several = [], len(variants(config)) > 1
-    for variant in plan(config, source):
+    for variant in agreed(plan(config, source)):
         module, data = attention_stage(variant, source)
         name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
         starts_well = module.attention.transform.starts_at_exact_search
@@ -160,7 +161,7 @@ def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = answered(pipeline, held_out)
     module, data = joint_stage(config, source, pipeline)
-    affordable = _affordable(config, module, data)
+    affordable = agreed(_affordable(config, module, data))
     epochs, gradients = fit(affordable, "joint", module, data, folder, start_competes=True)
     kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(answered(pipeline, held_out), before))
     if kept:

@@ -34,19 +34,21 @@ def build_source(config: Settings) -> Source:
     data, queries = dict(config["data"]), dict(config["queries"])
     data.pop("budget_s", None)
     kind, source = data.pop("name"), queries.pop("name")
+    stored = {name: data.pop(name) for name in ("dtype", "mapped")}
     if data.get("dir", "") is None and (kind == "embeddings" or source == "recorded"):
         holds = "corpus and queries" if kind == "embeddings" else "queries"
         raise InputError(f"data.dir is not set; name the folder that holds your {holds}: data.dir=path/to/folder")
     if kind == "synthetic":
-        memory = VectorMemory.synthetic(**data)
+        memory = VectorMemory.synthetic(**data, **stored)
     elif kind == "clustered":
-        memory = VectorMemory.clustered(**data)
+        memory = VectorMemory.clustered(**data, **stored)
     elif kind == "embeddings":
-        memory = read_memory(str(data["dir"]), columns=data["columns"])
+        memory = read_memory(str(data["dir"]), columns=data["columns"], **stored)
     else:
         from nvf import qdrant  # needs qdrant-client, which is an extra, and takes seconds to import
 
-        memory = qdrant.read_memory(**{name: data[name] for name in ("path", "url", "collection", "vector")})
+        where = {name: data[name] for name in ("path", "url", "collection", "vector")}
+        memory = qdrant.read_memory(**where, **stored)
     check_k(config["k"], len(memory))
     if source == "recorded":
         if "dir" not in data:
@@ -73,6 +75,7 @@ def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, 
         schedule=settings["schedule"],
         k=config["k"],
         learnable=seen_rows(source) if settings["keys"] == "learned" else None,
+        **{name: settings[name] for name in ("sample", "hard", "seed")},
     )
     return module, _build_data(config, "attention", source)
 

@@ -1,6 +1,8 @@
 """The entry, `python -m nvf.train`: build the data, fit the stages, evaluate, save."""
 
 import logging
+import math
+import os
 import shutil
 import signal
 import sys
@@ -42,14 +44,18 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     Returns:
         The objective for sweepers: Top-1 on validation of what was fitted last.
     """
+    if follows():
+        os.environ["TQDM_DISABLE"] = "1"  # which is read when it is imported
     # Imported here so that --help and a config error answer without importing torch.
     import numpy as np
     import torch
 
     from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
-    from nvf.evaluation import against, evaluate
+    from nvf.evaluation import against, evaluate, evaluate_index
     from nvf.gradients import audit_gradients
+    from nvf.index import build_index, check_index
     from nvf.pipeline import Pipeline
+    from nvf.processes import agreed, part_processes, start_processes
     from nvf.queries import fingerprint
     from nvf.report import remarks, table
     from nvf.results import versions, write_results
@@ -63,6 +69,13 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     check_dashboards(config["dashboards"])
     source = build_source(config)
     check(config, source)
+    check_index(config["index"], rows=len(source.memory), fits=config["stage"]["fit"])
+    rank, own = start_processes(config), folder
+    folder = agreed(folder)  # a cluster gives each process one of its own
+    if rank:
+        log.setLevel(logging.ERROR)  # the first process says it all
+        if own != folder:
+            remove_traces(own)
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     training: dict[str, Any] = {}  # the gradients in it
@@ -78,18 +91,28 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     known: dict[str, Any] = {"k": config["k"], "oracle": source.oracle, "seen": seen_rows(source)}
     before = joint = None
     if "joint" in config["stage"]["fit"]:
-        with timed(seconds, "evaluation"):
-            before = evaluate(model, test, **known, title="before joint training")
+        if not rank:
+            with timed(seconds, "evaluation"):
+                before = evaluate(model, test, **known, title="before joint training")
         with timed(seconds, "joint"):
             assert isinstance(model, Pipeline)
             training["joint"], kept = fit_joint(config, source, model, folder)
+    part_processes()
+    if rank:
+        return math.nan  # the first process evaluates and saves what all of them have fitted
+    built: dict[str, float | None] = {}
     if isinstance(model, Pipeline):
+        with timed(built, "build_seconds"):
+            model.index = build_index(model.keys(), **config["index"])
         model.save(folder / "pipeline")
     with timed(seconds, "evaluation"):
         val_found = evaluate(model, val, **known, title="validation")
         found = evaluate(model, test, **known, title="test")
         if before is not None:
             joint = {"kept": kept, "before": before.figures, "against": against(found.answered, before.answered)}
+        index = None
+        if isinstance(model, Pipeline) and model.index is not None:
+            index = {**evaluate_index(model, *test), **built}
         gradients = audit_gradients(model, val)
         texts = texts_of(config["data"].get("dir"), len(source.memory))
         shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
@@ -106,6 +129,7 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         "selection": chosen.tried,
         "attention_fitted_by": chosen.fitted_by,
         "duplicates": getattr(source, "duplicates", None),
+        "index": index,
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},
         "config": config,
@@ -153,6 +177,8 @@ def main(cfg: DictConfig) -> float:
             raise InputError(f"resume={config['resume']} goes on with a sweep; add -m, or leave it out")
         return train(config, folder, time.perf_counter() if sweep else START)
     except InputError as error:
+        if follows():
+            sys.exit(0)  # the first process says the same; another status makes Lightning kill it before it does
         if not sweep:
             remove_traces(folder)
             print(f"error: {error}", file=sys.stderr)
@@ -166,7 +192,8 @@ def main(cfg: DictConfig) -> float:
         # The launchers send it from process to process, which not every exception survives.
         raise CompactHydraException(f"error: {one_line(fault)}; its traceback is in {folder}/train.log") from None
     except SystemExit as stop:  # Lightning's answer to SIGTERM has no status, and a sweep would end with success
-        log.error("stopped; what was saved is in %s", folder)
+        if not follows():
+            log.error("stopped; what was saved is in %s", folder)
         if sweep and not sweeps.in_turn(settings.launcher):
             raise CompactHydraException(f"error: the job of {folder} was stopped") from None  # the others go on
         sys.exit(stop.code or 143)
@@ -219,11 +246,23 @@ def usage() -> str:
     )
 
 
+def follows() -> bool:
+    """Whether this process is one of several in a run, and not the first, which says what there is to say."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK"))
+
+
 def quiet() -> None:
     """Keep the screen for what a user wants to know; Lightning sets its level when it is imported."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
-    for message in ("does not have many workers", "exists and is not empty", "smaller than the logging interval"):
+    for message in (
+        "does not have many workers",
+        "exists and is not empty",
+        "smaller than the logging interval",
+        "It is recommended to use `self.log.*sync_dist=True",  # our metrics add up over processes by themselves
+        "`broadcast_buffers` is deprecated",  # its successor is newer than the oldest torch that we run on
+    ):
         warnings.filterwarnings("ignore", f".*{message}")
 
 

@@ -1,0 +1,135 @@
+"""Stage 1's loss over a large memory: exact without ever holding (B, N) scores, or estimated from a sample of rows.
+
+Both are -log of the probability of the right rows, mean over the batch, where a row's probability is
+softmax(queries @ keys.T); the targets are (B, m) rows padded with -1, the queries scaled by the inverse temperature.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from nvf.products import LOG2_E, products, score_block
+
+
+def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    """The exact loss, from queries (B, D), keys (N, D) of any float type, and targets (B, m)."""
+    right = scores_of(queries, keys[targets.clamp(min=0)], targets)
+    return (logsumexp(queries, keys) - right.logsumexp(dim=-1)).mean()
+
+
+def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+    """The scores of given rows, (B, m), from their keys, (B, m, D); -inf where a row is -1."""
+    scores = (keys.to(queries.dtype) @ queries.unsqueeze(-1)).squeeze(-1)
+    return scores.to(_wide(scores)).masked_fill(rows < 0, -math.inf)
+
+
+def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
+    """log sum exp of queries @ keys.T over all rows, (B,), differentiable once, holding one block of scores at a time.
+
+    Where the keys are frozen one pass over them is enough: the gradient on the queries is gathered beside the sum, by
+    the online softmax of FlashAttention (arXiv 2205.14135). Learned keys cost a second pass, in which the scores are
+    computed again.
+    """
+    found: Tensor = _LogSumExp.apply(queries, keys)
+    return found
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, queries: Tensor, keys: Tensor) -> Tensor:
+        moving, learned = ctx.needs_input_grad  # type: ignore[attr-defined]
+        with torch.autocast(queries.device.type, enabled=False):  # products are of the queries' type, sums of float32
+            largest = torch.full_like(queries[:, 0], -math.inf, dtype=_wide(queries))  # so far, (B,)
+            total = torch.zeros_like(largest)  # of exp(score - largest)
+            mean = torch.zeros_like(queries.T, dtype=_wide(queries))  # of the keys, weighed by that, (D, B)
+            for part in _blocks(keys, queries):
+                scores = products(part, queries).to(total.dtype)  # (w, B)
+                before, largest = largest, torch.maximum(largest, scores.amax(dim=0))
+                weights, kept = scores.sub_(largest).mul_(LOG2_E).exp2_(), (before - largest).exp()
+                total = total * kept + weights.sum(dim=0)
+                if moving:
+                    mean = mean * kept + products(part.T, weights.T.to(queries.dtype))
+                del scores, weights  # the next block takes their place in the cache
+        found = largest + total.log()
+        saved = [(mean / total).T.to(queries.dtype)] if moving else []
+        ctx.save_for_backward(*saved, *((queries, keys, found) if learned else ()))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
+        moving, learned = ctx.needs_input_grad  # type: ignore[attr-defined]
+        on_queries = upstream.unsqueeze(-1).to(saved[0].dtype) * saved.pop(0) if moving else None
+        return on_queries, _on_keys(upstream, *saved) if learned else None
+
+
+def _on_keys(upstream: Tensor, queries: Tensor, keys: Tensor, found: Tensor) -> Tensor:
+    """The gradient on the keys, (N, D), from scores that are computed again."""
+    with torch.autocast(queries.device.type, enabled=False):
+        scaled = (upstream.unsqueeze(-1) * queries).to(queries.dtype).T  # (D, B)
+        blocks = []
+        for part in _blocks(keys, queries):
+            probabilities = products(part, queries).to(found.dtype).sub_(found).mul_(LOG2_E).exp2_()  # (w, B)
+            blocks.append(products(probabilities.to(queries.dtype), scaled).to(keys.dtype))
+        return torch.cat(blocks)
+
+
+def sampled_cross_entropy(
+    queries: Tensor,
+    keys: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    count: int,
+    sample: Tensor,
+    hard: Tensor | None = None,
+) -> Tensor:
+    """An estimate of the loss from the targets, hard negatives of each query, and a sample that all queries share.
+
+    The sum over all rows of exp(score) is estimated without bias: targets and hard negatives count as they are, a row
+    of the sample for all rows of its stratum, which is the logQ correction of sampled softmax (arXiv 1412.2007), here
+    with each row's exact probability. Its logarithm is low on average, by less the larger the sample.
+
+    Args:
+        queries: (B, D), scaled by the inverse temperature.
+        keys: gives the keys, (..., D), of any rows, (...).
+        targets: (B, m).
+        count: N.
+        sample: (M,), from `stratified`.
+        hard: (B, h), different rows; those that are targets do not count twice.
+    """
+    known = targets
+    if hard is not None:
+        met = (hard.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
+        known = torch.cat([targets, hard.masked_fill(met, -1)], dim=-1)  # (B, m + h)
+    scores = scores_of(queries, keys(known.clamp(min=0)), known)
+    strata = _strata(count, len(sample), sample.device)
+    others = (queries @ keys(sample).to(queries.dtype).T).to(scores.dtype) + strata.diff().log()  # (B, M)
+    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # that each known row is in
+    again = torch.zeros_like(scores).masked_fill(sample[stratum] == known, -math.inf)
+    others = others.scatter_add(-1, stratum, again)
+    right = scores[:, : targets.shape[1]].logsumexp(dim=-1)
+    return (torch.cat([scores, others], dim=-1).logsumexp(dim=-1) - right).mean()
+
+
+def stratified(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """One row of each of `size` strata of `count` rows, which are equally large but for one, (size,) ascending."""
+    strata = _strata(count, size, generator.device)
+    share = torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
+    return strata[:-1] + (share * strata.diff()).long()
+
+
+def _strata(count: int, size: int, device: torch.device) -> Tensor:
+    """Where each stratum starts, and the end, (size + 1,)."""
+    return torch.arange(size + 1, device=device) * count // size
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _blocks(keys: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+    return keys.split(max(1, score_block(queries.device) // max(1, len(queries))))

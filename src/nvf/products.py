@@ -1,0 +1,262 @@
+"""Inner products of queries with many rows: all of them, or the k largest, in blocks that stay in the cache."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+QUERY_BLOCK = 512  # queries at a time
+SCORE_BLOCK = 2**20  # scores at a time on a CPU: 4 MB in float32, about what the caches near a core hold
+WIDE_SCORE_BLOCK = 2**26  # elsewhere, where what a block costs to start weighs more
+IN_CACHE = 2**21  # numbers; on more, a matrix-vector product uses a third of the bandwidth, so it has
+FEWEST = 4  # queries at least
+CONVOLVED = 64  # queries from which a convolution is at least as fast as a product, see `products`
+MANY = 16  # queries from which `_Sparse` is faster than `_Dense`
+LOG2_E = math.log2(math.e)  # torch.exp2 is four times as fast as torch.exp, which is MKL's
+GROUP = 16  # rows of which the largest score is looked at first
+
+
+class TopK(NamedTuple):
+    """The k best rows of every query, best first."""
+
+    scores: Tensor  # (B, k)
+    rows: Tensor  # (B, k) int64
+    logsumexp: Tensor | None = None  # (B,) over all N scores, where it was asked for
+
+
+def score_block(device: torch.device) -> int:
+    """How many scores are held at a time on a device."""
+    return SCORE_BLOCK if device.type == "cpu" else WIDE_SCORE_BLOCK
+
+
+def products(rows: Tensor, queries: Tensor) -> Tensor:
+    """rows @ queries.T, (w, B), of rows (w, D) of any float type; without gradients.
+
+    On a CPU, products with many queries are computed as a convolution of width 1: that is oneDNN's, which uses the
+    widest instructions of every CPU, and MKL's product does not (1.7 times as fast on an AMD EPYC).
+    """
+    rows = rows.to(queries.dtype)
+    if _convolved(queries):
+        return F.conv1d(queries.T.unsqueeze(0), rows.unsqueeze(-1)).squeeze(0)
+    return rows @ queries.T
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _convolved(queries: Tensor) -> bool:
+    single = queries.dtype == torch.float32 and _on_cpu(queries)
+    return single and len(queries) >= CONVOLVED and torch.get_num_threads() > 1  # with one thread it is not oneDNN's
+
+
+def inner_products(queries: Tensor, rows: Tensor) -> Tensor:
+    """queries @ rows.T, (B, N), differentiable; of frozen rows in half precision no whole copy is made."""
+    if queries.dtype == rows.dtype or rows.requires_grad:
+        return queries @ rows.to(queries.dtype).T
+    scores: Tensor = _InnerProducts.apply(queries, rows)
+    return scores
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights @ rows, (B, D), likewise."""
+    if weights.dtype == rows.dtype or rows.requires_grad:
+        return weights @ rows.to(weights.dtype)
+    found: Tensor = _WeightedSum.apply(weights, rows)
+    return found
+
+
+class _InnerProducts(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(queries: Tensor, rows: Tensor) -> Tensor:
+        return torch.cat([queries @ part.to(queries.dtype).T for part in _parts(rows)], dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
+        return weighted_sum(upstream, *ctx.saved_tensors), None  # type: ignore[attr-defined]
+
+
+class _WeightedSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, rows: Tensor) -> Tensor:
+        parts = _parts(rows)
+        shares = weights.split([len(part) for part in parts], dim=-1)
+        return sum(share @ part.to(share.dtype) for share, part in zip(shares, parts, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
+        return inner_products(upstream, *ctx.saved_tensors), None  # type: ignore[attr-defined]
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, score_block(rows.device) // rows.shape[1]))
+
+
+@torch.no_grad()
+def blockwise_topk(
+    queries: Tensor, keys: Tensor, k: int, *, logsumexp: bool = False, scores_per_block: int | None = None
+) -> TopK:
+    """The k largest of queries @ keys.T a query, holding one block of scores at a time; 1 <= k <= N.
+
+    Of equal scores the smallest rows are taken, and come first; off the CPU, as torch.topk has it.
+    """
+    budget = scores_per_block or score_block(queries.device)
+    found = [_topk(block, keys, k, logsumexp, budget) for block in queries.split(QUERY_BLOCK)]  # one if there are none
+    scores, rows, totals = zip(*found, strict=True)
+    return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
+
+
+def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -> TopK:
+    count = len(queries)
+    if count == 0:
+        nothing = queries.new_empty(0, k)
+        return TopK(nothing, nothing.long(), queries.new_empty(0))
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    if count < FEWEST and keys.numel() > IN_CACHE:
+        queries = queries[torch.arange(FEWEST, device=queries.device) % count]
+    best = _Sparse(len(queries), k) if _on_cpu(queries) and len(queries) >= MANY else _Dense(k)
+    total = _LogSumExp(queries) if logsumexp else None
+    width = max(k, budget // len(queries))
+    for start in range(0, len(keys), width):
+        scores = products(keys[start : start + width], queries)  # (w, B)
+        largest = best.add(scores, start)
+        if total is not None:
+            total.add_and_destroy(scores, largest)
+        del scores  # the next block takes its place in the cache
+    found, rows = best.result()
+    return TopK(found[:count], rows[:count], None if total is None else total.result()[:count])
+
+
+class _LogSumExp:
+    """The log-sum-exp a query, over blocks of scores."""
+
+    def __init__(self, queries: Tensor) -> None:
+        self.largest = queries.new_full((len(queries),), -math.inf)
+        self.total = queries.new_zeros(len(queries))  # of exp(score - largest)
+
+    def add_and_destroy(self, scores: Tensor, largest: Tensor) -> None:
+        """Count scores, (w, B), of which the largest a query are known, (B,)."""
+        largest = torch.maximum(self.largest, largest)
+        here = scores.sub_(largest).mul_(LOG2_E).exp2_().sum(dim=0)
+        self.total = self.total * (self.largest - largest).exp() + here
+        self.largest = largest
+
+    def result(self) -> Tensor:
+        return self.largest + self.total.log()
+
+
+class _Dense:
+    """The k largest scores a query, by a top-k of every block. Off the CPU nothing waits for the device."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.best: tuple[Tensor, Tensor] | None = None
+
+    def add(self, scores: Tensor, start: int) -> Tensor:
+        """Look at scores, (w, B), of the rows from `start`; returns the largest a query, (B,)."""
+        of_query = scores.T  # (B, w)
+        k = min(self.k, len(scores))
+        values, rows = of_query.topk(k, dim=-1)
+        if _on_cpu(scores):
+            if (
+                (of_query >= values[:, -1:]).sum(dim=-1) > k
+            ).any():  # torch.topk takes any of those that equal the last
+                values, rows = of_query.sort(dim=-1, descending=True, stable=True)
+                values, rows = values[:, :k], rows[:, :k]
+            rows, order = rows.sort(dim=-1)
+            values = values.gather(-1, order)
+        rows, largest = rows + start, values.amax(dim=-1)
+        if self.best is not None:
+            values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        self.best = values[:, : self.k], rows.gather(-1, order[:, : self.k])
+        return largest
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self.best is not None
+        return self.best
+
+
+class _Sparse:
+    """The k largest scores a query, by looking only where a group's largest reaches a query's k-th best so far.
+
+    A top-k of every block costs as much as its products; the largest of each group of rows costs next to nothing, and
+    after the first blocks few groups matter. Of equal scores the smallest rows are kept, and come first.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.least = torch.full((queries,), -math.inf)  # a lower bound of each query's k-th best
+        self.values, self.rows = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, scores, rows
+        self.seen, self.due = 0, 0  # rows; when to merge what waits
+
+    def add(self, scores: Tensor, start: int) -> Tensor:
+        """Look at scores, (w, B), of the rows from `start`; returns the largest a query, (B,)."""
+        width, count = scores.shape
+        whole = width - width % GROUP
+        largest = [scores[:whole].unflatten(0, (-1, GROUP)).amax(dim=1)] if whole else []
+        if whole < width:
+            largest.append(scores[whole:].amax(dim=0, keepdim=True))
+        tops = torch.cat(largest)  # (groups, B)
+        if start == 0:
+            if len(tops) > self.k:  # k groups have a row of at least this
+                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1].to(self.least.dtype)
+            matter = ~(tops < self.least)  # NaN matters
+        else:
+            matter = tops > self.least  # what only equals the k-th best comes after it
+        query, group = matter.T.nonzero(as_tuple=True)
+        if len(query):
+            offset = (GROUP * group).unsqueeze(-1) + torch.arange(GROUP)
+            if whole < width:
+                offset.clamp_(max=width - 1)  # the last row stands for those that are not there, and counts once
+            values = scores.view(-1).take(offset * count + query.unsqueeze(-1))  # (pairs, GROUP)
+            keep = ~(values < self.least[query].unsqueeze(-1))  # NaN is kept
+            if whole < width:
+                keep[:, 1:] &= offset.diff(dim=-1) > 0
+            of, where = keep.nonzero(as_tuple=True)
+            self.waiting.append((query[of], values[of, where], offset[of, where] + start))
+        self.seen = start + width
+        if self.seen >= self.due:
+            self._merge()
+            self.due = 2 * self.seen
+        return tops.amax(dim=0)
+
+    def _merge(self) -> None:
+        if not self.waiting:
+            return
+        count = len(self.values)
+        kept = torch.arange(count).repeat_interleave(self.values.shape[1])
+        waiting = [(kept, self.values.flatten(), self.rows.flatten()), *self.waiting]
+        query, values, rows = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        if len(waiting) > 1 + (not self.values.numel()):
+            query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
+            values, rows = values[order], rows[order]
+        counts = torch.bincount(query, minlength=count)
+        place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        shape = (count, max(self.k, int(counts.max())))
+        padded, at = values.new_full(shape, -math.inf), rows.new_full(shape, -1)
+        padded[query, place], at[query, place] = values, rows
+        best, order = padded.sort(dim=-1, descending=True, stable=True)
+        self.values, self.rows = best[:, : self.k], at.gather(-1, order[:, : self.k])
+        self.least = self.values[:, -1].contiguous()
+        self.waiting = []
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        self._merge()
+        return self.values, self.rows
