@@ -141,7 +141,7 @@ def _as_the_trainer_wants(
 
 def _trainer(config: Settings, stage: str, folder: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
     if config["trainer"].get("enable_progress_bar", True):
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
+        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
     if distributed.is_initialized():
         callbacks = [*callbacks, _StopAtOnce()]
     strategy = config["trainer"].get("strategy", "auto")

@@ -22,29 +22,37 @@ from nvf.streams import stream, stream_seed
 
 SCHEDULES = ("onecycle", "constant")
 RELAXATIONS = "[1, 0.1] anneals, null is exact"
-Measured = tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]
+Measured = tuple[Tensor, Callable[[int | None], tuple[Tensor, Tensor]]]
+LOGGED = 128  # queries of a training batch whose ranks are logged: to rank all of them costs more than a step
 
 
 class StageModule(L.LightningModule):
     """What the stages share: Adam, the schedule, the metrics `split/name`, and the norms of gradients.
 
+    Args:
+        lr: the learning rate, or the peak of a onecycle schedule.
+        schedule: onecycle or constant.
+        k: the number of candidates.
+        warmup: the share of the steps in which a onecycle rate rises.
+
     Raises:
-        InputError: a learning rate that is not positive and finite, or an unknown schedule.
+        InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
     """
 
-    def __init__(self, *, lr: float, schedule: str, k: int) -> None:
+    def __init__(self, *, lr: float, schedule: str, k: int, warmup: float = 0.3) -> None:
         super().__init__()
         check_number("lr", lr, above=0, remedy="1e-3 is a safe start")
         if schedule not in SCHEDULES:
             raise InputError(f"schedule={schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
-        self.lr, self.schedule, self.k = lr, schedule, k
+        check_number("warmup", warmup, above=0, below=1, remedy="0.3 is the default")
+        self.lr, self.schedule, self.k, self.warmup = lr, schedule, k, warmup
         self.ranks = RankCounts()
         self.coverage = MeanMetric()
         self.gradients = GradientLog()
         self._queries: Tensor | None = None  # of a step whose gradients are looked at
 
     def measure(self, batch: Any) -> Measured:
-        """The loss, and how to get the rank of every query's target, and whether it is a candidate, if wanted."""
+        """The loss, and how to get the first queries' ranks of their targets, and whether these are candidates."""
         raise NotImplementedError
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -63,7 +71,7 @@ class StageModule(L.LightningModule):
         self._queries = batch.queries.detach().requires_grad_()
         loss, ranks = self.measure(batch._replace(queries=self._queries))
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/top1", (ranks()[0] == 1).float().mean())
+        self.log("train/top1", (ranks(LOGGED)[0] == 1).float().mean())
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/temperature", 1 / self.attention.beta.detach())
         return loss
@@ -79,7 +87,7 @@ class StageModule(L.LightningModule):
 
     def validation_step(self, batch: Any, _: int) -> None:
         loss, measured = self.measure(batch)
-        ranks, covered = measured()
+        ranks, covered = measured(None)
         self.ranks.update(ranks)
         self.coverage.update(covered.float())
         self.log("val/loss", loss, batch_size=len(ranks), sync_dist=True)
@@ -100,6 +108,7 @@ class StageModule(L.LightningModule):
             optimizer,
             [lr for _, lr in rates],
             total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=self.warmup,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -109,6 +118,7 @@ class AttentionModule(StageModule):
 
     Args:
         attention: stage 1.
+        lr, schedule, k, warmup: as `StageModule` has them.
         learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
             only ever be pushed away, and be lost to the queries that want it.
         sample: how many rows a step estimate the loss; all of them give it exactly if None.
@@ -123,12 +133,13 @@ class AttentionModule(StageModule):
         lr: float,
         schedule: str,
         k: int = 5,
+        warmup: float = 0.3,
         learnable: Tensor | None = None,
         sample: int | None = None,
         hard: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(lr=lr, schedule=schedule, k=k)
+        super().__init__(lr=lr, schedule=schedule, k=k, warmup=warmup)
         rows = len(attention.memory)
         if sample is not None:
             check_number("attention.sample", sample, minimum=1, whole=True, remedy="8192 is a good start")
@@ -151,9 +162,9 @@ class AttentionModule(StageModule):
             self.neighbours = neighbours(self.model.keys().detach(), self.hard)
 
     def measure(self, batch: QueryBatch) -> Measured:
-        def found() -> tuple[Tensor, Tensor]:
+        def found(count: int | None) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                blocks = score_blocks(QueryBatch(*batch), len(self.model.memory))
+                blocks = score_blocks(QueryBatch(*(part[:count] for part in batch[:2])), len(self.model.memory))
                 ranks = torch.cat([target_ranks(self.model(queries), targets) for queries, targets in blocks])
             return ranks, ranks <= self.k
 
@@ -197,7 +208,11 @@ class RerankerModule(StageModule):
 
     def measure(self, batch: Any) -> Measured:  # a CandidateBatch
         scores = self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
-        return reranker_loss(scores, batch.labels), lambda: (candidate_ranks(scores, batch.labels), batch.valid)
+
+        def found(count: int | None) -> tuple[Tensor, Tensor]:
+            return candidate_ranks(scores[:count], batch.labels[:count]), batch.valid[:count]
+
+        return reranker_loss(scores, batch.labels), found
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         scalars = [p for name, p in self.model.reranker.named_parameters() if name == "evidence"]
@@ -260,10 +275,10 @@ class JointModule(RerankerModule):
         relaxation, logged_as = self.temperature, batch.logged_as if isinstance(batch, LoggedBatch) else None
         ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
 
-        def found() -> tuple[Tensor, Tensor]:
+        def found(count: int | None) -> tuple[Tensor, Tensor]:
             ranks, covered = [], []
-            whole = batch._replace(queries=batch.queries.detach())
-            for block in score_blocks(whole, len(self.model.memory)):
+            first = type(batch)(*(part[:count].detach() for part in batch))
+            for block in score_blocks(first, len(self.model.memory)):
                 places = block.logged_as if isinstance(block, LoggedBatch) else None
                 with torch.no_grad():
                     said = self.model(block.queries, logged_as=places, relaxation=relaxation, answer=False)

@@ -14,9 +14,15 @@ WIDE_SCORE_BLOCK = 2**26  # elsewhere, where what a block costs to start weighs 
 IN_CACHE = 2**21  # numbers; on more, a matrix-vector product uses a third of the bandwidth, so it has
 FEWEST = 4  # queries at least
 CONVOLVED = 64  # queries from which a convolution is at least as fast as a product, see `products`
+FEW = 2048  # rows up to which `_Dense` is faster whatever the queries
 MANY = 16  # queries from which `_Sparse` is faster than `_Dense`
 LOG2_E = math.log2(math.e)  # torch.exp2 is four times as fast as torch.exp, which is MKL's
 GROUP = 16  # rows of which the largest score is looked at first
+
+
+# A freed block above a threshold glibc gives back to the system, and the next one costs page faults, up to ten times
+# the time of its products; the threshold rises to the largest block that was ever freed.
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class TopK(NamedTuple):
@@ -32,16 +38,20 @@ def score_block(device: torch.device) -> int:
     return SCORE_BLOCK if device.type == "cpu" else WIDE_SCORE_BLOCK
 
 
-def products(rows: Tensor, queries: Tensor) -> Tensor:
+def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor:
     """rows @ queries.T, (w, B), of rows (w, D) of any float type; without gradients.
+
+    They lie in memory a row after another, or `by_query`, as queries @ rows.T would.
 
     On a CPU, products with many queries are computed as a convolution of width 1: that is oneDNN's, which uses the
     widest instructions of every CPU, and MKL's product does not (1.7 times as fast on an AMD EPYC).
     """
     rows = rows.to(queries.dtype)
     if _convolved(queries):
-        return F.conv1d(queries.T.unsqueeze(0), rows.unsqueeze(-1)).squeeze(0)
-    return rows @ queries.T
+        first, second = (queries, rows) if by_query else (rows, queries)
+        found = F.conv1d(second.T.unsqueeze(0), first.unsqueeze(-1)).squeeze(0)
+        return found.T if by_query else found
+    return (queries @ rows.T).T if by_query else rows @ queries.T
 
 
 def _on_cpu(tensor: Tensor) -> bool:
@@ -129,11 +139,12 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
     if count < FEWEST and keys.numel() > IN_CACHE:
         queries = queries[torch.arange(FEWEST, device=queries.device) % count]
-    best = _Sparse(len(queries), k) if _on_cpu(queries) and len(queries) >= MANY else _Dense(k)
+    sparse = _on_cpu(queries) and len(queries) >= MANY and len(keys) > FEW
+    best = _Sparse(len(queries), k) if sparse else _Dense(k)
     total = _LogSumExp(queries) if logsumexp else None
     width = max(k, budget // len(queries))
     for start in range(0, len(keys), width):
-        scores = products(keys[start : start + width], queries)  # (w, B)
+        scores = products(keys[start : start + width], queries, by_query=not sparse)  # (w, B)
         largest = best.add(scores, start)
         if total is not None:
             total.add_and_destroy(scores, largest)
@@ -171,8 +182,11 @@ class _Dense:
         """Look at scores, (w, B), of the rows from `start`; returns the largest a query, (B,)."""
         of_query = scores.T  # (B, w)
         k = min(self.k, len(scores))
-        values, rows = of_query.topk(k, dim=-1)
-        if _on_cpu(scores):
+        if k == 1:
+            values, rows = of_query.max(dim=-1, keepdim=True)  # the first of equals
+        else:
+            values, rows = of_query.topk(k, dim=-1)
+        if k > 1 and _on_cpu(scores):
             if (
                 (of_query >= values[:, -1:]).sum(dim=-1) > k
             ).any():  # torch.topk takes any of those that equal the last
@@ -183,8 +197,10 @@ class _Dense:
         rows, largest = rows + start, values.amax(dim=-1)
         if self.best is not None:
             values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)
-        values, order = values.sort(dim=-1, descending=True, stable=True)
-        self.best = values[:, : self.k], rows.gather(-1, order[:, : self.k])
+        if values.shape[1] > 1:
+            values, order = values.sort(dim=-1, descending=True, stable=True)
+            values, rows = values[:, : self.k], rows.gather(-1, order[:, : self.k])
+        self.best = values, rows
         return largest
 
     def result(self) -> tuple[Tensor, Tensor]:

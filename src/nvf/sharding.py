@@ -187,8 +187,8 @@ class ShardedAttentionModule(AttentionModule):
     def measure(self, batch: QueryBatch) -> Measured:
         logits = self.model(batch.queries)
 
-        def found() -> tuple[Tensor, Tensor]:
-            ranks = sharded_ranks(logits, batch.targets)
+        def found(count: int | None) -> tuple[Tensor, Tensor]:
+            ranks = sharded_ranks(logits, batch.targets)[:count]
             return ranks, ranks <= self.k
 
         return sharded_loss(logits, batch.targets), found

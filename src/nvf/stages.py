@@ -75,7 +75,7 @@ def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, 
         schedule=settings["schedule"],
         k=config["k"],
         learnable=seen_rows(source) if settings["keys"] == "learned" else None,
-        **{name: settings[name] for name in ("sample", "hard", "seed")},
+        **{name: settings[name] for name in ("warmup", "sample", "hard", "seed")},
     )
     return module, _build_data(config, "attention", source)
 
