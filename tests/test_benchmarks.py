@@ -11,9 +11,11 @@ import torch.nn.functional as F
 import adapters
 import baselines
 import factored
+import hnsw
 import loops
 import performance
 import recipes
+import roofline
 import scale
 import search_speed
 import timing
@@ -295,10 +297,10 @@ def test_searches_are_compared() -> None:
 
 def test_an_approximate_search_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(search_speed, "PER_CLUSTER", 50)
-    monkeypatch.setattr(search_speed, "EF_SEARCH", (5, 200))
-    narrow, wide, *_ = found = search_speed.hnsw(200, 8, [4], repeats=1)
-    assert [case["data"] for case in found] == ["clustered", "clustered", "synthetic", "synthetic"]
+    monkeypatch.setattr(hnsw, "PER_CLUSTER", 50)
+    monkeypatch.setattr(hnsw, "EF_SEARCH", (5, 200))
+    narrow, wide, *_ = found = hnsw.hnsw(200, 8, [4], repeats=1)
+    assert [case["data"] for case in found] == [kind for kind in ("factors", "clustered", "synthetic") for _ in "12"]
     assert narrow["recall"] <= wide["recall"] == 1
 
 
@@ -336,7 +338,7 @@ def test_figures_become_tables_and_a_picture(
     assert capsys.readouterr().out.strip() == ""
     timing.write_json("factored", factored.compare(16, [3], [8], 1), options)
     exact = search_speed.exact([60, 300], [8], [1, 20], repeats=1)
-    timing.write_json("search_speed", {"exact": exact, "hnsw": []}, options)
+    timing.write_json("search_speed", exact, options)
     monkeypatch.setattr(scale, "METHODS", ("exact",))  # a process each
     (case,) = scale.compare([200], dim=8, batch=16, sample=50, repeats=1, threads=1)
     assert min(case["process_bytes"], case["tensor_bytes"], case["seconds"]) > 0
@@ -353,3 +355,12 @@ def test_figures_become_tables_and_a_picture(
         performance.BENCHMARKS[name][0] for name in ("search_speed", "factored", "scale")
     ]
     assert (tmp_path / "performance.png").stat().st_size > 10_000
+
+
+def test_a_case_is_held_against_the_roof(tmp_path: Path) -> None:
+    table = roofline.roofline(
+        device="cpu", rows=[300], dim=8, batch=16, sample=50, repeats=1, threads=1, folder=tmp_path
+    )
+    assert table.count("%") == 12
+    found = json.loads((tmp_path / "roofline.json").read_text())["figures"]
+    assert all(case["bound"] > 0 for case in found["cases"])

@@ -60,14 +60,14 @@ def test_the_key_is_of_all_that_stage_1_depends_on_and_of_nothing_else(
     same = ["reranker.lr=1e-2", "reranker.seed=3", "reranker=mlp", "k=3", "threads=1", "cache=elsewhere", "stage=joint"]
     assert {key(word) for word in same} == {base}
     others = [
-        "attention.lr=1e-2",
+        "attention.lr=2e-2",
         "attention.seed=1",
         "data.seed=1",
         "queries.seed=1",
         "queries=noisy",
         "attention=linear",
     ]
-    others += ["trainer.precision=bf16-mixed", "data.rows=41", "attention.epochs=3"]
+    others += ["trainer.precision=bf16-mixed", "data.rows=41", "attention.epochs=3", "data.dtype=float16"]
     assert len({base, *(key(word) for word in others)}) == len(others) + 1
     monkeypatch.setattr(cache, "code_hash", lambda: "of other code")
     assert key() != base

@@ -155,7 +155,8 @@ def test_bad_settings_are_refused_with_the_remedy(settings: dict[str, Any], says
 def test_what_is_looked_at_equals_a_loop_over_queries(
     pipeline: Pipeline, batch: QueryBatch, oracle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvf.queries.SCORE_BLOCK", 7 * 30)  # several blocks
+    monkeypatch.setattr("nvf.queries.ALL_SCORES", 7 * 30)  # several blocks
+    monkeypatch.setattr("nvf.queries.FEWEST_QUERIES", 1)
     warped = pipeline.memory.rows.flip(0)
     seen = look(pipeline, batch, k=4, oracle=warped if oracle else None)
     assert ("oracle" in seen.ranks) == oracle

@@ -156,6 +156,7 @@ def test_a_search_answers_with_the_documents_ids(place: Path, stub: Stub, run: C
         k=20,
         column="vector",
         device="cpu",
+        index=None,
     )
     answers = [json.loads(line) for line in (place / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(answers) == 20

@@ -135,7 +135,8 @@ def _as_the_trainer_wants(
     from nvf.sharding import SameBatches, ShardedAttentionModule  # DTensor takes seconds to import
 
     assert isinstance(module, AttentionModule)
-    sharded = ShardedAttentionModule(module.attention, lr=module.lr, schedule=module.schedule, k=module.k)
+    settings = {name: getattr(module, name) for name in ("lr", "schedule", "k", "warmup")}
+    sharded = ShardedAttentionModule(module.attention, **settings)
     return sharded, SameBatches(data)
 
 

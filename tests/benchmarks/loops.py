@@ -79,7 +79,8 @@ def optimiser(module: Module, config: Settings, stage: str, steps: int) -> tuple
     rates = module.learning_rates()
     adam = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in rates], fused=True)
     assert config[stage]["schedule"] == "onecycle"
-    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, [lr for _, lr in rates], total_steps=steps)
+    peaks = [lr for _, lr in rates]
+    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=steps, pct_start=module.warmup)
 
 
 def loss_of(module: Module, batch: QueryBatch) -> Tensor:

@@ -18,8 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 import factored
+import hnsw
 import loops
 import recipes
+import sampling
 import scale
 import search_speed
 from nvf.comparison_figure import COLOURS, INK
@@ -32,8 +34,10 @@ BENCHMARKS = {
     "recipes": ("Time to a goal", recipes.report),
     "loops": ("Lightning's share of a step", loops.report),
     "search_speed": ("Search", search_speed.report),
+    "hnsw": ("An approximate first stage", hnsw.report),
     "factored": ("The reranker's first layer", factored.report),
     "scale": ("A training step over N", scale.report),
+    "sampling": ("The sampled loss", sampling.report),
 }
 OPTIONS = (
     Option("folder", "of the benchmarks' figures", OUTPUTS, path),
@@ -69,7 +73,7 @@ def draw(records: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Search next to FAISS over N, and a step's time and memory over N."""
     panels: list[Callable[[Axes], None]] = []
     if "search_speed" in records:
-        cases = records["search_speed"]["figures"]["exact"]
+        cases = records["search_speed"]["figures"]
         panels += [
             lambda axes: _ratios(axes, cases, "memory_to_flat", "Exact search, next to FAISS flat"),
             lambda axes: _ratios(axes, cases, "pipeline_to_parts", "Pipeline, next to FAISS flat + the reranker"),

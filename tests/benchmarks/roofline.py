@@ -24,7 +24,7 @@ from nvf.pipeline import Pipeline
 from nvf.queries import Noisy
 from nvf.reranker import Reranker, reranker_loss
 from nvf.streams import stream
-from timing import COMMON, set_threads, table, whole_numbers, write_json
+from timing import COMMON, table, whole_numbers, write_json
 
 OPTIONS = (
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one", "auto"),
@@ -37,7 +37,7 @@ OPTIONS = (
 )
 K = 5
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the product that measures the roof
-COPIED = 2**27  # numbers of the copy
+COPIED = 2**25  # numbers of the copy
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 def roofline(*, device: str, rows: list[int], dim: int, batch: int, sample: int, repeats: int, **options: Any) -> str:
     """Measure the roof, then every case; returns the table."""
-    set_threads(options["threads"])
+    torch.set_num_threads(options["threads"])
     where = find_device(device)
     rate, bandwidth = roof(where, repeats)
     found, lines = [], []

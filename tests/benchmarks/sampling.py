@@ -44,8 +44,8 @@ def memories(rows: int) -> dict[str, list[str]]:
 
 
 def sampling(*, rows: list[int], seeds: list[int], epochs: int, threads: int, folder: Path) -> str:
-    """Run everything, print each line as it is there, and return the table."""
-    found, lines = [], []
+    """Run everything and return the table."""
+    found = []
     for count in rows:
         for memory, where in memories(count).items():
             for method, words in METHODS.items():
@@ -58,18 +58,29 @@ def sampling(*, rows: list[int], seeds: list[int], epochs: int, threads: int, fo
                 }
                 seconds = mean(run["seconds"]["attention"] for run in runs)
                 found.append({"rows": count, "memory": memory, "method": method, "seconds": seconds, **figures})
-                shares = (f"{100 * figures[name]:.2f}" for name in ("oracle", "attention"))
-                lines.append([f"{memory}, {count:,} rows, {method}", *shares, f"{seconds:.0f}"])
-                print(*lines[-1], sep="  ", flush=True)
+                print(found[-1], file=sys.stderr, flush=True)
     path = write_json("sampling", found, {"seeds": seeds, "epochs": epochs, "threads": threads, "folder": folder})
-    return f"{table(('stage 1, test Top-1', 'oracle', 'stage 1', 'seconds to fit'), lines)}\n\n{path}"
+    return f"{report(found)}\n\n{path}"
+
+
+def report(figures: list[dict[str, Any]]) -> str:
+    """A row a run."""
+    rows = [
+        [
+            *(f"{found['memory']}, {found['method']}", f"{found['rows']:,}"),
+            *(f"{100 * found[name]:.2f}" for name in ("oracle", "attention")),
+            f"{found['seconds']:.0f}",
+        ]
+        for found in figures
+    ]
+    return table(("rows, loss", "N", "oracle Top-1", "stage 1 Top-1", "seconds to fit"), rows)
 
 
 def one(*words: str) -> dict[str, Any]:
     """results.json of a run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "nvf.train", *words, f"hydra.run.dir={folder}/run", "dashboards=none"]
-        subprocess.run([*command, "trainer.enable_progress_bar=false"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([*command, "trainer.enable_progress_bar=false"], capture_output=True, check=True)
         results: dict[str, Any] = json.loads(Path(folder, "run", "results.json").read_text())
         return results
 

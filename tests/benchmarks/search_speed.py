@@ -1,18 +1,14 @@
 """Queries a second of exact search and of a pipeline, next to FAISS over the same rows.
 
     python tests/benchmarks/search_speed.py [rows=1e3,1e4,1e5,1e6] [dims=128,384] [batches=1,32,1024] [repeats=15]
-        [hnsw=false] [hnsw_rows=1e6] [threads=2] [folder=outputs/benchmarks]
+        [threads=2] [folder=outputs/benchmarks]
 
 `VectorMemory.search` is next to FAISS's `IndexFlatIP`, and `Pipeline.search` (linear transform, residual reranker) next
 to that and the reranker's own arithmetic on given candidates; k = 5. Queries are a numpy array, or for the memory the
 tensor over it. Every search must find the same rows, but for ties.
-
-`hnsw=true` adds an approximate first stage: recall of its five best, and its speed next to exact search, on uniform
-rows and on clusters of 1000. Building its two graphs of a million keys takes half an hour.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +18,6 @@ import torch
 from torch import Tensor
 
 from nvf.attention import SoftAttention
-from nvf.index import build_index
 from nvf.memory import VectorMemory
 from nvf.options import Option, parse, whole
 from nvf.pipeline import Pipeline
@@ -34,19 +29,9 @@ from timing import COMMON, interleaved, table, whole_numbers, write_json
 
 K = 5
 SIGMA = 0.05  # of the queries about the rows, and of the rows about their cluster's centre, a dimension
-PER_CLUSTER = 1000
-EF_SEARCH = (16, 32, 64, 128, 256, 512)
-GRAPH = {"m": 32, "ef_construction": 200}
-RECALL = 0.99  # the least that an approximate first stage must have
-ASKED = 1024  # queries on which it is measured
 TIE = 1e-5  # cosines nearer than this are one
 BUDGET = 12.0  # seconds for the repeats of a case, about
 FLAT, MEMORY, PIPELINE, RERANKER = "faiss flat", "memory", "pipeline", "reranker"
-
-
-def truth(text: str) -> bool:
-    """`true` or `false`."""
-    return {"true": True, "false": False}[text]
 
 
 OPTIONS = (
@@ -54,8 +39,6 @@ OPTIONS = (
     Option("dims", "D", [128, 384], whole_numbers),
     Option("batches", "queries in a call", [1, 32, 1024], whole_numbers),
     Option("repeats", "of everything, in turn, at most", 15, whole),
-    Option("hnsw", "whether to measure HNSW too", False, truth),
-    Option("hnsw_rows", "N for that", [10**6], whole_numbers),
     *COMMON,
 )
 
@@ -146,57 +129,13 @@ def _hits(pipeline: Pipeline) -> Callable[[np.ndarray], np.ndarray]:
     return lambda queries: pipeline.search(queries, K).rows
 
 
-def hnsw(rows: int, dim: int, batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Every kind of data and ef_search: recall, and speed next to FAISS's exact search and ours."""
-    figures = []
-    clusters = max(1, rows // PER_CLUSTER)
-    kinds: dict[str, Callable[[], VectorMemory]] = {
-        "clustered": lambda: VectorMemory.clustered(
-            clusters=clusters, rows_per_cluster=rows // clusters, dim=dim, sigma=SIGMA, seed=0
-        ),
-        "synthetic": lambda: VectorMemory.synthetic(rows=rows, dim=dim, seed=0),
-    }
-    for kind, make in kinds.items():
-        memory = make()
-        started = time.perf_counter()
-        index = build_index(memory.rows, "hnsw", **GRAPH)
-        assert index is not None
-        building, flat = time.perf_counter() - started, flat_index(memory.rows)
-        asked = Noisy(memory, sigma=SIGMA).sample(max(ASKED, *batches), stream(0, "test")).queries
-        expected = memory.search(asked[:ASKED], K).rows
-        for ef in EF_SEARCH:
-            index._made.hnsw.efSearch = ef  # building it anew would take as long as the first time
-            found = index.search(asked[:ASKED], K)[1]
-            recall = float((found.unsqueeze(-1) == expected.unsqueeze(1)).any(dim=-1).float().mean())
-            for batch in batches:
-                queries = asked[:batch]
-                searches = {
-                    FLAT: partial(flat.search, queries.numpy(), K),
-                    MEMORY: partial(memory.search, queries, K),
-                    "hnsw": partial(index.search, queries, K),
-                }
-                took = interleaved(searches, repeats=repeats, budget=BUDGET / 2)
-                figures.append(
-                    {
-                        **{"data": kind, "rows": len(memory), "dim": dim, "batch": batch, "ef_search": ef},
-                        "build_seconds": building,
-                        "recall": recall,
-                        "queries_per_second": {name: batch / each for name, each in took.items()},
-                        "speedup": {name: took[name] / took["hnsw"] for name in (FLAT, MEMORY)},
-                    }
-                )
-                print(figures[-1], file=sys.stderr, flush=True)
-        del memory, index, flat
-    return figures
-
-
 def _line(found: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate:,.0f}/s" for name, rate in found["queries_per_second"].items())
     return f"N={found['rows']:,} D={found['dim']} batch={found['batch']}: {rates}"
 
 
-def report(figures: dict[str, list[dict[str, Any]]]) -> str:
-    """A row a case, exact searches first."""
+def report(figures: list[dict[str, Any]]) -> str:
+    """A row a case."""
     titles = ("N", "D", "batch", "FAISS flat, queries/s", "memory", "ratio", "reranker alone", "pipeline")
     titles = (*titles, "to flat + reranker", "same rows")
     rows = [
@@ -208,34 +147,16 @@ def report(figures: dict[str, list[dict[str, Any]]]) -> str:
             f"{found['pipeline_to_parts']:.2f}",
             "yes" if found["same_rows"] else "NO",
         ]
-        for found in figures["exact"]
+        for found in figures
     ]
-    tables = [table(titles, rows)]
-    if figures["hnsw"]:
-        titles = ("rows", "N", "build, s", "ef_search", "recall@5", f">= {RECALL}", "batch", "HNSW, queries/s")
-        titles = (*titles, "times FAISS flat", "times our memory")
-        rows = [
-            [
-                *(found["data"], f"{found['rows']:,}", f"{found['build_seconds']:.0f}", str(found["ef_search"])),
-                *(f"{found['recall']:.4f}", "yes" if found["recall"] >= RECALL else "no", str(found["batch"])),
-                f"{found['queries_per_second']['hnsw']:,.0f}",
-                *(f"{found['speedup'][name]:.1f}" for name in (FLAT, MEMORY)),
-            ]
-            for found in figures["hnsw"]
-        ]
-        tables.append(table(titles, rows))
-    return "\n\n".join(tables)
+    return table(titles, rows)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the tables, write search_speed.json."""
     options = parse(arguments, OPTIONS)
     set_threads(options["threads"])
-    batches, repeats = options["batches"], options["repeats"]
-    figures = {"exact": exact(options["rows"], options["dims"], batches, repeats), "hnsw": []}
-    if options["hnsw"]:
-        for rows in options["hnsw_rows"]:
-            figures["hnsw"] += hnsw(rows, options["dims"][0], batches, repeats)
+    figures = exact(options["rows"], options["dims"], options["batches"], options["repeats"])
     print(report(figures))
     print(write_json("search_speed", figures, options))
 
