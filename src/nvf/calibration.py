@@ -1,18 +1,17 @@
 """What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nvf.attention import SoftAttention, attention_loss
+from nvf.attention import SoftAttention
 from nvf.memory import hubness
 from nvf.metrics import are_targets, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
 from nvf.products import inner_products
 from nvf.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
-from nvf.reranker import reranker_loss
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 FACTOR_RANGE = (0.01, 100.0)
@@ -33,8 +32,8 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
         scores = inner_products(attention.transformed(queries), attention.keys())  # (B, N)
-        beta = _best_factor(lambda beta: attention_loss(beta * scores, targets), BETA_RANGE, scores.device)
-        attention.log_beta.fill_(math.log(beta))
+        right = scores.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -math.inf)
+        attention.log_beta.fill_(math.log(_best_factor(scores, right, BETA_RANGE)))
 
 
 @torch.no_grad()
@@ -53,20 +52,34 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     of_all, right = torch.cat(scores), torch.cat(labels)
     if not right.any():
         return 1.0
-    factor = _best_factor(lambda factor: reranker_loss(factor * of_all, right), FACTOR_RANGE, of_all.device)
+    valid = right.any(dim=-1)
+    factor = _best_factor(of_all[valid], of_all.masked_fill(~right, -math.inf)[valid], FACTOR_RANGE)
     pipeline.reranker.sharpen(factor)
     return factor
 
 
-def _best_factor(loss: Callable[[Tensor], Tensor], within: tuple[float, float], device: torch.device) -> float:
-    """The factor of least loss, which is convex in it, by bisection on the sign of the slope."""
+def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> float:
+    """The factor f of least mean logsumexp(f scores) - logsumexp(f right), by bisection on the sign of its slope.
+
+    The slope is the difference of the expected scores. In f the loss is convex: a difference of a log-sum-exp and one
+    of some of its terms, as cross-entropy is.
+
+    Args:
+        scores: (B, n).
+        right: (B, m), those of the right ones, padded with -inf.
+    """
     low, high = (math.log(end) for end in within)
     for _ in range(20):
-        middle = torch.full((), (low + high) / 2, device=device, requires_grad=True)
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(loss(middle.exp()), middle)
-        low, high = (low, float(middle)) if slope > 0 else (float(middle), high)
+        middle = (low + high) / 2
+        slope = _expected(scores, math.exp(middle)) - _expected(right, math.exp(middle))
+        low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp((low + high) / 2)
+
+
+def _expected(scores: Tensor, factor: float) -> Tensor:
+    """The mean over queries of the scores' expectation under softmax(factor scores)."""
+    weighed = (factor * scores).softmax(dim=-1) * scores
+    return weighed.nan_to_num(0.0).sum(dim=-1).mean()  # 0 * -inf is what padding has
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from nvf.attention import SoftAttention
+from nvf.attention import SoftAttention, attention_loss
 from nvf.crossentropy import stratified
 from nvf.data import LoggedBatch
 from nvf.errors import InputError, check_number
@@ -162,13 +162,15 @@ class AttentionModule(StageModule):
             self.neighbours = neighbours(self.model.keys().detach(), self.hard)
 
     def measure(self, batch: QueryBatch) -> Measured:
-        def found(count: int | None) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                blocks = score_blocks(QueryBatch(*(part[:count] for part in batch[:2])), len(self.model.memory))
-                ranks = torch.cat([target_ranks(self.model(queries), targets) for queries, targets in blocks])
-            return ranks, ranks <= self.k
+        if not self.training:  # validation batches are as small as all their scores ask for
+            logits = self.model(batch.queries)
+            return attention_loss(logits, batch.targets), lambda _: self._ranks(logits, batch.targets)
 
-        if self.sample is None or not self.training:
+        def found(count: int | None) -> tuple[Tensor, Tensor]:
+            queries, targets = batch.queries[:count].detach(), batch.targets[:count]
+            return self._ranks(self.model(queries).detach(), targets)
+
+        if self.sample is None:
             return self.model.loss(batch.queries, batch.targets), found
         generator = stream(self.seed, "sample", self.global_step, self.global_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
@@ -177,6 +179,10 @@ class AttentionModule(StageModule):
             first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
             hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard), found
+
+    def _ranks(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = target_ranks(logits, targets)
+        return ranks, ranks <= self.k
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.parameters()), self.lr)]

@@ -41,7 +41,7 @@ def score_block(device: torch.device) -> int:
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor:
     """rows @ queries.T, (w, B), of rows (w, D) of any float type; without gradients.
 
-    They lie in memory a row after another, or `by_query`, as queries @ rows.T would.
+    They lie in memory a row after another, or `by_query`, where there are many, a query after another.
 
     On a CPU, products with many queries are computed as a convolution of width 1: that is oneDNN's, which uses the
     widest instructions of every CPU, and MKL's product does not (1.7 times as fast on an AMD EPYC).
@@ -51,7 +51,9 @@ def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor
         first, second = (queries, rows) if by_query else (rows, queries)
         found = F.conv1d(second.T.unsqueeze(0), first.unsqueeze(-1)).squeeze(0)
         return found.T if by_query else found
-    return (queries @ rows.T).T if by_query else rows @ queries.T
+    if by_query and len(queries) >= CONVOLVED:
+        return (queries @ rows.T).T
+    return rows @ queries.T
 
 
 def _on_cpu(tensor: Tensor) -> bool:
@@ -127,6 +129,8 @@ def blockwise_topk(
     """
     budget = scores_per_block or score_block(queries.device)
     found = [_topk(block, keys, k, logsumexp, budget) for block in queries.split(QUERY_BLOCK)]  # one if there are none
+    if len(found) == 1:
+        return found[0]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
@@ -137,20 +141,22 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -
         nothing = queries.new_empty(0, k)
         return TopK(nothing, nothing.long(), queries.new_empty(0))
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    if count < FEWEST and keys.numel() > IN_CACHE:
-        queries = queries[torch.arange(FEWEST, device=queries.device) % count]
-    sparse = _on_cpu(queries) and len(queries) >= MANY and len(keys) > FEW
-    best = _Sparse(len(queries), k) if sparse else _Dense(k)
+    few = count < FEWEST and keys.numel() > IN_CACHE
+    asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
+    sparse = _on_cpu(queries) and count >= MANY and len(keys) > FEW
+    best = _Sparse(count, k) if sparse else _Dense(k)
     total = _LogSumExp(queries) if logsumexp else None
-    width = max(k, budget // len(queries))
+    width = max(k, budget // len(asked))
     for start in range(0, len(keys), width):
-        scores = products(keys[start : start + width], queries, by_query=not sparse)  # (w, B)
+        scores = products(keys[start : start + width], asked, by_query=not sparse)  # (w, B)
+        if few:
+            scores = scores.T[:count].contiguous().T
         largest = best.add(scores, start)
         if total is not None:
             total.add_and_destroy(scores, largest)
         del scores  # the next block takes its place in the cache
     found, rows = best.result()
-    return TopK(found[:count], rows[:count], None if total is None else total.result()[:count])
+    return TopK(found, rows, None if total is None else total.result())
 
 
 class _LogSumExp:
@@ -181,23 +187,16 @@ class _Dense:
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Look at scores, (w, B), of the rows from `start`; returns the largest a query, (B,)."""
         of_query = scores.T  # (B, w)
-        k = min(self.k, len(scores))
-        if k == 1:
+        if self.k == 1:
             values, rows = of_query.max(dim=-1, keepdim=True)  # the first of equals
         else:
-            values, rows = of_query.topk(k, dim=-1)
-        if k > 1 and _on_cpu(scores):
-            if (
-                (of_query >= values[:, -1:]).sum(dim=-1) > k
-            ).any():  # torch.topk takes any of those that equal the last
+            values, rows = of_query.topk(min(self.k + 1, len(scores)), dim=-1)
+            if _on_cpu(scores) and (values[:, 1:] == values[:, :-1]).any():  # of equals torch.topk takes any
                 values, rows = of_query.sort(dim=-1, descending=True, stable=True)
-                values, rows = values[:, :k], rows[:, :k]
-            rows, order = rows.sort(dim=-1)
-            values = values.gather(-1, order)
-        rows, largest = rows + start, values.amax(dim=-1)
+            values, rows = values[:, : self.k], rows[:, : self.k]
+        largest, rows = values[:, 0], rows + start
         if self.best is not None:
             values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)
-        if values.shape[1] > 1:
             values, order = values.sort(dim=-1, descending=True, stable=True)
             values, rows = values[:, : self.k], rows.gather(-1, order[:, : self.k])
         self.best = values, rows
