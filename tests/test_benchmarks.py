@@ -297,10 +297,9 @@ def test_searches_are_compared() -> None:
 
 def test_an_approximate_search_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(hnsw, "PER_CLUSTER", 50)
     monkeypatch.setattr(hnsw, "EF_SEARCH", (5, 200))
     narrow, wide, *_ = found = hnsw.hnsw(200, 8, [4], repeats=1)
-    assert [case["data"] for case in found] == [kind for kind in ("factors", "clustered", "synthetic") for _ in "12"]
+    assert [case["data"] for case in found] == [kind for kind in ("factors", "synthetic") for _ in "12"]
     assert narrow["recall"] <= wide["recall"] == 1
 
 

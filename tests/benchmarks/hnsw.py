@@ -3,9 +3,8 @@
     python tests/benchmarks/hnsw.py [rows=1e6] [dim=128] [batches=1,32,1024] [repeats=15]
         [threads=2] [folder=outputs/benchmarks]
 
-Three kinds of rows: `factors`, of 24 factors and a little noise, as much structure as text embeddings have;
-`clustered`, round clusters of 1000; and `synthetic`, uniform on the sphere, which has none for a graph to follow.
-Building a graph of a million keys takes some minutes.
+Two kinds of rows: `factors`, of 24 factors and a little noise, and `synthetic`, uniform on the sphere, which has no
+structure for a graph to follow. Building a graph of a million keys takes some minutes.
 """
 
 import sys
@@ -24,9 +23,8 @@ from nvf.streams import stream
 from search_speed import BUDGET, FLAT, MEMORY, SIGMA, K, flat_index, set_threads
 from timing import COMMON, interleaved, table, whole_numbers, write_json
 
-PER_CLUSTER = 1000
 FACTORS = 24
-EF_SEARCH = (16, 32, 64, 128, 256, 512)
+EF_SEARCH = (32, 64, 128, 256)
 GRAPH = {"m": 32, "ef_construction": 200}
 RECALL = 0.99  # the least that an approximate first stage must have
 ASKED = 1024  # queries on which it is measured
@@ -51,12 +49,8 @@ def factors(rows: int, dim: int) -> VectorMemory:
 def hnsw(rows: int, dim: int, batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """Every kind of data and ef_search: recall, and speed next to FAISS's exact search and ours."""
     figures = []
-    clusters = max(1, rows // PER_CLUSTER)
     kinds: dict[str, Callable[[], VectorMemory]] = {
         "factors": lambda: factors(rows, dim),
-        "clustered": lambda: VectorMemory.clustered(
-            clusters=clusters, rows_per_cluster=rows // clusters, dim=dim, sigma=SIGMA, seed=0
-        ),
         "synthetic": lambda: VectorMemory.synthetic(rows=rows, dim=dim, seed=0),
     }
     for kind, make in kinds.items():
