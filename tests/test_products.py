@@ -89,3 +89,10 @@ def test_rows_in_half_precision_have_the_gradients_of_float_rows(dtype: torch.dt
     assert torch.autograd.gradcheck(lambda w: weighted_sum(w, few), weights[:, :7].clone().requires_grad_())
     mapped = torch.func.vmap(lambda query: inner_products(query.unsqueeze(0), rows)[0])(asked.detach())
     torch.testing.assert_close(mapped, asked.detach() @ wide.T)
+
+
+def test_autocast_finds_no_other_rows() -> None:
+    keys, asked = torch.randn(3000, 16), torch.randn(70, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = blockwise_topk(asked, keys, 5)
+    assert torch.equal(found.rows, blockwise_topk(asked, keys, 5).rows)

@@ -1,6 +1,6 @@
 """FAISS's HNSW as the first stage of a search: recall of its five best, and its speed next to exact search.
 
-    python tests/benchmarks/hnsw.py [rows=1e6] [dim=128] [batches=1,32,1024] [repeats=15]
+    python tests/benchmarks/hnsw.py [rows=1e6] [dim=128] [batches=1,32,1024] [kinds=factors,synthetic] [repeats=15]
         [threads=2] [folder=outputs/benchmarks]
 
 Two kinds of rows: `factors`, of 24 factors and a little noise, and `synthetic`, uniform on the sphere, which has no
@@ -9,7 +9,7 @@ structure for a graph to follow. Building a graph of a million keys takes some m
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from search_speed import BUDGET, FLAT, MEMORY, SIGMA, K, flat_index, set_threads
 from timing import COMMON, interleaved, table, whole_numbers, write_json
 
 FACTORS = 24
+KINDS = ("factors", "synthetic")
 EF_SEARCH = (32, 64, 128, 256)
 GRAPH = {"m": 32, "ef_construction": 200}
 RECALL = 0.99  # the least that an approximate first stage must have
@@ -33,6 +34,7 @@ OPTIONS = (
     Option("rows", "N", 10**6, lambda text: whole_numbers(text)[0]),
     Option("dim", "D", 128, whole),
     Option("batches", "queries in a call", [1, 32, 1024], whole_numbers),
+    Option("kinds", "of the rows", KINDS, lambda text: text.split(",")),
     Option("repeats", "of everything, in turn, at most", 15, whole),
     *COMMON,
 )
@@ -46,15 +48,13 @@ def factors(rows: int, dim: int) -> VectorMemory:
     return VectorMemory(vectors.add_(torch.randn(rows, dim, generator=generator)))
 
 
-def hnsw(rows: int, dim: int, batches: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def hnsw(
+    rows: int, dim: int, batches: Sequence[int], repeats: int, kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
     """Every kind of data and ef_search: recall, and speed next to FAISS's exact search and ours."""
     figures = []
-    kinds: dict[str, Callable[[], VectorMemory]] = {
-        "factors": lambda: factors(rows, dim),
-        "synthetic": lambda: VectorMemory.synthetic(rows=rows, dim=dim, seed=0),
-    }
-    for kind, make in kinds.items():
-        memory = make()
+    for kind in kinds:
+        memory = factors(rows, dim) if kind == "factors" else VectorMemory.synthetic(rows=rows, dim=dim, seed=0)
         started = time.perf_counter()
         index = build_index(memory.rows, "hnsw", **GRAPH)
         assert index is not None
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table, write hnsw.json."""
     options = parse(arguments, OPTIONS)
     set_threads(options["threads"])
-    figures = hnsw(options["rows"], options["dim"], options["batches"], options["repeats"])
+    figures = hnsw(options["rows"], options["dim"], options["batches"], options["repeats"], options["kinds"])
     print(report(figures))
     print(write_json("hnsw", figures, options))
 

@@ -23,8 +23,10 @@ OPTIONS = (
     Option("epochs", "of 100 steps", 6, whole),
     *COMMON,
 )
-WARPED = ["stage=attention", "queries=warped", "queries.warp=rotation", "attention.variants=null", "cache=off"]
-FEWER = ["queries.val_samples=1000", "queries.test_samples=5000"]  # each is ranked among all rows
+WARPED = [
+    *("stage=attention", "queries=warped", "queries.warp=rotation", "attention.variants=null", "cache=off"),
+    *("queries.val_samples=1000", "queries.test_samples=5000"),  # each is ranked among all rows
+]
 METHODS = {
     "exact": [],
     "sample=8192": ["attention.sample=8192"],
@@ -49,18 +51,8 @@ def sampling(*, rows: list[int], seeds: list[int], epochs: int, threads: int, fo
     for count in rows:
         for memory, where in memories(count).items():
             for method, words in METHODS.items():
-                runs = [
-                    one(
-                        *WARPED,
-                        *FEWER,
-                        *where,
-                        *words,
-                        f"seed={seed}",
-                        f"attention.epochs={epochs}",
-                        f"threads={threads}",
-                    )
-                    for seed in seeds
-                ]
+                given = [*WARPED, *where, *words, f"attention.epochs={epochs}", f"threads={threads}"]
+                runs = [one(*given, f"seed={seed}") for seed in seeds]
                 figures = {
                     name: mean(run["test"][name]["top1"]["value"] for run in runs) for name in ("oracle", "attention")
                 }
