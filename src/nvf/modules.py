@@ -164,11 +164,15 @@ class AttentionModule(StageModule):
     def measure(self, batch: QueryBatch) -> Measured:
         if not self.training:  # validation batches are as small as all their scores ask for
             logits = self.model(batch.queries)
-            return attention_loss(logits, batch.targets), lambda _: self._ranks(logits, batch.targets)
+            ranks = target_ranks(logits, batch.targets)
+            return attention_loss(logits, batch.targets), lambda _: (ranks, ranks <= self.k)
 
         def found(count: int | None) -> tuple[Tensor, Tensor]:
-            queries, targets = batch.queries[:count].detach(), batch.targets[:count]
-            return self._ranks(self.model(queries).detach(), targets)
+            first = QueryBatch(batch.queries[:count], batch.targets[:count])
+            with torch.no_grad():
+                blocks = score_blocks(first, len(self.model.memory))
+                ranks = torch.cat([target_ranks(self.model(queries), targets) for queries, targets in blocks])
+            return ranks, ranks <= self.k
 
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets), found
@@ -179,10 +183,6 @@ class AttentionModule(StageModule):
             first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
             hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard), found
-
-    def _ranks(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        ranks = target_ranks(logits, targets)
-        return ranks, ranks <= self.k
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.parameters()), self.lr)]
