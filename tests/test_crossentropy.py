@@ -16,7 +16,8 @@ from nvf.streams import stream
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks, the last of them short."""
+    """Several blocks, the last of them short, however few the rows."""
+    monkeypatch.setattr("nvf.attention.WHOLE", 0)
     monkeypatch.setattr(crossentropy, "score_block", lambda _: 70 * 50)
 
 
@@ -140,3 +141,14 @@ def test_a_sample_of_all_rows_is_the_exact_loss() -> None:
     plain = attention_loss(queries @ keys.T, chosen)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs))
+
+
+def test_few_rows_have_the_same_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = SoftAttention(VectorMemory.synthetic(rows=301, dim=8, seed=0), keys="learned")
+    queries, targets = F.normalize(torch.randn(9, 8), dim=-1), torch.arange(9).unsqueeze(-1)
+    blocks = attention.loss(queries, targets)
+    monkeypatch.setattr("nvf.attention.WHOLE", 301)
+    at_once = attention.loss(queries, targets)
+    torch.testing.assert_close(blocks, at_once)
+    parameters = [*attention.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(blocks, parameters), torch.autograd.grad(at_once, parameters))

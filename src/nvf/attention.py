@@ -15,6 +15,7 @@ from nvf.products import TopK, blockwise_topk, inner_products, weighted_sum
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
 KEYS = ("frozen", "learned")
+WHOLE = 2048  # rows up to which the loss is faster from all logits at once: see docs/performance.md
 
 
 class QueryTransform(nn.Module):
@@ -147,7 +148,9 @@ class SoftAttention(nn.Module):
         return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """`attention_loss` of the logits, to its first gradient, without ever holding the (B, N) of them."""
+        """`attention_loss` of the logits, to its first gradient; above WHOLE rows it never holds the (B, N) of them."""
+        if len(self.memory) <= WHOLE:
+            return attention_loss(self(queries), targets)
         return cross_entropy(self.project(queries), self.keys(), targets)
 
     def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
