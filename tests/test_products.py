@@ -47,6 +47,15 @@ def test_blocks_of_queries_and_of_rows_make_no_difference() -> None:
     torch.testing.assert_close(found.scores, expected.values.float())
 
 
+def test_double_precision_is_not_cut_short() -> None:
+    keys = torch.rand(5000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    asked = torch.rand(70, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = (asked @ keys.T).topk(5)
+    found = blockwise_topk(asked, keys, 5)
+    assert torch.equal(found.rows, expected.indices)
+    torch.testing.assert_close(found.scores, expected.values)
+
+
 @pytest.mark.parametrize("ascending", [True, False])
 def test_rows_in_any_order_of_merit(ascending: bool) -> None:
     merit = torch.arange(5000.0) if ascending else -torch.arange(5000.0)

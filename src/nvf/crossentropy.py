@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nvf.products import LOG2_E, products, score_block
+from nvf.products import LOG2_E, RunningLogSumExp, products, score_block
 
 
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
@@ -29,9 +29,8 @@ def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
     """log sum exp of queries @ keys.T over all rows, (B,), differentiable once, holding one block of scores at a time.
 
-    Where the keys are frozen one pass over them is enough: the gradient on the queries is gathered beside the sum, by
-    the online softmax of FlashAttention (arXiv 2205.14135). Learned keys cost a second pass, in which the scores are
-    computed again.
+    Where the keys are frozen one pass over them is enough: the gradient on the queries is gathered beside the sum.
+    Learned keys cost a second pass, in which the scores are computed again.
     """
     found: Tensor = _LogSumExp.apply(queries, keys)
     return found
@@ -42,19 +41,16 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: FunctionCtx, queries: Tensor, keys: Tensor) -> Tensor:
         moving, learned = ctx.needs_input_grad  # type: ignore[attr-defined]
         with torch.autocast(queries.device.type, enabled=False):  # products are of the queries' type, sums of float32
-            largest = torch.full_like(queries[:, 0], -math.inf, dtype=_wide(queries))  # so far, (B,)
-            total = torch.zeros_like(largest)  # of exp(score - largest)
-            mean = torch.zeros_like(queries.T, dtype=_wide(queries))  # of the keys, weighed by that, (D, B)
+            running = RunningLogSumExp(len(queries), dtype=_wide(queries), device=queries.device)
+            mean = torch.zeros_like(queries.T, dtype=_wide(queries))  # of the keys, weighed by exp(score), (D, B)
             for part in _blocks(keys, queries):
-                scores = products(part, queries).to(total.dtype)  # (w, B)
-                before, largest = largest, torch.maximum(largest, scores.amax(dim=0))
-                weights, kept = scores.sub_(largest).mul_(LOG2_E).exp2_(), (before - largest).exp()
-                total = total * kept + weights.sum(dim=0)
+                weights = products(part, queries).to(mean.dtype)  # (w, B), the scores yet
+                shrunk = running.add_(weights, weights.amax(dim=0))
                 if moving:
-                    mean = mean * kept + products(part.T, weights.T.to(queries.dtype))
-                del scores, weights  # the next block takes their place in the cache
-        found = largest + total.log()
-        saved = [(mean / total).T.to(queries.dtype)] if moving else []
+                    mean = mean * shrunk + products(part.T, weights.T.to(queries.dtype))
+                del weights  # the next block takes their place in the cache
+        found = running.result()
+        saved = [(mean / running.total).T.to(queries.dtype)] if moving else []
         ctx.save_for_backward(*saved, *((queries, keys, found) if learned else ()))
         return found
 

@@ -132,7 +132,6 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
         alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
         shares.append((found >= worst - alike).float().mean(dim=-1))
     share = torch.cat(shares).double()
-    value, reach = float(share.mean()), 1.96 * float(share.std(correction=0)) / math.sqrt(len(share))
     rows, rate = _timed_search(pipeline, queries)
     right = int((rows == targets).any(dim=-1).sum())
     pipeline.index = None
@@ -143,7 +142,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
     return {
         "kind": index.kind,
         "settings": index.settings,
-        "recall": {"value": value, "low": max(0.0, value - reach), "high": min(1.0, value + reach)},
+        "recall": _around(share.mean(), share.std(correction=0) / math.sqrt(len(share))),
         "top1": wilson(right, len(queries)),
         "queries_per_second": {"index": rate, "exact": exact_rate},
     }
@@ -179,9 +178,8 @@ class _Counts(nn.Module):
         super().__init__()
         self.k = k
         self.ranks, self.ndcg, self.recall = RankCounts(**ALONE), MeanAndError(**ALONE), MeanAndError(**ALONE)
-        self.known = nn.ModuleList(
-            [RankCounts(**ALONE), RankCounts(**ALONE)]
-        )  # of rows not in the log, and of rows in it
+        # Of rows not in the log, and of rows in it.
+        self.known = nn.ModuleList([RankCounts(**ALONE), RankCounts(**ALONE)])
 
     def update(self, scores: Tensor, targets: Tensor, known: Tensor | None) -> Tensor:
         """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""

@@ -11,8 +11,8 @@ from torch.autograd.function import FunctionCtx
 QUERY_BLOCK = 512  # queries at a time
 SCORE_BLOCK = 2**20  # scores at a time on a CPU: 4 MB in float32, about what the caches near a core hold
 WIDE_SCORE_BLOCK = 2**26  # elsewhere, where what a block costs to start weighs more
-IN_CACHE = 2**21  # numbers; on more, a matrix-vector product uses a third of the bandwidth, so it has
-FEWEST = 4  # queries at least
+IN_CACHE = 2**21  # numbers of keys, above which a product with one query uses a third of the memory's bandwidth:
+FEWEST = 4  # queries are then taken at least, the same ones again
 CONVOLVED = 64  # queries from which a convolution is at least as fast as a product, see `products`
 FEW = 2048  # rows up to which `_Dense` is faster whatever the queries
 MANY = 16  # queries from which `_Sparse` is faster than `_Dense`
@@ -146,7 +146,7 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -
     asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
     sparse = _on_cpu(queries) and count >= MANY and len(keys) > FEW
     best = _Sparse(count, k) if sparse else _Dense(k)
-    total = _LogSumExp(queries) if logsumexp else None
+    total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     width = max(k, budget // len(asked))
     for start in range(0, len(keys), width):
         scores = products(keys[start : start + width], asked, by_query=not sparse)  # (w, B)
@@ -154,25 +154,28 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -
             scores = scores.T[:count].contiguous().T
         largest = best.add(scores, start)
         if total is not None:
-            total.add_and_destroy(scores, largest)
+            total.add_(scores, largest)
         del scores  # the next block takes its place in the cache
     found, rows = best.result()
     return TopK(found, rows, None if total is None else total.result())
 
 
-class _LogSumExp:
-    """The log-sum-exp a query, over blocks of scores."""
+class RunningLogSumExp:
+    """The log-sum-exp a query, over blocks of scores: the online softmax of FlashAttention (arXiv 2205.14135)."""
 
-    def __init__(self, queries: Tensor) -> None:
-        self.largest = queries.new_full((len(queries),), -math.inf)
-        self.total = queries.new_zeros(len(queries))  # of exp(score - largest)
+    def __init__(self, queries: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.largest = torch.full((queries,), -math.inf, dtype=dtype, device=device)
+        self.total = torch.zeros_like(self.largest)  # of exp(score - largest)
 
-    def add_and_destroy(self, scores: Tensor, largest: Tensor) -> None:
-        """Count scores, (w, B), of which the largest a query are known, (B,)."""
-        largest = torch.maximum(self.largest, largest)
-        here = scores.sub_(largest).mul_(LOG2_E).exp2_().sum(dim=0)
-        self.total = self.total * (self.largest - largest).exp() + here
-        self.largest = largest
+    def add_(self, scores: Tensor, largest: Tensor) -> Tensor:
+        """Count scores, (w, B), of which the largest a query, (B,), are known, and turn them into exp(score - largest).
+
+        Returns the factor, (B,), that what was weighed so before has shrunk by, as the largest has grown.
+        """
+        before, self.largest = self.largest, torch.maximum(self.largest, largest)
+        shrunk = (before - self.largest).exp()
+        self.total = self.total * shrunk + scores.sub_(self.largest).mul_(LOG2_E).exp2_().sum(dim=0)
+        return shrunk
 
     def result(self) -> Tensor:
         return self.largest + self.total.log()
@@ -232,7 +235,7 @@ class _Sparse:
         tops = torch.cat(largest)  # (groups, B)
         if start == 0:
             if len(tops) > self.k:  # k groups have a row of at least this
-                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1].to(self.least.dtype)
+                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1]
             matter = ~(tops < self.least)  # NaN matters
         else:
             matter = tops > self.least  # what only equals the k-th best comes after it
