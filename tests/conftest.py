@@ -140,3 +140,9 @@ def to_collection(
     points = [models.PointStruct(id=ids[row], vector=corpus[row].tolist()) for row in rows]
     storage.upsert("items", points)
     storage.close()
+
+
+@pytest.fixture
+def attempts() -> Callable[[int, int], int]:
+    """How many attempts an attack makes: attempts(few, all); `make attack` makes all of them, `make test` a few."""
+    return lambda few, all_of_them: all_of_them if os.environ.get("NVF_ATTACK") == "full" else few

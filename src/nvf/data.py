@@ -1,6 +1,6 @@
 """Batches of queries, or of candidates once the datamodule is given a stage 1."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -114,6 +114,7 @@ class VectorDataModule(L.LightningDataModule):
         self.train_samples = train_samples
         self.samples = {"val": val_samples, "test": test_samples}
         self.eval_seed = eval_seed
+        self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, where a fit goes on in the middle of one
         self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -133,12 +134,18 @@ class VectorDataModule(L.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader:
+        batches = self._training_batches()
+        sampler = _StepSampler(batches.steps, self.steps_done)
+        return DataLoader(batches, batch_size=None, sampler=sampler, generator=torch.Generator())
+
+    def seed_of(self, epoch: int, step: int) -> tuple[str, int]:
+        """What a training batch is drawn by, in words, and the seed of that."""
+        return self._training_batches().seed_of((epoch, step))
+
+    def _training_batches(self) -> "_FiniteBatches | _FreshBatches":
         if isinstance(self.source, Recorded) or self.train_samples is not None:
-            samples = self.samples_of("train")
-            batches: _FiniteBatches | _FreshBatches = _FiniteBatches(self, samples)
-        else:
-            batches = _FreshBatches(self)
-        return DataLoader(batches, batch_size=None, sampler=_StepSampler(batches.steps), generator=torch.Generator())
+            return _FiniteBatches(self, self.samples_of("train"))
+        return _FreshBatches(self)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader("val")
@@ -223,10 +230,10 @@ class VectorDataModule(L.LightningDataModule):
 
 
 class _StepSampler(Sampler[tuple[int, int]]):
-    """(epoch, step) for each step of an epoch; Lightning tells the epoch."""
+    """(epoch, step) for each step of an epoch that is not done yet; Lightning tells the epoch."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, done: Callable[[], int]) -> None:
+        self.steps, self.done = steps, done
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -236,7 +243,8 @@ class _StepSampler(Sampler[tuple[int, int]]):
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, step) for step in range(self.steps))
+        for step in range(self.done(), self.steps):  # asked when the first is wanted: then it is known
+            yield self.epoch, step
 
 
 class _FreshBatches(Dataset):
@@ -248,9 +256,13 @@ class _FreshBatches(Dataset):
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
         data = self.data
-        generator = stream(data.seed, f"train/{data.stage}", *position, data._ranks[0], device=data.device)
+        generator = torch.Generator(data.device).manual_seed(self.seed_of(position)[1])
         batch = data.source.sample(data.batch_size, generator)  # type: ignore[union-attr]
         return batch if data.attention is None else data.with_candidates(batch)
+
+    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
+        data = self.data
+        return "its stream of queries", stream_seed(data.seed, f"train/{data.stage}", *position, data._ranks[0])
 
 
 class _FiniteBatches(Dataset):
@@ -270,8 +282,7 @@ class _FiniteBatches(Dataset):
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
-        epoch, step = position
-        turn, index = divmod(epoch * self.steps + step, self.slices)
+        turn, index = self._place(position)
         if self._order[0] != turn:
             order = torch.randperm(self.count, generator=stream(self.seed, "order", turn))
             self._order = (turn, order.to(self.samples.queries.device))
@@ -280,3 +291,13 @@ class _FiniteBatches(Dataset):
         places = (start + self.rank * share + torch.arange(share)) % self.count
         chosen = self._order[1][places.to(self._order[1].device)]
         return type(self.samples)(*(part[chosen] for part in self.samples))
+
+    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
+        return "the order of its pass over the training queries", stream_seed(
+            self.seed, "order", self._place(position)[0]
+        )
+
+    def _place(self, position: tuple[int, int]) -> tuple[int, int]:
+        """The pass that a step is in, and its slice of that."""
+        epoch, step = position
+        return divmod(epoch * self.steps + step, self.slices)

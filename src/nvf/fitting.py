@@ -2,22 +2,25 @@
 
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from nvf.checkpoints import Describe
 from nvf.data import VectorDataModule
+from nvf.divergence import StopOnNaN
+from nvf.errors import InputError
+from nvf.faults import fitting_in_memory
 from nvf.modules import AttentionModule, StageModule
 from nvf.processes import SHARDED, refusal
+from nvf.saving import BEST, LAST, PlainFiles, Progress, SaveAsItGoes, rewind, save_whole, saved_progress
 from nvf.stages import Settings
 
 log = logging.getLogger("nvf")
@@ -45,61 +48,91 @@ def fit(
     Where the untrained start is a search that works, it is validated too and wins unless training beats or equals it:
     the weights are then of 0 epochs. So they are if the stage's `epochs` are 0.
 
+    A fit that left a last.ckpt in the folder goes on from there, to the same end.
+
     Args:
         stage: whose settings are used.
         name: of the folder for checkpoints and curves, where it is not the stage's.
     """
     settings, name = config[stage], name or stage
     checkpoints = folder / "checkpoints" / name
-    best = ModelCheckpoint(
-        checkpoints,
-        filename="best",
-        monitor="val/top1",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    callbacks: list[Callback] = [best, Describe(stage)]
+    saved = saved_progress(checkpoints)
+    rewind(folder / name, {} if saved is None else saved[1].curves)
+    saving = SaveAsItGoes(checkpoints, every=config["save_every"])
+    callbacks: list[Callback] = [StopOnNaN(stage, data), Describe(stage), saving]
     if settings["patience"] is not None:
         callbacks.append(EarlyStopping("val/top1", mode="max", patience=settings["patience"]))
     logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
-    trainer = _trainer(config, stage, folder, callbacks, logger=logger)
+    trainer = _trainer(config, stage, checkpoints, callbacks, logger=logger)
     fitted, batches = _as_the_trainer_wants(trainer, module, data)
-    log.info("fitting %s", name)
-    start_score = float("-inf")
-    if start_competes or settings["epochs"] == 0:
-        start_score = trainer.validate(fitted, batches, verbose=False)[0]["val/top1"]
-        trainer.save_checkpoint(checkpoints / "start.ckpt")
-    if settings["epochs"] == 0:
-        if trainer.is_global_zero:
-            os.replace(checkpoints / "start.ckpt", checkpoints / "best.ckpt")
-        module.requires_grad_(False)
-        return Fitted(0, module.gradients.summary())
-    trainer.fit(fitted.train(), batches)
-    assert best.best_model_score is not None
-    score = float(best.best_model_score)
-    if start_score > score:
+    start, best = checkpoints / "start.ckpt", checkpoints / BEST
+    if saved is None:
+        log.info("fitting %s", name)
+        if start_competes or settings["epochs"] == 0:
+            score = trainer.validate(fitted, batches, verbose=False)[0]["val/top1"]
+            saving.progress = saving.progress._replace(start=score)
+            save_whole(trainer, start)
+        if settings["epochs"] == 0:
+            if trainer.is_global_zero:
+                os.replace(start, best)
+            module.requires_grad_(False)
+            return Fitted(0, module.gradients.summary())
+    _train(config, stage, trainer, fitted, batches, data, saving, saved)
+    progress = saving.progress
+    if progress.best is None:
+        raise InputError(f"{stage}: nothing was validated, so that no weights can be chosen; leave validation on")
+    start_score = float("-inf") if progress.start is None else progress.start
+    if start_wins := start_score > progress.best:
         log.info("%s: no epoch validates better than the untrained start (Top-1 %.1f)", name, 100 * start_score)
     if trainer.is_global_zero:
-        if start_score > score:
-            os.replace(checkpoints / "start.ckpt", best.best_model_path)
-        (checkpoints / "start.ckpt").unlink(missing_ok=True)
+        if start_wins and start.exists():  # or a run that was stopped has done so already
+            os.replace(start, best)
+        start.unlink(missing_ok=True)
     trainer.strategy.barrier()  # now the best checkpoint is what all processes load
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(best, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
     module.requires_grad_(False)
-    return Fitted(0 if start_score > score else checkpoint["epoch"] + 1, fitted.gradients.summary())
+    return Fitted(0 if start_wins else checkpoint["epoch"] + 1, fitted.gradients.summary())
 
 
 def fit_blindly(
-    config: Settings, stage: str, module: StageModule, data: VectorDataModule, folder: Path, epochs: int
+    config: Settings, stage: str, module: StageModule, data: VectorDataModule, folder: Path, epochs: int, *, name: str
 ) -> None:
-    """Fit a module for the first `epochs` epochs of the stage's schedule, and freeze it; nothing else happens."""
-    trainer = _trainer(
-        config, stage, folder, [_StopAfter(epochs)], logger=False, enable_checkpointing=False, limit_val_batches=0
-    )
-    trainer.fit(module.train(), data)
+    """Fit a module for the first `epochs` epochs of the stage's schedule, and freeze it; nothing else happens.
+
+    It goes on from a last.ckpt as `fit` does.
+    """
+    checkpoints = folder / "checkpoints" / name
+    saved, saving = saved_progress(checkpoints), SaveAsItGoes(checkpoints, every=config["save_every"])
+    callbacks = [StopOnNaN(stage, data), _StopAfter(epochs), saving]
+    trainer = _trainer(config, stage, checkpoints, callbacks, logger=False, limit_val_batches=0)
+    _train(config, stage, trainer, module, data, data, saving, saved)
     module.requires_grad_(False)
+
+
+def _train(
+    config: Settings,
+    stage: str,
+    trainer: L.Trainer,
+    module: StageModule,
+    batches: L.LightningDataModule,
+    data: VectorDataModule,
+    saving: SaveAsItGoes,
+    saved: tuple[dict[str, Any], Progress] | None,
+) -> None:
+    """Train from the start, or from where it was saved, to the end."""
+    data.steps_done = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    if saved is not None and saved[1].stopped:  # Lightning would train on
+        checkpoint, saving.progress = saved
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return
+    if saved is not None:
+        log.info("going on from step %d of %s", saved[0]["global_step"], saving.folder.name)
+    path, memory = None if saved is None else saving.folder / LAST, module.attention.memory
+    with fitting_in_memory(config, stage, len(memory), memory.dim):
+        trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
+    saving.signals.answer_late()
 
 
 class _StopAfter(Callback):
@@ -108,22 +141,6 @@ class _StopAfter(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-class _StopAtOnce(Callback):
-    """Keeps the program's own answer to SIGTERM.
-
-    With several processes Lightning's sends the others a message first, which they do not expect, and waits for ever.
-    """
-
-    def __init__(self) -> None:
-        self.answer = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self.answer)
-
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self.answer)
 
 
 def _as_the_trainer_wants(
@@ -140,18 +157,17 @@ def _as_the_trainer_wants(
     return sharded, SameBatches(data)
 
 
-def _trainer(config: Settings, stage: str, folder: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
+def _trainer(config: Settings, stage: str, checkpoints: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
     if config["trainer"].get("enable_progress_bar", True):
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
-    if distributed.is_initialized():
-        callbacks = [*callbacks, _StopAtOnce()]
     strategy = config["trainer"].get("strategy", "auto")
     if strategy in ("auto", "ddp", SHARDED):
         strategy = _strategy(strategy)
     try:
         return L.Trainer(
+            plugins=[PlainFiles()],
             **{"max_epochs": config[stage]["epochs"], **config["trainer"], **arguments, "strategy": strategy},
-            default_root_dir=folder,
+            default_root_dir=checkpoints,  # where Lightning's Slurm plugin saves, and finds what it saved
             callbacks=callbacks,
             use_distributed_sampler=False,  # the datamodule deals the batches to the ranks
             num_sanity_val_steps=0,

@@ -37,11 +37,20 @@ class GradientLog:
     """What the norms were over the steps of a fit that were looked at."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
+        self.steps: list[dict[str, Tensor | float]] = []
 
     def add(self, found: dict[str, Tensor]) -> None:
         """Note the norms of a step."""
-        self.steps.append(found)
+        self.steps.append({**found})
+
+    def state(self) -> list[dict[str, float]]:
+        """What a checkpoint keeps of it."""
+        self.steps = [{part: float(norm) for part, norm in step.items()} for step in self.steps]
+        return self.steps  # type: ignore[return-value]
+
+    def restore(self, steps: list[dict[str, float]]) -> None:
+        """Go on from a checkpoint."""
+        self.steps = [{**step} for step in steps]
 
     def summary(self) -> dict[str, Any]:
         """The number of steps; for each part its first, last, smallest and largest finite norm, and two counts.

@@ -92,6 +92,12 @@ class StageModule(L.LightningModule):
         self.coverage.update(covered.float())
         self.log("val/loss", loss, batch_size=len(ranks), sync_dist=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gradients"] = self.gradients.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.gradients.restore(checkpoint["gradients"])
+
     def on_validation_epoch_end(self) -> None:
         self.log("val/top1", self.ranks.share(1), prog_bar=True)
         self.log("val/top5", self.ranks.share(5))
@@ -157,9 +163,23 @@ class AttentionModule(StageModule):
     def attention(self) -> SoftAttention:
         return self.model
 
-    def on_train_epoch_start(self) -> None:
-        if self.hard and (self.neighbours is None or self.model.delta is not None):  # learned keys move
+    def on_train_start(self) -> None:
+        if self.hard and self.neighbours is None:
             self.neighbours = neighbours(self.model.keys().detach(), self.hard)
+
+    def on_train_epoch_start(self) -> None:
+        if self.hard and self.current_epoch and self.model.delta is not None:  # learned keys move
+            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.model.delta is not None:  # else they are found again
+            checkpoint["neighbours"] = self.neighbours  # as they were when the epoch began
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if (found := checkpoint.get("neighbours")) is not None:
+            self.neighbours = found.to(self.model.memory.rows.device)
 
     def measure(self, batch: QueryBatch) -> Measured:
         if not self.training:  # validation batches are as small as all their scores ask for

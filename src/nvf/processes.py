@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
@@ -69,6 +70,20 @@ def agreed(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values)
     return values[0]
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all of them."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def largest(device: torch.device, *values: int) -> tuple[int, ...]:
+    """Each value's largest over the processes, for where all must do the same."""
+    if not distributed.is_initialized():
+        return values
+    found = torch.tensor(values, device=device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return tuple(found.tolist())
 
 
 def _check_several(config: Settings) -> None:

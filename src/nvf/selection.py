@@ -15,9 +15,9 @@ from nvf.data import Fold, VectorDataModule
 from nvf.fitting import fit, fit_blindly
 from nvf.modules import JointModule, StageModule
 from nvf.pipeline import Pipeline
-from nvf.processes import agreed
 from nvf.queries import QueryBatch, Recorded, Source
 from nvf.reranker import EvidenceReranker
+from nvf.resumption import decided, has_decided
 from nvf.stages import (
     Settings,
     attention_stage,
@@ -35,6 +35,8 @@ from nvf.streams import stream
 log = logging.getLogger("nvf")
 SHARE = 0.65  # of the time budget for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
+PLAN = "stage 1"  # the name of its decision
+FOLDS = "folds"  # their checkpoints are of no use once the run is done
 FEWEST_EPOCHS = 3  # or something less costly is tried
 
 
@@ -69,7 +71,8 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
         variant = variants(config)[-1]
         return _chosen(variant, held_out, attention_stage(variant, source)[0].attention, 0)
     with opened(config, source) as entry:
-        if entry is not None and (kept := entry.read(source.memory, folder)) is not None:
+        begun = has_decided(folder, PLAN)  # by a run that goes on: it fits stage 1 itself
+        if entry is not None and not begun and (kept := entry.read(source.memory, folder)) is not None:
             return _reused(config, held_out, kept)
         started = time.perf_counter()
         chosen = _fit_variants(config, source, folder, held_out)
@@ -98,7 +101,7 @@ def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
 def _fit_variants(config: Settings, source: Source, folder: Path, held_out: QueryBatch) -> Chosen:
     checkpoints = folder / "checkpoints" / "attention"
     fitted, several = [], len(variants(config)) > 1
-    for variant in agreed(plan(config, source)):
+    for variant in decided(folder, PLAN, lambda: plan(config, source)):
         module, data = attention_stage(variant, source)
         name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
         starts_well = module.attention.transform.starts_at_exact_search
@@ -161,7 +164,7 @@ def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = answered(pipeline, held_out)
     module, data = joint_stage(config, source, pipeline)
-    affordable = agreed(_affordable(config, module, data))
+    affordable = decided(folder, "joint training", lambda: _affordable(config, module, data))
     epochs, gradients = fit(affordable, "joint", module, data, folder, start_competes=True)
     kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(answered(pipeline, held_out), before))
     if kept:
@@ -188,7 +191,7 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
         rest = QueryBatch(*(tensor[part != number] for tensor in train))
         partial = Recorded(source.memory, {**source.splits, "train": rest})
         module, data = attention_stage(chosen.config, partial)
-        fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs)
+        fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs, name=f"{FOLDS}/{number + 1}")
         if chosen.hub_share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(chosen.hub_share,))
         fit_temperature(module.attention, *held_out)

@@ -13,12 +13,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
+from nvf.resumption import recorded
 
 log = logging.getLogger("nvf")
 ROOT = Path("outputs/multirun")  # where conf/config.yaml puts sweeps
 RECORD = "sweep.json"  # in a sweep's folder: what was asked for
 # Settings that say how a run is made, not what it finds.
-IMMATERIAL = ("resume", "cache", "threads", "dashboards")
+IMMATERIAL = ("resume", "cache", "threads", "dashboards", "save_every")
 KEPT = (".hydra", "train.log", "results.before.json")  # of an unfinished job that starts anew
 
 
@@ -74,6 +75,14 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
         return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def goes_on(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether an unfinished job of these settings can go on where it stopped."""
+    try:
+        return _material(recorded(folder)) == _material(json.loads(json.dumps(config)))
+    except (InputError, KeyError, TypeError):
+        return False
 
 
 def clear(folder: Path) -> None:

@@ -4,14 +4,13 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.hydra import Hydra
@@ -21,7 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nvf import sweeps
-from nvf.errors import InputError, check_number, one_line
+from nvf.errors import InputError, one_line
+from nvf.faults import explain, writable
+from nvf.resumption import LOCK, RECORD, recorded, requeued
+from nvf.stopping import Stopped, command_to_resume, restarted, stop_when_asked
+from nvf.whole import written_whole
 
 if TYPE_CHECKING:
     from nvf.attention import SoftAttention
@@ -33,13 +36,14 @@ CONF = CARRIED if CARRIED.is_dir() else HERE.parents[2] / "conf"
 log = logging.getLogger("nvf")
 
 
-def train(config: dict[str, Any], folder: Path, started: float) -> float:
+def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool = False) -> float:
     """One run, from plain settings to a whole run folder.
 
     Args:
         config: the composed configuration, resolved, as plain containers.
         folder: of the run; exists.
         started: the `time.perf_counter()` from which the run's total seconds count.
+        goes_on: with what a run of these settings left in the folder when it was stopped, however that was.
 
     Returns:
         The objective for sweepers: Top-1 on validation of what was fitted last.
@@ -48,8 +52,8 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         os.environ["TQDM_DISABLE"] = "1"  # which is read when it is imported
     # Imported here so that --help and a config error answer without importing torch.
     import numpy as np
-    import torch
 
+    from nvf.computing import set_up_torch
     from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
     from nvf.evaluation import against, evaluate, evaluate_index
     from nvf.gradients import audit_gradients
@@ -59,13 +63,12 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
     from nvf.queries import fingerprint
     from nvf.report import remarks, table
     from nvf.results import versions, write_results
-    from nvf.selection import fit_attention, fit_joint, fit_reranker
+    from nvf.resumption import begin
+    from nvf.selection import FOLDS, fit_attention, fit_joint, fit_reranker
     from nvf.stages import build_source, check, clusters, fixed_queries, seen_rows
 
     quiet()
-    if config["threads"] is not None:
-        check_number("threads", config["threads"], minimum=1, whole=True, remedy="null uses all cores")
-        torch.set_num_threads(config["threads"])
+    set_up_torch(threads=config["threads"], deterministic=config["deterministic"])
     check_dashboards(config["dashboards"])
     source = build_source(config)
     check(config, source)
@@ -76,6 +79,7 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         log.setLevel(logging.ERROR)  # the first process says it all
         if own != folder:
             remove_traces(own)
+    lock = None if rank else begin(folder, config, source, goes_on=goes_on)
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     training: dict[str, Any] = {}  # the gradients in it
@@ -138,8 +142,14 @@ def train(config: dict[str, Any], folder: Path, started: float) -> float:
         "queries": fingerprint(test),
     }
     log_hparams(results, folder)
-    np.save(folder / "answered.npy", found.answered.cpu().numpy())
+    if hasattr(source.memory, "check_unchanged"):
+        source.memory.check_unchanged()
+    with written_whole(folder / "answered.npy") as partial, partial.open("wb") as file:
+        np.save(file, found.answered.cpu().numpy())
     write_results(results, folder / "results.json")
+    shutil.rmtree(folder / "checkpoints" / FOLDS, ignore_errors=True)
+    if lock is not None:
+        lock.release()
 
     log.info("\n%s\n", table(results, len(test.queries)))
     for line in remarks(results):
@@ -165,38 +175,58 @@ def main(cfg: DictConfig) -> float:
     if sweep:
         config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
     try:
+        goes_on = False
         if sweep:
-            if config["resume"]:
-                if (objective := sweeps.finished(folder, config)) is not None:
-                    log.info("done already: %s", folder)
-                    return objective
-                sweeps.clear(folder)
+            again = config["resume"] or restarted()
+            if again and (objective := sweeps.finished(folder, config)) is not None:
+                log.info("done already: %s", folder)
+                return objective
             sweeps.refuse_local_ddp(config)
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
+            goes_on = again and sweeps.goes_on(folder, config)
+            if again and not goes_on:
+                sweeps.clear(folder)
+        elif config["resume"] is True:
+            raise InputError("resume=True goes on with a sweep; add -m, or name a run: resume=outputs/<date>/<time>")
         elif config["resume"]:
-            raise InputError(f"resume={config['resume']} goes on with a sweep; add -m, or leave it out")
-        return train(config, folder, time.perf_counter() if sweep else START)
+            goes_on, config = True, recorded(folder)
+            if sweeps.finished(folder, config) is not None:
+                log.info("done already: %s", folder)
+                return math.nan
+        return train(config, folder, time.perf_counter() if sweep else START, goes_on=goes_on)
     except InputError as error:
         if follows():
             sys.exit(0)  # the first process says the same; another status makes Lightning kill it before it does
-        if not sweep:
-            remove_traces(folder)
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        log.error("%s", error)
-        raise CompactHydraException(f"error: {error}") from None
+        return _fail(str(error), folder, sweep)
     except Exception as fault:
+        if (words := explain(fault, folder)) is not None:
+            return _fail(f"{words}; then {command_to_resume(folder)}", folder, sweep)
         log.exception("the run failed")
         if not sweep:
             sys.exit(1)
         # The launchers send it from process to process, which not every exception survives.
         raise CompactHydraException(f"error: {one_line(fault)}; its traceback is in {folder}/train.log") from None
-    except SystemExit as stop:  # Lightning's answer to SIGTERM has no status, and a sweep would end with success
+    except SystemExit as stop:
         if not follows():
-            log.error("stopped; what was saved is in %s", folder)
+            why = f"stopped by {stop.name}" if isinstance(stop, Stopped) else "stopped"
+            if (folder / RECORD).exists():
+                log.error("%s; to go on: %s", why, command_to_resume(folder))
+            else:
+                log.error("%s before anything was fitted", why)
+                remove_traces(folder)
         if sweep and not sweeps.in_turn(settings.launcher):
             raise CompactHydraException(f"error: the job of {folder} was stopped") from None  # the others go on
         sys.exit(stop.code or 143)
+
+
+def _fail(words: str, folder: Path, sweep: bool) -> NoReturn:
+    """End a run, or a job of a sweep, on one line."""
+    if sweep:
+        log.error("%s", words)
+        raise CompactHydraException(f"error: {words}") from None
+    remove_traces(folder)
+    print(f"error: {words}", file=sys.stderr)
+    sys.exit(1)
 
 
 def entry() -> None:
@@ -208,10 +238,13 @@ def entry() -> None:
     if not any(word.lstrip("+").startswith(("experiment=", "hydra.mode=", "--config", "-c")) for word in words):
         # Only those say a mode; to ask the configuration for one, Hydra composes all of it once more.
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what was begun is put away
-    elsewhere = any(word.startswith("hydra.sweep.dir=") for word in words)
-    if "resume=true" in words and not elsewhere and (before := sweeps.earlier(words)) is not None:
-        sys.argv.insert(sys.argv.index("resume=true"), f"hydra.sweep.dir={before}")
+    stop_when_asked()
+    logging.raiseExceptions = False  # a log that cannot be written is not worth a screen of tracebacks a line
+    try:
+        sys.argv[1:] = words_of(words)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     try:
         main()
     except SystemExit as stop:
@@ -219,6 +252,41 @@ def entry() -> None:
             sweeps.finish()
         raise
     sweeps.finish()
+
+
+def words_of(words: list[str]) -> list[str]:
+    """The words of the command line, with the folder to go on in, where there is one.
+
+    Raises:
+        InputError: there is nothing to go on with, other settings than the run's own, or no place for a run.
+    """
+    place = next(
+        (word.partition("=")[2] for word in words if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))), None
+    )
+    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), "false")
+    several = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
+    if any(word.startswith("-") and word not in ("-m", "--multirun") for word in words) or follows():
+        return words  # asks Hydra for something else; or the first process has seen to it
+    if resume.lower() == "true":
+        before = None if place else sweeps.earlier(words)
+        return words if before is None else [f"hydra.sweep.dir={before}", *words]
+    if resume.lower() == "false" and not several and place is None and (folder := requeued()) is not None:
+        resume = str(folder)
+    elif resume.lower() == "false":
+        writable(Path(place) if place and "${" not in place else Path("outputs"))
+        return words
+    others = [word for word in words if not word.startswith(("resume=", "hydra."))]
+    if others and requeued() is None:
+        raise InputError(
+            f"resume={resume} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
+        )
+    recorded(Path(resume))  # or there is nothing to go on with
+    return [f"resume={quoted(resume)}", f"hydra.run.dir={quoted(resume)}", "hydra.output_subdir=null"]
+
+
+def quoted(text: str) -> str:
+    """Text as a value in Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def usage() -> str:
@@ -267,9 +335,11 @@ def quiet() -> None:
 
 
 def remove_traces(folder: Path) -> None:
-    """Remove what Hydra wrote for a run that never began, and the folders that this leaves empty."""
-    if not {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
-        return  # it did begin, or the folder holds something else
+    """Remove what was written for a run that never began to fit, and the folders that this leaves empty."""
+    if not {path.name for path in folder.iterdir()} <= {".hydra", "train.log", RECORD, LOCK, "checkpoints"}:
+        return  # the folder holds something else
+    if any(path.is_file() for path in folder.glob("checkpoints/**/*")):
+        return  # it did begin
     shutil.rmtree(folder)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()

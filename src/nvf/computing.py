@@ -1,0 +1,35 @@
+"""How torch computes in a run: on how many threads, and whether the same to the last bit whatever their number."""
+
+import logging
+import os
+
+import torch
+
+from nvf.errors import InputError, check_number
+
+log = logging.getLogger("nvf")
+
+
+def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
+    """Set the number of CPU threads, None for all, and what torch may do faster but not twice alike.
+
+    On several threads a sum is the sum of as many parts, and rounds by their number; so `deterministic` takes one. On a
+    GPU it takes torch's deterministic algorithms, and where there is none warns of the operation.
+
+    Raises:
+        InputError: a bad number, or `deterministic` is neither true nor false.
+    """
+    if threads is not None:
+        check_number("threads", threads, minimum=1, whole=True, remedy="null uses all cores")
+    if not isinstance(deterministic, bool):
+        raise InputError(f"deterministic={deterministic} is neither true nor false; false is the default")
+    if deterministic:
+        if threads not in (None, 1):
+            log.info("deterministic=true: on one thread, not on %d", threads)
+        threads = 1
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS takes what is free
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Nothing of ours reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if threads is not None:
+        torch.set_num_threads(threads)

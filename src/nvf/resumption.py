@@ -1,0 +1,162 @@
+"""What lets a run go on where it stopped: its settings, what it decided by the clock, and that no other is at it.
+
+A run's folder holds run.json, written before the first stage is fitted; each stage's last.ckpt, see `nvf.saving`; and
+decisions.json. What lies between two fits, such as calibration, is computed again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from nvf.errors import InputError, one_line
+from nvf.stopping import restarted
+from nvf.whole import written_whole
+
+if TYPE_CHECKING:
+    from nvf.queries import Source
+
+RECORD, DECISIONS, LOCK = "run.json", "decisions.json", ".lock"
+MAY_BE_BUILT = ("nvf.", "torch.", "lightning.")
+T = TypeVar("T")
+log = logging.getLogger("nvf")
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Raises:
+        InputError: there is no run, its record is damaged, or it names something to be built that is not ours.
+    """
+    path, remedy = folder / RECORD, "name a run's folder, resume=outputs/<date>/<time>"
+    if not path.is_file():
+        raise InputError(f"resume={folder}: there is no {path}, so no run to go on with; {remedy}")
+    record = _read(path)
+    config = record.get("config")
+    if not isinstance(config, dict) or record.get("sha256") != _digest(config):
+        raise InputError(f"{path} is damaged; start the run anew")
+    if (foreign := _foreign(config)) is not None:
+        raise InputError(f"{path} wants {foreign!r} built; settings may name what is in {', '.join(MAY_BE_BUILT)}")
+    return config
+
+
+def begin(folder: Path, config: Mapping[str, Any], source: "Source", *, goes_on: bool) -> FileLock:
+    """Record a run that begins, or check that the data of one that goes on are still the same.
+
+    Returns:
+        The lock that keeps others from the folder; the kernel's, it goes with the process.
+
+    Raises:
+        InputError: another process is at this run, or the data have changed.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"the run in {folder} is still running; wait for it, or stop it") from None
+    now = _circumstances(source)
+    path = folder / RECORD
+    if not goes_on:
+        for left in (*(folder / "checkpoints").rglob("last.ckpt"), *folder.glob(DECISIONS)):
+            left.unlink()  # of an earlier run in the same folder
+        record = {"config": config, "sha256": _digest(config), **now, "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n")
+        return lock
+    before = _read(path)
+    for what in ("memory", "queries"):
+        if before.get(what) != now[what]:
+            raise InputError(
+                f"resume={folder}: its {what} are no longer those that it began with; bring them back, or start anew"
+            )
+    for what in ("code", "versions", "threads"):
+        if before.get(what) != now[what]:
+            log.warning("%s has other %s than the run began with: its figures may differ in the end", folder, what)
+    for left in folder.glob("events.out.tfevents.*"):  # written at the end of a run, and again
+        left.unlink()
+    return lock
+
+
+def decided(folder: Path, name: str, decide: Callable[[], T]) -> T:
+    """What was decided by the clock, a JSON value: once, by the first process, and not anew by a run that goes on."""
+    from nvf.processes import agreed, is_first
+
+    decisions = _decisions(folder)
+    value = agreed(decisions[name] if name in decisions else decide())
+    if name not in decisions and is_first():
+        with written_whole(folder / DECISIONS) as partial:
+            partial.write_text(json.dumps({**decisions, name: value}, indent=2) + "\n")
+    return value
+
+
+def has_decided(folder: Path, name: str) -> bool:
+    """Whether that was decided already."""
+    return name in _decisions(folder)
+
+
+def _decisions(folder: Path) -> dict[str, Any]:
+    path = folder / DECISIONS
+    return _read(path) if path.is_file() else {}
+
+
+def requeued(root: Path = Path("outputs")) -> Path | None:
+    """The run that this Slurm job was at when it was requeued; None if it was not."""
+    if not restarted():
+        return None
+    job = os.environ.get("SLURM_JOB_ID")
+    for path in sorted(root.glob(f"*/*/{RECORD}"), reverse=True):
+        try:
+            if _read(path).get("slurm_job") == job:
+                return path.parent
+        except InputError:
+            continue
+    return None
+
+
+def _circumstances(source: "Source") -> dict[str, Any]:
+    """What the figures rest on beside the settings."""
+    import torch
+
+    from nvf.cache import code_hash
+    from nvf.queries import Recorded, fingerprint
+    from nvf.results import versions
+
+    splits = source.splits if isinstance(source, Recorded) else {}
+    return {
+        "memory": source.memory.fingerprint,
+        "queries": {split: fingerprint(batch) for split, batch in splits.items()},
+        "code": code_hash(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds no object but {type(found).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as fault:
+        raise InputError(f"{path} is damaged ({one_line(fault)}); start the run anew") from None
+    return found
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _foreign(tree: Any) -> str | None:
+    """The first `_target_` that may not be built, at any depth."""
+    if isinstance(tree, dict):
+        target = tree.get("_target_")
+        if target is not None and not str(target).startswith(MAY_BE_BUILT):
+            return str(target)
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return next((found for part in tree if (found := _foreign(part)) is not None), None)
+    return None

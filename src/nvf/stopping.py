@@ -1,0 +1,97 @@
+"""Signals: how SIGINT, SIGTERM and a cluster's request to make room end a run, within a step and with nothing lost."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run; the exit status is 128 + its number: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def stop_when_asked() -> None:
+    """From now on SIGINT and SIGTERM raise `Stopped`, so that what was begun is put away.
+
+    A request to make room that comes where no stage is being fitted is left to the next one, see `Deferred`.
+    """
+    for number in ASKS_TO_STOP:
+        _handle(number, _stop)
+    if in_slurm():
+        _handle(signal.SIGUSR1, lambda *_: None)  # it would kill the process
+
+
+def in_slurm() -> bool:
+    """Whether a Slurm job runs this process."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether this process belongs to a Slurm job that was requeued."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+class Deferred:
+    """While a stage is fitted, signals wait for the end of its step. A second one does not.
+
+    Slurm's request to make room, SIGUSR1, is answered by Lightning's own plugin, which requeues the job, but between
+    two steps: it comes in the middle of one, whose state is none to go on from.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0  # the signal's number
+        self._requeue: Handler = None
+
+    def install(self) -> None:
+        """Put ours before Lightning's handlers, which it installs anew for each fit and validation.
+
+        With several processes its answer to SIGTERM sends the others a message that they do not expect, and waits for
+        ever.
+        """
+        for number in ASKS_TO_STOP:
+            _handle(number, self._note)
+        if in_slurm() and callable(theirs := signal.getsignal(signal.SIGUSR1)) and theirs != self._note:
+            self._requeue = theirs
+            _handle(signal.SIGUSR1, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked == number and number in ASKS_TO_STOP:
+            _stop(number, frame)
+        self.asked = number
+
+    def answer(self, asked: int) -> None:
+        """Stop, or have the job requeued and go on until Slurm ends it; the stage is saved."""
+        if asked in ASKS_TO_STOP:
+            _stop(asked, None)
+        self.asked = 0
+        if callable(self._requeue):
+            self._requeue(signal.SIGUSR1, None)
+
+    def answer_late(self) -> None:
+        """Stop if that was asked for after the last step."""
+        if self.asked in ASKS_TO_STOP:
+            _stop(self.asked, None)
+
+
+def _handle(number: int, handler: Handler) -> None:
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        signal.signal(number, handler)
+
+
+def command_to_resume(folder: object) -> str:
+    """What to type to go on with a run."""
+    return f"{os.path.basename(sys.executable)} -m nvf.train resume={folder}"

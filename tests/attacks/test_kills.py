@@ -1,0 +1,127 @@
+"""Runs that are killed at random moments, and resumed, end on the same bits as those that nobody disturbed."""
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from conftest import write_folder
+
+SMALL = ["data.rows=300", "data.dim=16", "queries.val_samples=500", "queries.test_samples=500"]
+LONG = ["attention.epochs=6", "attention.steps_per_epoch=150", "reranker.epochs=6", "reranker.steps_per_epoch=60"]
+WORDS = ["threads=1", "trainer.enable_progress_bar=false", "dashboards=none", "cache=off", "save_every=7"]
+RECORDED = ["data=embeddings", "attention.lr=1e-2", "attention.epochs=20", "attention.patience=2"]
+STAGES = {
+    "attention": ["stage=attention", *SMALL, *LONG],
+    "reranker": [*SMALL, *LONG],
+    "joint": ["stage=joint", "joint.epochs=6", "joint.steps_per_epoch=40", *SMALL, *LONG],
+    "folds": RECORDED,
+    "hard negatives": ["stage=attention", *SMALL, *LONG, "attention.sample=64", "attention.hard=4"],
+}
+MARKS = {"folds": "fitting attention without part 1", "hard negatives": "fitting attention"}
+
+
+def start(words: list[str], cwd: Path, output: Path) -> subprocess.Popen[bytes]:
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nvf.train", *words], cwd=cwd, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for(mark: str, process: subprocess.Popen[bytes], output: Path) -> bool:
+    """Wait until a process has printed the mark; false if it ended before."""
+    while process.poll() is None:
+        if mark in output.read_text():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def bits(run: Path) -> dict[str, Any]:
+    """Everything that a run has found: weights, figures, answers and curves."""
+    results = json.loads((run / "results.json").read_text())
+    for words in ("seconds", "versions"):
+        del results[words]
+    results["index"] = None if results["index"] is None else {**results["index"], "build_seconds": None}
+    weights = {}
+    for path in sorted(run.glob("checkpoints/**/best.ckpt")):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        weights[str(path.relative_to(run))] = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+    saved = {path.name: path.read_bytes() for path in run.glob("pipeline/*")}
+    curves = {
+        str(folder.relative_to(run)): sorted(scalars(folder))
+        for folder in {path.parent for path in run.rglob("events.out.tfevents.*")} - {run}
+    }
+    return {"results": results, "weights": weights, "pipeline": saved, "curves": curves, "answered": answers(run)}
+
+
+def answers(run: Path) -> bytes:
+    return (run / "answered.npy").read_bytes()
+
+
+def scalars(folder: Path) -> Iterator[tuple[str, int, float]]:
+    for path in folder.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tensor.float_val:
+                    yield value.tag, event.step, value.tensor.float_val[0]
+
+
+def write_turned_folder(folder: Path) -> None:
+    """Queries in another space than the corpus, so that stage 1 has something to learn."""
+    write_folder(folder, rows=200, queries=4000, dim=16)
+    turn = np.eye(16) + 0.25 * np.random.default_rng(1).standard_normal((16, 16))
+    np.save(folder / "queries.npy", np.load(folder / "queries.npy") @ turn)
+
+
+def undisturbed(words: list[str], cwd: Path, mark: str) -> tuple[dict[str, Any], float]:
+    """What the run finds, and the seconds from the mark to its end."""
+    process = start([*words, "hydra.run.dir=whole"], cwd, cwd / "whole.log")
+    assert wait_for(mark, process, cwd / "whole.log")
+    begun = time.monotonic()
+    assert process.wait(timeout=300) == 0, (cwd / "whole.log").read_text()
+    return bits(cwd / "whole"), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_ends_on_the_same_bits(stage: str, tmp_path: Path, attempts: Callable[[int, int], int]) -> None:
+    words, mark = [*STAGES[stage], *WORDS], MARKS.get(stage, f"fitting {stage}")
+    if stage == "folds":
+        write_turned_folder(tmp_path / "folder")
+        words.append(f"data.dir={tmp_path / 'folder'}")
+    expected, seconds = undisturbed(words, tmp_path, mark)
+    rng = random.Random(stage)
+    kills, wanted = 0, attempts(2, 20)
+    for chain in itertools.count():
+        if kills >= wanted:
+            return
+        run, process = f"run{chain}", start([*words, f"hydra.run.dir=run{chain}"], tmp_path, tmp_path / "log")
+        for link in itertools.count():
+            if link and wait_for("going on", process, tmp_path / "log"):
+                pass
+            elif not link:
+                wait_for(mark, process, tmp_path / "log")
+            if kills < wanted and link < 4:
+                try:
+                    process.wait(timeout=rng.uniform(0, seconds))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+            if process.wait(timeout=300) == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+            kills += 1
+            process = start([f"resume={run}"], tmp_path, tmp_path / "log")
+        found = bits(tmp_path / run)
+        for what, values in expected.items():
+            assert found[what] == values, what
