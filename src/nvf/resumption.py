@@ -89,6 +89,7 @@ def decided(folder: Path, name: str, decide: Callable[[], T]) -> T:
     decisions = _decisions(folder)
     value = agreed(decisions[name] if name in decisions else decide())
     if name not in decisions and is_first():
+        folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / DECISIONS) as partial:
             partial.write_text(json.dumps({**decisions, name: value}, indent=2) + "\n")
     return value

@@ -326,6 +326,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
     for message in (
         "does not have many workers",
+        "and your dataloader is not resumable",  # it goes on at the right step
         "exists and is not empty",
         "smaller than the logging interval",
         "It is recommended to use `self.log.*sync_dist=True",  # our metrics add up over processes by themselves
