@@ -4,13 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test lint types setup dashboard clean
+.PHONY: train test attack audit lint types setup dashboard clean
 
 train: setup
 	$(BIN)/python -m nvf.train $(ARGS)
 
 test: lint types $(VENV)/.installed-text
 	$(BIN)/python -m pytest $(ARGS)
+
+# The attacks of `make test`, with all their attempts.
+attack: $(VENV)/.installed-text
+	NVF_ATTACK=full $(BIN)/python -m pytest tests/attacks $(ARGS)
+
+# In an environment of its own. Strict: a version that the service does not know is an error, not a clean bill, as it is
+# with a mirror of PyPI that has no advisories; ARGS="-s osv" asks another service.
+audit:
+	test -x .audit/bin/python || $(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.10'
+	.audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

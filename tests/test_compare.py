@@ -40,12 +40,14 @@ def put(
 ) -> Path:
     """A run's results.json, and answered.npy beside it."""
     folder.mkdir(parents=True, exist_ok=True)
+    if answered is not None and answered.dtype == bool:
+        test = float(answered.mean())
     test = val if test is None else test
     splits = {
         name: {
             "exact": figures(0.5),
             "oracle": figures(oracle),
-            "attention": figures(top1 - 0.1 if pipeline else top1),
+            "attention": figures(max(0.0, top1 - 0.1) if pipeline else top1),
             "pipeline": figures(top1) if pipeline else None,
             "coverage": share(min(1.0, top1 + 0.03)),
         }

@@ -192,6 +192,7 @@ BAD_TEXTS = [
     ("documents.jsonl", [{**D, "id": ""}], "documents.jsonl: line 1: the id '' is neither a text nor a whole"),
     ("documents.jsonl", [{**D, "text": " \n"}], "documents.jsonl: line 1: text is empty; write a text, or remove"),
     ("documents.jsonl", [{**D, "text": 3}], "documents.jsonl: line 1: text is 3; give a text"),
+    ("documents.jsonl", [{**D, "text": [[[[[[[[3]]]]]]]]}], "line 1: text is [[[[[[[...]]]]]]]; give a text"),
     (
         "documents.jsonl",
         [D, {"id": 1, "body": "x"}],
@@ -212,6 +213,7 @@ BAD_TEXTS = [
     ("queries.jsonl", [Q, {**Q, "split": "val"}], "queries.jsonl: line 2: some queries have a split and some have no"),
     ("queries.jsonl", [{**Q, "split": "val"}], "texts: no query has the split train; give some, or leave the column"),
     ("documents.csv", ["id,text", "1,a,b"], "documents.csv: line 2 has more fields than the header; quote"),
+    ("documents.csv", ["id,text,id", "1,a,b"], "documents.csv: line 1 names the column 'id' twice; name each once"),
     ("documents.csv", ["id,text", "1"], "documents.csv: line 2 has no 'text', but id; add it, or name its column"),
     ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: line 2 is not CSV ("),
     ("documents.csv", ["id,text", "1,a", '2,"b', "3,c"], "documents.csv: line 3 is not CSV (unexpected end of data); "),

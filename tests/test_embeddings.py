@@ -1,6 +1,7 @@
 """The door: a good folder is read as numpy reads it, every fault is named with its file, row and remedy."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from conftest import write_folder
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
+from nvf.npy import ArrayFile
 from nvf.splits import SPLITS
 
 
@@ -109,6 +111,24 @@ def test_float_types(folder: Path, dtype: str) -> None:
     edit(folder, "corpus.npy", lambda a: a.astype(dtype))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(read(folder)[0].rows.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f2", "<i8"])
+@pytest.mark.parametrize("shape", [(2000, 8), (2000, 1), (2000,)])
+def test_a_file_is_read_in_blocks_whatever_its_order(
+    tmp_path: Path, order: str, dtype: str, shape: tuple[int, ...]
+) -> None:
+    values = np.random.default_rng(0).integers(100, size=shape).astype(dtype, order=order)
+    np.save(tmp_path / "a.npy", values)
+    file = ArrayFile(tmp_path / "a.npy", "values")
+    tracemalloc.start()
+    for start, block in zip(range(0, 2000, 30), file.blocks(30), strict=True):
+        np.testing.assert_array_equal(block, values[start : start + 30])
+        assert block.flags.c_contiguous
+        assert block.dtype.isnative
+    assert tracemalloc.get_traced_memory()[1] < values.nbytes / 2 + 2**15  # numpy's and the file's own
+    tracemalloc.stop()
 
 
 FAULTS = {

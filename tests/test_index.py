@@ -1,7 +1,6 @@
 """The approximate first stage: what an index finds, what it makes of the distribution, its folder, its command."""
 
 import copy
-import hashlib
 import json
 import logging
 import math
@@ -16,19 +15,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from conftest import SMALL, SMALL_STEPS, command, write_folder
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
 from nvf.evaluation import evaluate_index
 from nvf.evidence import FEATURES, Evidence
-from nvf.index import KINDS, SAMPLE, Index, approximate_topk, build_index, check_index
+from nvf.index import FILE, KINDS, SAMPLE, Index, approximate_topk, build_index, check_index
+from nvf.index_files import packed
 from nvf.memory import VectorMemory, blockwise_topk, unit
 from nvf.options import parse
 from nvf.pipeline import FILES, Pipeline
 from nvf.reranker import EvidenceReranker, Reranker
 from nvf.search import OPTIONS, search
 from nvf.train import CONF
+from seals import reseal
 
 faiss = pytest.importorskip("faiss")
 ROWS, DIM = 600, 12
@@ -335,13 +337,17 @@ def place(clustered: Pipeline, tmp_path: Path) -> Path:
 def test_a_saved_pipeline_searches_with_its_index(clustered: Pipeline, tmp_path: Path, kind: str) -> None:
     clustered.index = build_index(clustered.keys(), kind)
     clustered.save(tmp_path / "pipeline")
-    assert {path.name for path in (tmp_path / "pipeline").iterdir()} == {*FILES, "index.faiss"}
+    assert {path.name for path in (tmp_path / "pipeline").iterdir()} == {*FILES, FILE}
     loaded = Pipeline.load(tmp_path / "pipeline")
     assert loaded.index is not None
     assert (loaded.index.kind, loaded.index.settings) == (kind, clustered.index.settings)
     mine, theirs = clustered.search(drawn(30, DIM)), loaded.search(drawn(30, DIM))
     assert torch.equal(mine.rows, theirs.rows)
     assert torch.equal(mine.probabilities, theirs.probabilities)
+    for ours, again in zip(
+        clustered.index.search(drawn(30, 13), 9), loaded.index.search(drawn(30, 13), 9), strict=True
+    ):
+        assert torch.equal(ours, again)
     assert Pipeline.load(tmp_path / "pipeline", index=False).index is None
     loaded.index = None
     loaded.save(tmp_path / "pipeline")
@@ -364,7 +370,7 @@ def test_without_faiss_a_folder_is_searched_exactly(
         loaded = Pipeline.load(place / "pipeline")
     assert loaded.index is None
     (record,) = caplog.records
-    assert re.search(r"index\.faiss: searched exactly instead: .*pip install 'nvf\[faiss\]'", record.getMessage())
+    assert re.search(r"index\.safetensors: searched exactly instead: .*pip install 'nvf\[faiss\]'", record.getMessage())
     clustered.index = None
     assert torch.equal(loaded.search(drawn(9, DIM)).rows, clustered.search(drawn(9, DIM)).rows)
     with pytest.raises(
@@ -375,49 +381,64 @@ def test_without_faiss_a_folder_is_searched_exactly(
 
 
 def edit(place: Path, **changes: Any) -> None:
-    """Change what config.json says of the index."""
+    """Change what config.json says of the index, and make the hashes right again."""
     config = json.loads((place / "pipeline/config.json").read_text())
     config["index"].update(changes)
     (place / "pipeline/config.json").write_text(json.dumps(config))
+    reseal(place / "pipeline")
 
 
-def put(place: Path, made: Any) -> None:
-    """Another FAISS index in place of the pipeline's, with its hash."""
-    path = place / "pipeline/index.faiss"
-    if made.ntotal == 0:
-        made.add(np.zeros((ROWS, made.d), np.float32))
-    faiss.write_index(made, str(path))
-    edit(place, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+def change(place: Path, name: str, at: int, value: int) -> None:
+    """Change one number of a tensor, and make the hash right again."""
+    tensors = load_file(place / "pipeline" / FILE)
+    tensors[name][at] = value
+    put(place, tensors)
+
+
+def put(place: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, place / "pipeline" / FILE)
+    reseal(place / "pipeline")
 
 
 def flip(place: Path) -> None:
-    data = bytearray((place / "pipeline/index.faiss").read_bytes())
+    data = bytearray((place / "pipeline" / FILE).read_bytes())
     data[len(data) // 2] ^= 1
-    (place / "pipeline/index.faiss").write_bytes(data)
+    (place / "pipeline" / FILE).write_bytes(data)
 
 
-def nonsense(place: Path) -> None:
-    (place / "pipeline/index.faiss").write_bytes(b"nonsense")
-    edit(place, sha256=hashlib.sha256(b"nonsense").hexdigest())
+def write(place: Path, data: bytes) -> None:
+    (place / "pipeline" / FILE).write_bytes(data)
+    reseal(place / "pipeline")
 
 
-def few() -> Any:
-    made = faiss.IndexHNSWFlat(DIM + 1, 8, faiss.METRIC_INNER_PRODUCT)
-    made.add(np.zeros((9, DIM + 1), np.float32))
-    return made
+def older(place: Path) -> None:
+    (place / "pipeline" / FILE).rename(place / "pipeline/index.faiss")
+
+
+def high_and_low(place: Path) -> tuple[int, int, int]:
+    """The place of a neighbour on the second level, a key on it, and one that is not."""
+    levels = load_file(place / "pipeline" / FILE)["levels"]
+    high, low = int((levels > 1).nonzero()[0]), int((levels == 1).nonzero()[0])
+    return 64 * (high + 1) + 32 * int((levels[:high] - 1).sum()), high, low
+
+
+def few() -> dict[str, torch.Tensor]:
+    return packed(faiss, build_index(drawn(9, DIM + 1), "hnsw")._made, "hnsw")
 
 
 BROKEN = {
-    "no file": (lambda p: (p / "pipeline/index.faiss").unlink(), "index.faiss is missing"),
-    "a bit": (flip, "index.faiss is damaged, or of another pipeline"),
-    "nonsense": (nonsense, "index.faiss cannot be read (RuntimeError: "),
-    "flat": (lambda p: put(p, faiss.IndexFlatIP(DIM + 1)), "holds no hnsw index of inner products"),
-    "l2": (lambda p: put(p, faiss.IndexHNSWFlat(DIM + 1, 8)), "holds no hnsw index of inner products"),
-    "few": (lambda p: put(p, few()), "has 9 keys of width 13, but the pipeline 600 of width 13"),
-    "narrow": (
-        lambda p: put(p, faiss.IndexHNSWFlat(DIM, 8, faiss.METRIC_INNER_PRODUCT)),
-        "has 600 keys of width 12, but the pipeline 600 of width 13",
-    ),
+    "no file": (lambda p: (p / "pipeline" / FILE).unlink(), f"{FILE} is missing"),
+    "a bit": (flip, f"{FILE} is damaged, or of another pipeline"),
+    "nonsense": (lambda p: write(p, b"nonsense"), f"{FILE} does not fit the pipeline (SafetensorError: "),
+    "older": (older, "index.faiss is an older version's, which cannot be checked before it is used; build the index"),
+    "ivf": (lambda p: put(p, {"cells": torch.zeros(ROWS)}), "levels is missing, but should be (600,) torch.int32"),
+    "few": (lambda p: put(p, few()), "levels is (9,) torch.int32, but should be (600,) torch.int32"),
+    "level": (lambda p: change(p, "levels", 3, 99), "levels has 1 to 99, but should have 1 to "),
+    "more levels": (lambda p: change(p, "levels", 3, 4), "neighbors is ("),
+    "far": (lambda p: change(p, "neighbors", 7, ROWS), "neighbors has -1 to 600, but should have -1 to 599"),
+    "negative": (lambda p: change(p, "neighbors", 7, -2), "neighbors has -2 to 599"),
+    "below": (lambda p: change(p, "neighbors", high_and_low(p)[0], high_and_low(p)[2]), "neighbors of level 1 are not"),
+    "entry": (lambda p: change(p, "entry", 0, high_and_low(p)[2]), "entry is no key of the highest level"),
     "kind": (lambda p: edit(p, kind="tree"), "kind 'tree' with settings"),
     "settings": (lambda p: edit(p, settings={"m": 3}), "kind 'hnsw' with settings {'m': 3} is unknown"),
     "list": (lambda p: edit(p, settings=[1]), "kind 'hnsw' with settings [1] is unknown"),
@@ -504,7 +525,7 @@ def test_a_run_on_a_log_of_queries_has_an_index(run: Callable[..., dict[str, Any
 
 def test_a_run_is_exact_unless_told(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert run(*SMALL, *SMALL_STEPS)["index"] is None
-    assert not (tmp_path / "run/pipeline/index.faiss").exists()
+    assert not (tmp_path / "run/pipeline" / FILE).exists()
 
 
 REFUSED = [

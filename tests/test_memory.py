@@ -1,5 +1,6 @@
 """The memory's rows are unit and frozen, wherever and in whatever type they are kept."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -138,16 +139,51 @@ def test_rows_are_kept_as_asked(dtype: str, mapped: bool, tmp_path: Path) -> Non
 def test_mapped_rows_are_written_once(tmp_path: Path) -> None:
     vectors = torch.randn(50, 8)
     first = VectorMemory(vectors, mapped=tmp_path)
-    (file,) = tmp_path.iterdir()  # no partial one
+    (file,) = tmp_path.glob("*.rows")
+    assert not [*tmp_path.glob("*partial*")]
     assert file.stat().st_size == 4 * vectors.numel()
+    assert not file.stat().st_mode & 0o222  # nobody writes to it by mistake
     written = file.stat().st_mtime_ns
     assert torch.equal(VectorMemory(vectors, mapped=tmp_path).rows, first.rows)
     assert file.stat().st_mtime_ns == written
     VectorMemory(vectors + 1, mapped=tmp_path)
     VectorMemory(vectors, dtype="float16", mapped=tmp_path)
-    assert len([*tmp_path.iterdir()]) == 3
-    file.write_bytes(file.read_bytes()[:-1])  # cut short: written anew
-    assert torch.equal(VectorMemory(vectors, mapped=tmp_path).rows, unit(vectors))
+    assert len([*tmp_path.glob("*.rows")]) == 3
+
+
+@pytest.mark.parametrize("of", ["rows", "sha256"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "removed"])
+def test_mapped_rows_that_are_not_what_was_written_are_written_anew(tmp_path: Path, of: str, damage: str) -> None:
+    vectors = torch.randn(50, 8)
+    VectorMemory(vectors, mapped=tmp_path)
+    (file,) = tmp_path.glob(f"*.{of}")
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "removed":
+        file.write_bytes(content[:-1] if damage == "cut" else content[:5] + bytes([content[5] ^ 1]) + content[6:])
+    memory = VectorMemory(vectors, mapped=tmp_path)
+    assert torch.equal(memory.rows, unit(vectors))
+    assert file.read_bytes() == content
+    memory.check_unchanged()
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
+def test_mapped_rows_that_change_are_noticed(tmp_path: Path, change: str) -> None:
+    vectors = torch.randn(50, 8)
+    VectorMemory(vectors).check_unchanged()
+    memory = VectorMemory(vectors, mapped=tmp_path)
+    memory.check_unchanged()
+    (file,) = tmp_path.glob("*.rows")
+    content = file.read_bytes()
+    if change == "written":
+        file.chmod(0o644)
+        os.utime(file, ns=(0, 0))
+    else:
+        file.unlink()
+    if change == "replaced":
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=r"\.rows was changed or removed while its rows were used; start again"):
+        memory.check_unchanged()
 
 
 def test_a_restored_memory_has_the_rows_to_the_last_bit() -> None:

@@ -1,6 +1,7 @@
 """Parquet folders: the same as .npy ones, with ids in place of rows; every fault is named."""
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from nvf.splits import SPLITS
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+from nvf.parquet import vector_blocks  # noqa: E402  # needs pyarrow
 
 
 @pytest.fixture
@@ -223,6 +225,52 @@ def test_every_fault_is_named(tables: Path, break_it: Callable[[Path], None], me
     break_it(tables)
     with pytest.raises(InputError, match=message):
         read(tables)
+
+
+def test_a_changed_bit_is_found_where_pages_have_checksums(tables: Path) -> None:
+    path = tables / "corpus.parquet"
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    vector = np.array(pq.read_table(path).column("vector")[25].as_py(), dtype=np.float16)
+    content[content.index(vector.tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"corpus.parquet is truncated or not a parquet file .*checksum"):
+        read(tables)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tables: Path) -> None:
+    path = tables / "queries.parquet"
+    blocks = vector_blocks(path, "vector", 7)
+    next(blocks)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"queries.parquet changed while it was read; start again"):
+        list(blocks)
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.sentinel), "w")
+
+
+def test_the_pickle_of_a_type_is_not_loaded(tables: Path, tmp_path: Path) -> None:
+    # Before pyarrow 14.0.1 reading such a type loaded it: CVE-2023-47248.
+    path, sentinel = tables / "corpus.parquet", tmp_path / "sentinel"
+    table, expected = pq.read_table(path), read(tables)[0]
+    kind = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickle.dumps(Malicious(sentinel)),
+    }
+    pq.write_table(table.cast(pa.schema([field.with_metadata(kind) for field in table.schema])), path)
+    assert torch.equal(read(tables)[0].rows, expected.rows)
+    assert not sentinel.exists()
+    pickle.loads(pickle.dumps(Malicious(sentinel)))
+    assert sentinel.exists()  # it would have worked
 
 
 def test_without_pyarrow_the_remedy_is_named(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from nvf.memory import VectorMemory
 from nvf.pipeline import FILES, Pipeline
 from nvf.products import QUERY_BLOCK
 from nvf.reranker import Reranker
+from seals import reseal
 
 
 def queries(count: int = 6, dim: int = 8, seed: int = 1) -> torch.Tensor:
@@ -175,6 +177,10 @@ def test_broken_ids_are_refused(memory: VectorMemory, tmp_path: Path, break_it, 
     memory = VectorMemory.restore(memory.rows, memory.fingerprint, np.arange(30))
     Pipeline(SoftAttention(memory), Reranker(8)).save(tmp_path / "pipeline")
     break_it(tmp_path / "pipeline/ids.json")
+    if (tmp_path / "pipeline/ids.json").exists():
+        with pytest.raises(InputError, match=r"ids.json is damaged, or of another pipeline; save the pipeline again"):
+            Pipeline.load(tmp_path / "pipeline")
+    reseal(tmp_path / "pipeline")
     with pytest.raises(InputError, match=f"{message}.*; save the pipeline again"):
         Pipeline.load(tmp_path / "pipeline")
 
@@ -189,6 +195,7 @@ def test_save_does_not_overwrite_what_is_not_its_own(pipeline: Pipeline, tmp_pat
 def _edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    reseal(folder)
 
 
 def _cut(folder: Path, name: str) -> None:
@@ -206,15 +213,56 @@ BROKEN = {
     "other shape": (lambda f: _edit_config(f, reranker={"hidden": [4, 4]}), "is damaged"),
     "k": (lambda f: _edit_config(f, k=10**9), "k=1000000000 exceeds"),
     "k type": (lambda f: _edit_config(f, k="5"), "k=5 is not a whole number"),
-    "other memory": (
-        lambda f: save_file({"rows": torch.ones(5, 3)}, f / "memory.safetensors"),
-        "is damaged|k=4",
-    ),
-    "weights lack one": (
-        lambda f: save_file(dict(list(load_file(f / "weights.safetensors").items())[1:]), f / "weights.safetensors"),
-        "is damaged",
-    ),
+    "wide": (lambda f: _edit_config(f, attention={"hidden": 10**9}), "should be .1000000000, 8. torch.float32"),
+    "very wide": (lambda f: _edit_config(f, reranker={"kind": "mlp", "hidden": [10**30, 1]}), "is damaged"),
+    "beyond floats": (lambda f: _edit_config(f, reranker={"kind": "mlp", "dropout": 10**400}), "more than 64 bits"),
+    "number": (lambda f: _edit_config(f, memory=3), "a value of another type"),
+    "setting": (lambda f: _edit_config(f, extra=1), "'extra' is no setting of a pipeline"),
+    "deep": (lambda f: (f / "config.json").write_text('{"k":' + "[" * 10**5), "is too deep or too large"),
+    "large": (lambda f: (f / "config.json").write_text(" " * 2**25), "bytes, more than 16777216"),
+    "NaN": (lambda f: _weights(f, lambda w: w.fill_(math.nan)), "has NaN or infinite values"),
+    "whole numbers": (lambda f: _weights(f, lambda w: w.long()), "torch.int64, but should be .* torch.float32"),
+    "rows": (lambda f: _rows(f, torch.ones(30, 8, dtype=torch.float64)), "rows of torch.float64 are none of float32"),
+    "other memory": (lambda f: _rows(f, torch.ones(5, 3)), "but should be"),
+    "weights lack one": (lambda f: _weights(f, lambda w: None), "is missing or unknown among the weights"),
+    "bit in the weights": (lambda f: _flip(f / "weights.safetensors"), "weights.safetensors is damaged"),
+    "bit in the memory": (lambda f: _flip(f / "memory.safetensors"), "memory.safetensors is damaged"),
+    "another k": (lambda f: _replace(f, '"k": 4', '"k": 5'), "config.json is damaged"),
 }
+
+
+def _weights(folder: Path, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Change the first of the weights, and make the hashes right again."""
+    weights = load_file(folder / "weights.safetensors")
+    first = sorted(weights)[0]
+    changed = {**weights, first: change(weights[first])}
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, folder / "weights.safetensors")
+    reseal(folder)
+
+
+def _rows(folder: Path, rows: torch.Tensor) -> None:
+    save_file({"rows": rows}, folder / "memory.safetensors")
+    reseal(folder)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def _replace(folder: Path, old: str, new: str) -> None:
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace(old, new))
+
+
+def test_a_folder_without_hashes_is_an_older_version_s(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "pipeline")
+    config = json.loads((tmp_path / "pipeline/config.json").read_text())
+    assert set(config["sha256"]) == {"memory.safetensors", "weights.safetensors"}
+    older = {name: value for name, value in config.items() if name not in ("sha256", "digest")}
+    (tmp_path / "pipeline/config.json").write_text(json.dumps(older))
+    mine, theirs = pipeline.search(queries()), Pipeline.load(tmp_path / "pipeline").search(queries())
+    assert torch.equal(mine.probabilities, theirs.probabilities)
 
 
 @pytest.mark.parametrize(("break_it", "message"), BROKEN.values(), ids=BROKEN)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvf.crossentropy import cross_entropy, sampled_cross_entropy
+from nvf.crossentropy import check_targets, cross_entropy, sampled_cross_entropy
 from nvf.errors import InputError, check_number
 from nvf.memo import Memo
 from nvf.memory import VectorMemory, check_k
@@ -15,6 +15,7 @@ from nvf.products import TopK, blockwise_topk, inner_products, weighted_sum
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
 KEYS = ("frozen", "learned")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = 2048  # rows up to which the loss is faster from all logits at once: see docs/performance.md
 
 
@@ -63,8 +64,11 @@ class SoftAttention(nn.Module):
     Keys are the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the
     values V stay frozen. The bias b, one number a row, corrects hubs; it is there if `biased`, zero until it is set.
 
+    Queries of other float types are taken in that of the weights; what is NaN in a query is NaN in all it touches.
+
     Raises:
-        InputError: an unknown transform or kind of keys, or a beta that is not positive and finite.
+        InputError: an unknown transform or kind of keys, a beta that is not positive and finite; and from every method
+            queries that are not floats, (..., D).
     """
 
     bias: Tensor | None
@@ -128,7 +132,7 @@ class SoftAttention(nn.Module):
 
     def moved(self, queries: Tensor) -> Tensor:
         """z, (B, D)."""
-        moved = self.transform(queries)
+        moved = self.transform(checked(queries, self.memory.dim).to(self.log_beta.dtype))
         return F.normalize(moved, dim=-1) if self.normalize else moved
 
     def transformed(self, queries: Tensor) -> Tensor:
@@ -148,7 +152,12 @@ class SoftAttention(nn.Module):
         return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """`attention_loss` of the logits, to its first gradient; above WHOLE rows it never holds the (B, N) of them."""
+        """`attention_loss` of the logits, to its first gradient; above WHOLE rows it never holds the (B, N) of them.
+
+        Raises:
+            InputError: targets that are no rows, see `check_targets`.
+        """
+        check_targets(targets, len(queries), len(self.memory))
         if len(self.memory) <= WHOLE:
             return attention_loss(self(queries), targets)
         return cross_entropy(self.project(queries), self.keys(), targets)
@@ -163,11 +172,25 @@ class SoftAttention(nn.Module):
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
         """The k rows of highest attention and their logits, and if asked the log-sum-exp over all rows; in blocks.
 
+        Of equal rows the smallest come first, see `products.settle`.
+
         Raises:
             InputError: k is not in 1..N.
         """
         check_k(k, len(self.memory))
         return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
+
+
+def checked(queries: Tensor, dim: int) -> Tensor:
+    """The queries, if they are floats, (..., D)."""
+    form = f"give floats, (..., {dim})"
+    if not isinstance(queries, Tensor):
+        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {form}")
+    if queries.shape[-1:] != (dim,):
+        raise InputError(f"queries have shape {tuple(queries.shape)}; {form}")
+    if queries.dtype not in FLOATS:
+        raise InputError(f"queries have type {queries.dtype}; {form}")
+    return queries
 
 
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,14 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from nvf.archives import fill, read_tensors
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, one_line
 from nvf.memory import VectorMemory
+from nvf.pipeline import DAMAGE
 from nvf.queries import Recorded, Source, fingerprint
+from nvf.records import is_whole, own_file, read_record, sealed, sha256
 from nvf.whole import written_whole
 
 log = logging.getLogger("nvf")
@@ -42,28 +45,36 @@ class Entry:
 
     def read(self, memory: VectorMemory, folder: Path) -> Kept | None:
         """What is kept, its checkpoints and curves copied into a run's folder; None if there is nothing whole."""
-        if not self.path.is_dir():
+        if not self.path.exists():
             return None
         try:
-            about = json.loads((self.path / "about.json").read_text())
-            attention = SoftAttention(memory, **about["settings"])
-            attention.load_state_dict(load_file(self.path / "attention.safetensors"))
+            about, weights = read_record(self.path / "about.json"), self.path / "attention.safetensors"
+            if not own_file(weights) or not is_whole(about) or sha256(weights) != about["sha256"]:
+                raise ValueError("it is not what was kept")
+            with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+                attention = SoftAttention(memory, **about["settings"])
+            fill(attention, read_tensors(weights))
             for part in LEFT_BY_A_FIT:
+                if any(path.is_symlink() for path in (self.path / part, *(self.path / part).rglob("*"))):
+                    raise ValueError(f"there are links in {part}")
                 if (self.path / part).is_dir():
                     shutil.copytree(self.path / part, folder / part, dirs_exist_ok=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
+        except DAMAGE as fault:
             log.warning("%s is damaged (%s); stage 1 is fitted anew", self.path, one_line(fault))
             return None
         return Kept(attention.to(memory.rows.device).requires_grad_(False), about)
 
     def write(self, kept: Kept, folder: Path) -> None:
         """Keep a stage 1, with the checkpoints and the curves that its fit left in a run's folder."""
+        if not self.path.is_dir() or self.path.is_symlink():
+            self.path.unlink(missing_ok=True)  # whatever it is, it is no entry
         with written_whole(self.path) as partial:
             partial.mkdir()
-            about = {"settings": kept.attention.settings, **kept.about}
-            (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
             weights = {name: tensor.cpu().contiguous() for name, tensor in kept.attention.state_dict().items()}
             save_file(weights, partial / "attention.safetensors")
+            hashed = {"sha256": sha256(partial / "attention.safetensors")}
+            about = sealed({"settings": kept.attention.settings, **kept.about, **hashed})
+            (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
             for part in LEFT_BY_A_FIT:
                 if (folder / part).is_dir():
                     shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns("last.ckpt"))

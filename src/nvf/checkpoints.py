@@ -6,13 +6,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
+from nvf.archives import fill, read_archive
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, one_line
 from nvf.memory import VectorMemory
 from nvf.modules import RerankerModule, StageModule
-from nvf.pipeline import Pipeline
+from nvf.pipeline import DAMAGE, Pipeline
+from nvf.records import check_settings
 
 REMEDIES = {
     "stage": "name a run's checkpoints/{}/best.ckpt",
@@ -31,7 +33,7 @@ def load_attention(attention: SoftAttention, path: str | Path) -> None:
     """
     about, weights = _read(path, "attention")
     _compare(about, describe(attention), path, "attention")
-    attention.load_state_dict(weights)
+    _fill(attention, weights, path, "attention")
     attention.requires_grad_(False)
 
 
@@ -44,12 +46,11 @@ def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
     about, weights = _read(path, "reranker")
     _compare(about, {"memory": memory.fingerprint}, path, "reranker")
     try:
-        attention = SoftAttention(memory, **about["settings"])
-        attention.load_state_dict(_under("attention.", weights))
-    except (KeyError, TypeError, ValueError, RuntimeError) as fault:
-        raise InputError(
-            f"reranker_checkpoint={path} is damaged ({one_line(fault)}); {REMEDIES['stage'].format('reranker')}"
-        ) from None
+        with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+            attention = SoftAttention(memory, **about["settings"])
+    except DAMAGE as fault:
+        raise _damaged(path, "reranker", fault) from None
+    _fill(attention, _under("attention.", weights), path, "reranker")
     return attention.requires_grad_(False)
 
 
@@ -62,10 +63,11 @@ def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
     about, weights = _read(path, "reranker")
     mine = describe(pipeline)
     _compare(about, {name: mine[name] for name in ("memory", "reranker", "k")}, path, "reranker")
-    pipeline.reranker.load_state_dict(_under("reranker.", weights))
+    _fill(pipeline.reranker, _under("reranker.", weights), path, "reranker")
     if pipeline.evidence is not None:
         log = _under("evidence.", weights)
-        if any(not torch.equal(log[name], kept.cpu()) for name, kept in pipeline.evidence.state_dict().items()):
+        kept = pipeline.evidence.state_dict()
+        if log.keys() != kept.keys() or any(not _equal(log[name], mine.cpu()) for name, mine in kept.items()):
             raise InputError(f"reranker_checkpoint={path} was made with another log of queries; {REMEDIES['memory']}")
 
 
@@ -91,19 +93,37 @@ class Describe(Callback):
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a checkpoint says of itself, and its weights."""
     path, remedy = Path(path), REMEDIES["stage"].format(kind)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{kind}_checkpoint={path} does not exist; {remedy}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_archive(path)
         about, weights = checkpoint["nvf"], _under("model.", checkpoint["state_dict"])
         stage = about["stage"]
+        if not isinstance(about, dict) or not isinstance(stage, str):
+            raise TypeError("what it says of itself is of another type")
+        check_settings(about)
     except Exception as fault:  # whatever a damaged file makes torch raise
         raise InputError(
-            f"{kind}_checkpoint={path} is truncated or not a checkpoint of NVF ({type(fault).__name__}); {remedy}"
+            f"{kind}_checkpoint={path} is truncated or not a checkpoint of NVF ({one_line(fault)}); {remedy}"
         ) from None
     if (stage == "attention") != (kind == "attention"):
         raise InputError(f"{kind}_checkpoint={path} has stage {stage}, but this run {kind}; {remedy}")
     return about, weights
+
+
+def _equal(found: Any, mine: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.dtype == mine.dtype and torch.equal(found, mine)
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path, kind: str) -> None:
+    try:
+        fill(model, weights)
+    except DAMAGE as fault:
+        raise _damaged(path, kind, fault) from None
+
+
+def _damaged(path: str | Path, kind: str, fault: BaseException) -> InputError:
+    return InputError(f"{kind}_checkpoint={path} is damaged ({one_line(fault)}); {REMEDIES['stage'].format(kind)}")
 
 
 def _compare(about: dict[str, Any], mine: dict[str, Any], path: str | Path, kind: str) -> None:

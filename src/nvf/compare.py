@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvf.comparison_runs import METRICS, Interval, Row, gather
-from nvf.comparison_settings import MISSING, columns, printable, shown, written
+from nvf.comparison_settings import MISSING, columns, printable, short, shown, written
 from nvf.errors import InputError
 from nvf.options import Option, path, run
 from nvf.significance import MCNEMAR, T_TEST, tested
@@ -60,19 +60,19 @@ class Comparison:
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        head, *body = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
+        head, *body = [[_in_markdown(cell, "\\|<[`") for cell in row] for row in self._cells()]
         rule = ["---" if i <= len(self.columns) else "---:" for i in range(len(head))]
         table = [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
-        return "\n".join([*table, "", *(f"- {line}".replace("*", "\\*") for line in self._lines())])
+        return "\n".join([*table, "", *(f"- {_in_markdown(line, '*<[`')}" for line in self._lines())])
 
     def csv(self) -> str:
         """A line a setting, in full precision, shares in 0..1; what does not exist is empty."""
         ends = [f"{figure}_{end}" for figure in FIGURES for end in Interval._fields]
         file = io.StringIO()
         out = csv.writer(file, lineterminator="\n")
-        out.writerow([*self.columns, "best", "n", "fitted", *ends, "p", "p_test"])
+        out.writerow([*map(printable, self.columns), "best", "n", "fitted", *ends, "p", "p_test"])
         for row in self.rows:
-            settings = [written(row.value(name)) for name in self.columns]
+            settings = [printable(written(row.value(name))) for name in self.columns]
             shares = [end for figure in FIGURES for end in row.figures[figure] or ("", "", "")]
             best = str(row is self.rows[0]).lower()
             p = ("" if row.p is None else row.p, row.p_test or "")
@@ -105,7 +105,15 @@ class Comparison:
 
     def _cells(self) -> list[list[str]]:
         title = METRICS[self.metric]
-        head = ["", *map(printable, self.columns), "seeds", f"val {title}", f"test {title}", "stage 1", "coverage"]
+        head = [
+            "",
+            *(short(printable(name)) for name in self.columns),
+            "seeds",
+            f"val {title}",
+            f"test {title}",
+            "stage 1",
+            "coverage",
+        ]
         cells = [[*head, "exact", "oracle", "p vs best"]]
         for row in self.rows:
             shares = ["-" if row.figures[name] is None else f"{100 * row.share(name):.1f}" for name in FIGURES]
@@ -138,9 +146,16 @@ class Comparison:
             lines.append(f"p vs best: {tests}; not corrected for the number of rows")
         if self.following:
             more = len(self.following) - 6
-            names = ", ".join(map(printable, self.following[:6])) + (f" and {more} more" if more > 0 else "")
+            names = ", ".join(short(printable(name)) for name in self.following[:6]) + (
+                f" and {more} more" if more > 0 else ""
+            )
             lines.append(f"follow from the settings shown: {names}")
         return lines + [printable(note) for note in self.notes]
+
+
+def _in_markdown(text: str, signs: str) -> str:
+    """With the signs as they are, so that no setting ends a cell, or brings a link, a picture or a tag."""
+    return "".join(f"\\{c}" if c in signs else c for c in text)
 
 
 def compare(folders: Sequence[Path], metric: str = "top1") -> Comparison:

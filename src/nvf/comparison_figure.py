@@ -131,7 +131,7 @@ def _panel(axes: Axes, rows: Sequence[Row], column: str, others: Sequence[str], 
         axes.errorbar(
             line.x + shifts[i],
             line.middle,
-            yerr=[line.middle - line.low, line.high - line.middle],
+            yerr=[(line.middle - line.low).clip(0), (line.high - line.middle).clip(0)],  # a file may say anything
             color=colours[i],
             marker=MARKERS[i],
             markersize=5,

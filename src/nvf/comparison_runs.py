@@ -1,6 +1,5 @@
 """The runs that a comparison is made of: every results.json, read, and put together where only the seeds differ."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from nvf.comparison_settings import MISSING, flatten, ignored, is_number, key, order
+from nvf.comparison_settings import MISSING, flatten, ignored, is_number, key, order, printable
+from nvf.records import read_record
 
 METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
+AGREES = 0.5  # of a query: a share in results.json may be a float32, its number of queries is whole
 
 
 class Interval(NamedTuple):
@@ -34,15 +35,22 @@ class Run:
     fitted: str  # last: pipeline, or attention
     figures: dict[str, Interval | None]  # validation and test of what was fitted last, stage1, coverage, exact, oracle
     fingerprints: tuple[str, str] | None  # of memory and test queries; None in files that lack one
+    top1: float  # test Top-1 of what was fitted last
 
     def answered(self) -> np.ndarray | None:
-        """Which test queries the fitted model ranks first, (B,) bool; None where that was not saved."""
+        """Which test queries the fitted model ranks first, (B,) bool; None where that was not saved, or is damaged."""
+        path = self.path.with_name("answered.npy")
         try:
-            answered = np.load(self.path.with_name("answered.npy"), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            if not path.is_file():
+                return None
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which is never larger than the file
+            sound = isinstance(mapped, np.ndarray) and mapped.ndim == 1 and mapped.dtype == bool
+            answered = np.array(mapped) if sound else None
+        except Exception:  # there is no end of what a damaged header makes numpy raise
             return None
-        sound = isinstance(answered, np.ndarray) and answered.ndim == 1 and answered.dtype == bool
-        return answered if sound else None
+        if answered is None or not len(answered) or answered.view(np.uint8).max() > 1:
+            return None
+        return answered if abs(int(answered.sum()) - self.top1 * len(answered)) < AGREES else None
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,9 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     for path in paths:
         try:
             runs.append(read_run(path, metric))
-        except (OSError, ValueError, RecursionError) as fault:
+        except (OSError, ValueError) as fault:
             reason = " ".join(str(fault).split())[:120]
-            notes.append(f"{path} is left out, {reason}: delete it, or run its setting again")
+            notes.append(printable(f"{path} is left out, {reason}: delete it, or run its setting again"))
     newest: dict[Any, dict[Any, Run]] = {}
     replaced = []
     for run in sorted(runs, key=lambda run: run.modified):
@@ -122,7 +130,7 @@ def read_run(path: Path, metric: str) -> Run:
     Raises:
         ValueError: it is no results.json, or an old one that lacks the metric.
     """
-    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    found = read_record(path)
     config, test, val = (_mapping(found, name) for name in ("config", "test", "val"))
     fitted = "attention" if val.get("pipeline") is None else "pipeline"
     figures = {
@@ -144,11 +152,8 @@ def read_run(path: Path, metric: str) -> Run:
         fitted=fitted,
         figures=figures,
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
+        top1=_interval(_mapping(test, fitted), "top1").value,
     )
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
 
 
 def _mapping(of: Any, name: str) -> dict[str, Any]:

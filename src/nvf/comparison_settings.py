@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 IGNORED = ("cache", "resume", "threads")  # what leaves the figures as they are
 IGNORED_GROUPS = ("dashboards.", "hydra.")
 IGNORED_IN_TRAINER = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+DEPTH = 20
+LONGEST = 80  # characters of a cell
 # Each of these brings other settings along.
 CHOICES = ("data.name", "queries.name", "stage.name", "attention.transform", "reranker.kind")
 
@@ -19,12 +21,31 @@ class Missing:
 MISSING = Missing()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under their dotted names; lists are values."""
+def flatten(config: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> dict[str, Any]:
+    """Nested settings under their dotted names; lists are values.
+
+    Raises:
+        ValueError: they are nested deeper than any settings of ours.
+    """
+    if depth == 0:
+        raise ValueError(f"its settings are more than {DEPTH} deep")
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.", depth - 1)
+        else:
+            check_depth(value, depth - 1)
+            flat[f"{prefix}{name}"] = value
     return flat
+
+
+def check_depth(value: Any, depth: int) -> None:
+    """Raise a ValueError where lists and objects are nested so deep that writing them would fail."""
+    if isinstance(value, list | dict):
+        if depth == 0:
+            raise ValueError(f"its settings are more than {DEPTH} deep")
+        for part in value.values() if isinstance(value, dict) else value:
+            check_depth(part, depth - 1)
 
 
 def ignored(name: str) -> bool:
@@ -72,7 +93,12 @@ def shown(value: Any) -> str:
     """A setting's value for people: a number in four digits, - where it has none."""
     if value is MISSING:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) and is_number(value) else printable(written(value))
+    return f"{value:.4g}" if isinstance(value, float) and is_number(value) else short(printable(written(value)))
+
+
+def short(text: str) -> str:
+    """Of a long text both ends: a table has no room for more, nor has a figure."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
 
 
 def written(value: Any) -> str:

@@ -11,13 +11,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nvf.products import LOG2_E, RunningLogSumExp, products, score_block
+from nvf.errors import InputError
+from nvf.products import LOG2_E, RunningLogSumExp, may_look, products, score_block
 
 
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
     """The exact loss, from queries (B, D), keys (N, D) of any float type, and targets (B, m)."""
     right = scores_of(queries, keys[targets.clamp(min=0)], targets)
     return (logsumexp(queries, keys) - right.logsumexp(dim=-1)).mean()
+
+
+def check_targets(targets: Tensor, queries: int, rows: int) -> None:
+    """Raise an InputError unless targets are (B, m) int64 rows of the memory, padded with -1, one a query at least.
+
+    Their values are looked at on the CPU alone, outside of transforms and traces.
+    """
+    remedy = f"give each of the {queries} queries rows in 0..{rows - 1}, padded with -1"
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 2:
+        about = f"shape {tuple(targets.shape)} and type {targets.dtype}" if isinstance(targets, Tensor) else "no shape"
+        raise InputError(f"targets have {about}, not (B, m) and int64; {remedy}")
+    if len(targets) != queries or targets.shape[1] == 0:
+        raise InputError(f"targets have shape {tuple(targets.shape)}; {remedy}")
+    if not may_look(targets) or len(targets) == 0:
+        return
+    lowest, highest = (int(value) for value in targets.aminmax())
+    if lowest < -1 or highest >= rows:
+        raise InputError(f"targets hold the row {highest if highest >= rows else lowest}; {remedy}")
+    if lowest < 0 and (missing := (targets < 0).all(dim=-1)).any():
+        raise InputError(f"targets: query {int(missing.nonzero()[0])} has none; {remedy}")
 
 
 def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:

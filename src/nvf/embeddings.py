@@ -23,7 +23,7 @@ import torch
 from nvf import npy
 from nvf.errors import InputError
 from nvf.ids import FILE, read_ids, target_rows
-from nvf.memory import VectorMemory, check_dim, check_vectors, unit
+from nvf.memory import VectorMemory, check_dim, unit
 from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS, deal, repeats
 
@@ -41,12 +41,10 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
     if _corpus_format(folder) == "parquet":
         from nvf.parquet import read_corpus  # needs pyarrow, which is an extra
 
-        vectors, ids = read_corpus(folder / "corpus.parquet", columns)
-        return VectorMemory(vectors, ids=ids, **stored)
-    path = folder / "corpus.npy"
-    vectors = npy.map_vectors(path, "the vectors of your items; corpus.parquet would do as well")
+        rows, ids = read_corpus(folder / "corpus.parquet", columns)
+        return VectorMemory(rows, ids=ids, **stored)
+    vectors = npy.open_vectors(folder / "corpus.npy", "the vectors of your items; corpus.parquet would do as well")
     given = read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
-    check_vectors(vectors, str(path), given)
     return VectorMemory(vectors, ids=given, **stored)
 
 

@@ -1,7 +1,9 @@
 """The one error that a user is meant to read, and the check that raises most of it."""
 
-import math
+import sys
 from typing import Any
+
+LARGEST = sys.float_info.max  # Python's whole numbers go beyond it
 
 
 class InputError(ValueError):
@@ -25,7 +27,8 @@ def check_number(
         for word, limit in (("of at least", minimum), ("above", above), ("below", below))
         if limit is not None
     ]
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    fits = fits and abs(value) <= LARGEST  # NaN is not
     if (
         not fits
         or (minimum is not None and value < minimum)

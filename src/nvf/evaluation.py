@@ -17,7 +17,7 @@ from nvf.attention import SoftAttention
 from nvf.index import approximate_topk
 from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
-from nvf.products import QUERY_BLOCK, blockwise_topk, inner_products
+from nvf.products import QUERY_BLOCK, blockwise_topk, first_topk, inner_products
 from nvf.queries import QueryBatch, score_blocks
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
@@ -82,7 +82,7 @@ def evaluate(
             scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates
         else:
             scores["attention"] = model(queries)
-            candidates = scores["attention"].topk(k, dim=-1).indices
+            candidates = first_topk(scores["attention"], k)
         ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
         covered.update(ranks[last][are_targets(candidates, targets).any(dim=-1)])
         for method in ranks.keys() & first.keys():
@@ -185,7 +185,7 @@ class _Counts(nn.Module):
         """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""
         ranks = target_ranks(scores, targets)
         self.ranks.update(ranks)
-        gains = are_targets(scores.topk(min(max(self.k, DEEPEST), scores.shape[1])).indices, targets)
+        gains = are_targets(first_topk(scores, min(max(self.k, DEEPEST), scores.shape[1])), targets)
         self.ndcg.update(ndcg(gains[:, :DEEPEST], targets))
         self.recall.update(recall(gains[:, : self.k], targets))
         if known is not None:

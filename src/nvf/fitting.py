@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
+from nvf.archives import read_archive
 from nvf.checkpoints import Describe
 from nvf.data import VectorDataModule
 from nvf.divergence import StopOnNaN
@@ -89,7 +89,7 @@ def fit(
             os.replace(start, best)
         start.unlink(missing_ok=True)
     trainer.strategy.barrier()  # now the best checkpoint is what all processes load
-    checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+    checkpoint = read_archive(best)
     module.load_state_dict(checkpoint["state_dict"])
     module.requires_grad_(False)
     return Fitted(0 if start_wins else checkpoint["epoch"] + 1, fitted.gradients.summary())

@@ -1,6 +1,7 @@
 """Ids of a memory's rows, integers or strings: their checks, their file, and the rows they stand for."""
 
 import json
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -12,6 +13,13 @@ from nvf.errors import InputError
 
 FILE = "ids.json"
 REMEDY = "give each row an integer or a string of its own"
+_REPR = reprlib.Repr()
+_REPR.maxstring, _REPR.maxlong = 200, 60  # a UUID is shown whole
+
+
+def shown(value: Any) -> str:
+    """What a file holds in place of an id or a text, for an error: of bounded length, however long it is."""
+    return _REPR.repr(value)
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
@@ -27,14 +35,18 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     for row, value in enumerate(values):
         if not isinstance(value, wanted) or isinstance(value, bool):
             kind = "the type of the first" if row else "an integer or a string"
-            raise InputError(f"{name}: row {row} has the id {value!r}, which is not {kind}; {remedy}")
+            raise InputError(f"{name}: row {row} has the id {shown(value)}, which is not {kind}; {remedy}")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InputError(f"{name}: row {row} has the id {shown(value)}, which holds half a character; {remedy}")
     if len(set(values)) < rows:
         first: dict[Any, int] = {}
         row, value = next((row, value) for row, value in enumerate(values) if first.setdefault(value, row) != row)
-        raise InputError(f"{name}: row {row} has the id {value!r} of row {first[value]}; {remedy}")
+        raise InputError(f"{name}: row {row} has the id {shown(value)} of row {first[value]}; {remedy}")
     array = np.array(values, dtype=object if wanted is str else None)
     if wanted is Integral and array.dtype.kind not in "iu":
-        raise InputError(f"{name}: the ids {min(values)} to {max(values)} do not fit into 64 bits; {remedy}")
+        raise InputError(
+            f"{name}: the ids {shown(min(values))} to {shown(max(values))} do not fit into 64 bits; {remedy}"
+        )
     return array
 
 
@@ -48,7 +60,7 @@ def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
         raise InputError(f"{path} is missing; {remedy}")
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as fault:
+    except (ValueError, RecursionError, OSError) as fault:
         raise InputError(f"{path} is truncated or not JSON ({fault}); {remedy}") from None
     if not isinstance(ids, list):
         raise InputError(f"{path} holds no list; {remedy}")
@@ -80,8 +92,8 @@ def target_rows(ids: np.ndarray | None, targets: np.ndarray, counts: np.ndarray,
         first = int(unknown.argmax())
         query = int(np.repeat(np.arange(len(counts)), counts)[first])
         raise InputError(
-            f"{name}: row {query}: target {targets.tolist()[first]!r} is not an id of the memory, whose first is "
-            f"{ids.tolist()[0]!r} ({int(unknown.sum())} such targets); correct or remove them"
+            f"{name}: row {query}: target {shown(targets.tolist()[first])} is not an id of the memory, whose first is "
+            f"{shown(ids.tolist()[0])} ({int(unknown.sum())} such targets); correct or remove them"
         )
     rows = np.full((len(counts), int(counts.max())), -1)
     rows[np.arange(rows.shape[1]) < counts[:, None]] = found

@@ -7,7 +7,6 @@ may crash with `OMP: Error #15` or a segmentation fault (github.com/faiss-wheels
 take both from conda-forge, which has one runtime for all, or try OMP_NUM_THREADS=1 in the environment (not tried here).
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nvf.archives import read_tensors
 from nvf.errors import InputError, check_number, one_line
+from nvf.index_files import packed, unpacked
 from nvf.memo import Memo
 from nvf.products import TopK, blockwise_topk
+from nvf.records import own_file, sha256
 from nvf.streams import stream
 
-FILE = "index.faiss"
+FILE, OLD_FILE = "index.safetensors", "index.faiss"
 # Whoever names no settings gets these: conf/index/ has the same, with what each of them does.
 KINDS: dict[str, dict[str, int | None]] = {
     "flat": {},
@@ -56,7 +60,7 @@ class Index:
         if kind == "ivf":
             made.nprobe = settings["nprobe"]
         else:
-            made.hnsw.efSearch = settings["ef_search"]
+            made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
         count = len(self)
         chosen = torch.randperm(count, generator=stream(0, "index sample"))[:SAMPLE]
         self.sample = chosen.sort().values  # rows that are drawn once, so that one query gets one answer
@@ -89,9 +93,9 @@ class Index:
             )
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write the FAISS object, and return what `read_index` wants to know beside it."""
-        _faiss().write_index(self._made, str(path))
-        return {"kind": self.kind, "settings": self.settings, "sha256": _sha256(path)}
+        """Write what it adds to its keys, and return what `read_index` wants to know beside it."""
+        save_file(packed(_faiss(), self._made, self.kind), path)
+        return {"kind": self.kind, "settings": self.settings, "sha256": sha256(path)}
 
 
 def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Index | None:
@@ -170,38 +174,34 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
     Args:
         path: the file.
         about: what `write` returned.
-        keys: that it must be of.
+        keys: that it is made of again.
 
     Raises:
         InputError: the file is missing, is not the one that was written, or is no such index over so many keys.
     """
     remedy = "save the pipeline again, or search exactly with index=flat, Pipeline.load(..., index=False)"
-    if not path.is_file():
-        raise InputError(f"{path} is missing; {remedy}")
+    if (old := path.with_name(OLD_FILE)).exists() and not path.exists():
+        raise InputError(
+            f"{old} is an older version's, which cannot be checked before it is used; build the index again and "
+            f"{remedy}"
+        )
+    if not own_file(path):
+        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
     try:
         faiss = _faiss()
     except InputError as fault:
         logging.getLogger("nvf").warning("%s: searched exactly instead: %s", path, fault)
         return None
     kind, settings = about["kind"], about["settings"]
-    if kind not in KINDS or kind == "flat" or set(settings) != set(KINDS[kind]):
+    if kind not in ("ivf", "hnsw") or set(settings) != set(KINDS[kind]):
         raise InputError(f"{path}: kind {kind!r} with settings {settings} is unknown; {remedy}")
     check_index({"kind": kind, **settings}, rows=len(keys))
-    if _sha256(path) != about["sha256"]:  # a damaged graph could lead a search out of its memory
+    if sha256(path) != about["sha256"]:
         raise InputError(f"{path} is damaged, or of another pipeline; {remedy}")
     try:
-        made = faiss.read_index(str(path))
-    except RuntimeError as fault:
-        raise InputError(f"{path} cannot be read ({one_line(fault)}); {remedy}") from None
-    expected = faiss.IndexIVFFlat if kind == "ivf" else faiss.IndexHNSWFlat
-    if not isinstance(made, expected) or made.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise InputError(f"{path} holds no {kind} index of inner products; {remedy}")
-    if (made.ntotal, made.d) != tuple(keys.shape):
-        raise InputError(
-            f"{path} has {made.ntotal} keys of width {made.d}, but the pipeline {len(keys)} of width {keys.shape[1]}; "
-            f"{remedy}"
-        )
-    return Index(made, kind, settings)
+        return Index(unpacked(faiss, read_tensors(path), kind, settings, _array(keys)), kind, settings)
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError, SafetensorError) as fault:
+        raise InputError(f"{path} does not fit the pipeline ({one_line(fault)}); {remedy}") from None
 
 
 @torch.no_grad()
@@ -242,11 +242,6 @@ def _logsumexp_of_rest(queries: Tensor, found: Tensor, sample: Tensor, sampled: 
 
 def _array(keys: Tensor) -> Any:
     return keys.detach().float().cpu().contiguous().numpy()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _faiss() -> Any:

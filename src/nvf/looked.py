@@ -10,7 +10,7 @@ from torch import Tensor
 from nvf.attention import SoftAttention
 from nvf.metrics import target_ranks
 from nvf.pipeline import Pipeline
-from nvf.products import inner_products
+from nvf.products import first_topk, inner_products
 from nvf.queries import QueryBatch, score_blocks
 
 
@@ -51,7 +51,7 @@ def look(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: 
             part["ranks"]["oracle"] = exact if same else target_ranks(inner_products(queries, oracle), targets)
         for method, (scores, total) in scored(model, queries).items():
             if method == "stage 1":
-                rows = scores.topk(k, dim=-1).indices
+                rows = first_topk(scores, k)
             part["ranks"][method] = target_ranks(scores, targets)
             part["confidences"][method] = (scores.amax(dim=-1) - total).exp()
             part["probabilities"][method] = (scores.gather(-1, rows) - total.unsqueeze(-1)).exp()

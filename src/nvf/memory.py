@@ -2,8 +2,9 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number, one_line
 from nvf.ids import checked_ids
+from nvf.mapped import RowsFile, as_bytes, mapped_rows
 from nvf.products import TopK, blockwise_topk
 from nvf.streams import stream
-from nvf.whole import written_whole
+
+if TYPE_CHECKING:
+    from nvf.npy import ArrayFile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BLOCK = 2**22  # numbers that are scaled at a time
@@ -27,55 +31,57 @@ class VectorMemory(nn.Module):
     name their memory by `fingerprint`, the SHA-256 of the vectors as given, instead.
 
     Args:
-        vectors: (N, D).
+        vectors: (N, D), or a file of them, of which one block is held at a time.
         ids: what the user calls the rows, (N,) integers or strings; no part of the fingerprint.
-        fingerprint: of the vectors, where it is known.
         dtype: of the rows: float32, or in half the room float16 or bfloat16; what is computed with them is float32.
         mapped: a folder for the rows, which are then read from the disk where they are needed; None holds them.
 
     Raises:
         InputError: not a matrix of floats, empty, a row that is zero or not finite, an unknown dtype, a folder that
-            cannot be written, or ids that are not one a row, of one type and all different.
+            cannot be written, a file that changes meanwhile, or ids that are not one a row, of one type and all
+            different.
     """
 
     rows: Tensor
+    file: RowsFile | None = None  # that the rows are read from
 
     def __init__(
         self,
-        vectors: Tensor,
+        vectors: "Tensor | ArrayFile",
         *,
         ids: np.ndarray | None = None,
-        fingerprint: str | None = None,
         dtype: str = "float32",
         mapped: str | Path | None = None,
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"data.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
-        self._keep(vectors, ids)
-        self.fingerprint = fingerprint or _sha256(vectors)
+        shape, kind = _shape_and_type(vectors)
+        if len(shape) != 2 or not kind.is_floating_point or 0 in shape:
+            raise InputError(f"memory has shape {shape} and type {kind}; give non-empty floats, (N, D)")
+        self.ids = None if ids is None else checked_ids(ids, shape[0], "memory")
+        digest = hashlib.sha256(f"{kind} {shape}".encode())
         if mapped is None:
-            rows = torch.empty(vectors.shape, dtype=DTYPES[dtype], device=vectors.device)
-            _fill(rows, vectors)
+            device = vectors.device if isinstance(vectors, Tensor) else None
+            rows = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+            start = 0
+            for block in _checked(vectors, digest, self.ids):
+                rows[start : start + len(block)].copy_(unit(block))
+                start += len(block)
         else:
-            rows = _mapped(vectors, DTYPES[dtype], Path(mapped) / f"{self.fingerprint.partition(':')[2]}-{dtype}.rows")
+            for _ in _checked(vectors, digest, self.ids):  # the rows' file is named by the hash
+                pass
+            rows, self.file = _mapped(vectors, shape, digest.hexdigest(), DTYPES[dtype], Path(mapped))
+        self.fingerprint = f"sha256:{digest.hexdigest()}"
         self.register_buffer("rows", rows, persistent=False)
-
-    def _keep(self, vectors: Tensor, ids: np.ndarray | None) -> None:
-        """Check everything, and keep the ids."""
-        if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.numel() == 0:
-            raise InputError(
-                f"memory has shape {tuple(vectors.shape)} and type {vectors.dtype}; give non-empty floats, (N, D)"
-            )
-        self.ids = None if ids is None else checked_ids(ids, len(vectors), "memory")
-        check_vectors(vectors, "memory", self.ids)
 
     @classmethod
     def restore(cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None) -> "VectorMemory":
         """A memory with the rows of another one, kept to the last bit, its fingerprint and its ids."""
         memory = cls.__new__(cls)
         nn.Module.__init__(memory)
-        memory._keep(rows, ids)
+        memory.ids = None if ids is None else checked_ids(ids, len(rows), "memory")
+        check_vectors(rows, "memory", memory.ids)
         memory.fingerprint = fingerprint
         memory.register_buffer("rows", rows, persistent=False)
         return memory
@@ -105,6 +111,11 @@ class VectorMemory(nn.Module):
     def dim(self) -> int:
         """D, the number of dimensions."""
         return self.rows.shape[1]
+
+    def check_unchanged(self) -> None:
+        """Raise an InputError if the rows are read from a file that is no longer what it was."""
+        if self.file is not None:
+            self.file.check_unchanged()
 
     def take(self, rows: Tensor) -> Tensor:
         """The vectors of some rows, (...) -> (..., D), in float32 if they are kept in less."""
@@ -151,26 +162,39 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize((wide / wide.abs().amax(dim=-1, keepdim=True)).float(), dim=-1)
 
 
-def _fill(rows: Tensor, vectors: Tensor) -> None:
-    """Write the vectors' unit rows, a block at a time: what is between fits a cache."""
-    size = max(1, BLOCK // rows.shape[1])
-    for ours, given in zip(rows.split(size), vectors.split(size), strict=True):
-        ours.copy_(unit(given))
+def _shape_and_type(vectors: "Tensor | ArrayFile") -> tuple[tuple[int, ...], torch.dtype]:
+    sample = vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.empty(0, vectors.dtype))
+    return tuple(vectors.shape), sample.dtype
 
 
-def _mapped(vectors: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
-    """Unit rows in a file, written if it is not there already, and mapped: what is not used takes no memory."""
-    count = vectors.numel()
+def _checked(vectors: "Tensor | ArrayFile", digest: Any, ids: np.ndarray | None) -> Iterator[Tensor]:
+    """The vectors, a block at a time, small enough for a cache; after the last all are hashed and checked."""
+    size, found = max(1, BLOCK // vectors.shape[1]), []
+    for block in vectors.split(size) if isinstance(vectors, Tensor) else map(torch.from_numpy, vectors.blocks(size)):
+        digest.update(as_bytes(block))
+        found.append(largest(block))
+        yield block
+    check_largest(torch.cat(found), "memory" if isinstance(vectors, Tensor) else str(vectors.path), ids)
+
+
+def _mapped(
+    vectors: "Tensor | ArrayFile", shape: tuple[int, ...], content: str, dtype: torch.dtype, folder: Path
+) -> tuple[Tensor, RowsFile]:
+    """Unit rows of vectors with this hash in a file of the folder."""
+
+    def blocks() -> Iterator[Tensor]:
+        again = hashlib.sha256(f"{_shape_and_type(vectors)[1]} {shape}".encode())
+        for block in _checked(vectors, again, None):
+            yield unit(block).to(dtype)
+        if again.hexdigest() != content:
+            raise InputError("the vectors changed while they were read; start again when nothing writes to them")
+
+    kind = next(name for name, known in DTYPES.items() if known == dtype)
     try:
-        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as partial:
-                rows = torch.from_file(str(partial), shared=True, size=count, dtype=dtype)
-                _fill(rows.view(vectors.shape), vectors)
-        return torch.from_file(str(path), size=count, dtype=dtype).view(vectors.shape)
+        return mapped_rows(folder / f"{content}-{kind}.rows", (shape[0], shape[1]), dtype, blocks)
     except (OSError, RuntimeError) as fault:
         raise InputError(
-            f"data.mapped={path.parent} cannot hold the rows ({one_line(fault)}); name another folder, or null"
+            f"data.mapped={folder} cannot hold the rows ({one_line(fault)}); name another folder, or null"
         ) from None
 
 
@@ -214,10 +238,3 @@ def check_k(k: int, rows: int) -> None:
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         check_number(f"data.{name}", size, minimum=1, whole=True, remedy="give the memory at least one")
-
-
-def _sha256(vectors: Tensor) -> str:
-    digest = hashlib.sha256(f"{vectors.dtype} {tuple(vectors.shape)}".encode())
-    for block in vectors.detach().cpu().split(4096):
-        digest.update(block.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"

@@ -11,8 +11,9 @@ DEEPEST = 10  # ranks below this one count alike
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """The rank, from 1, of each query's best-ranked target, (B,).
 
-    Equal scores rank by row, smallest first, so a model that scores all rows alike is not flattered; a query whose
-    scores are NaN ranks last.
+    Equal scores rank by row, smallest first, as a search answers, so a model that scores all rows alike is not
+    flattered; a query whose scores are NaN ranks last. Equal rows have equal scores where a batch has 16 queries or
+    more, and 40 rows; in smaller ones the last bits of the last rows may differ, and with them their ranks.
 
     Args:
         scores: (B, N).

@@ -37,7 +37,7 @@ def path(text: str) -> Path:
 
 def whole(text: str) -> int | str:
     """A whole number, or the text itself for whoever checks the number to name."""
-    return int(text) if text.removeprefix("-").isdecimal() else text
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 100 else text
 
 
 def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,26 +10,53 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nvf.attention import SoftAttention
-from nvf.crossentropy import logsumexp, scores_of
+from nvf.archives import fill, read_tensors
+from nvf.attention import FLOATS, SoftAttention, checked
+from nvf.crossentropy import check_targets, logsumexp, scores_of
 from nvf.distribution import exact, relaxed, shared_out
 from nvf.errors import InputError, check_number, one_line
 from nvf.evidence import FEATURES, Evidence
 from nvf.ids import FILE as IDS_FILE
 from nvf.ids import read_ids, write_ids
 from nvf.index import FILE as INDEX_FILE
+from nvf.index import OLD_FILE as OLD_INDEX_FILE
 from nvf.index import Index, approximate_topk, read_index
-from nvf.memory import VectorMemory, check_k, check_vectors, from_numpy, unit
-from nvf.products import QUERY_BLOCK, TopK, blockwise_topk, weighted_sum
+from nvf.memory import DTYPES, VectorMemory, check_k, check_vectors, from_numpy, unit
+from nvf.products import (
+    QUERY_BLOCK,
+    TopK,
+    best_rows,
+    blockwise_topk,
+    first_topk,
+    inner_products,
+    may_look,
+    weighted_sum,
+)
+from nvf.records import check_settings, is_whole, own_file, read_record, sealed, sha256
 from nvf.reranker import EvidenceReranker, Reranker
 from nvf.whole import written_whole
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
+SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
+SAVE_AGAIN = "save the pipeline again"
+# What a damaged file makes of us, of torch and of safetensors.
+DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,  # RecursionError is one
+    ArithmeticError,
+    MemoryError,
+    OSError,
+    SafetensorError,
+)
 WINDOW = 2  # times k rows are scored where candidates are relaxed
+LENGTHS = (1e-3, 1e3)  # of a query's largest number: none in between is scaled, others would over- or underflow
 
 
 class Retrieval(NamedTuple):
@@ -161,32 +189,31 @@ class Pipeline(nn.Module):
             answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
 
         Raises:
-            InputError: queries of another width, or a relaxation that is not above 0.
+            InputError: queries that are not floats of the memory's width, or a relaxation that is not above 0.
         """
-        if queries.shape[-1:] != (self.memory.dim,):
-            raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (..., {self.memory.dim})")
-        if relaxation is not None:
-            check_number("relaxation", relaxation, above=0, remedy="None is exact")
+        _check_relaxation(relaxation)
+        queries = checked(queries, self.memory.dim)
         lead = queries.shape[:-1]
-        queries = F.normalize(queries.reshape(-1, queries.shape[-1]), dim=-1)
-        logits = self.attention(queries)  # (B, N)
+        queries = self._unit(queries.reshape(-1, self.memory.dim))
+        projected, keys = self.attention.project(queries), self.attention.keys()
+        logits = inner_products(projected, keys)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has halved them
         total = logits.logsumexp(dim=-1)
         if self.k == len(self.memory):
             relaxation = None  # no row is outside
         scored = self.k if relaxation is None else min(WINDOW * self.k, len(self.memory))
-        best = logits.topk(scored, dim=-1)
-        scores = self.rerank(queries, TopK(best.values, best.indices, total), logged_as).to(logits.dtype)
+        rows = best_rows(logits, projected, keys, scored)
+        scores = self.rerank(queries, TopK(logits.gather(-1, rows), rows, total), logged_as).to(logits.dtype)
         log_attention = logits - total.unsqueeze(-1)  # (B, N)
         if relaxation is None:
-            log_probs = exact(log_attention, best.indices, scores)
+            log_probs = exact(log_attention, rows, scores)
         else:
-            log_probs = relaxed(log_attention, best.indices, scores, k=self.k, temperature=relaxation)
+            log_probs = relaxed(log_attention, rows, scores, k=self.k, temperature=relaxation)
         soft = weighted_sum(log_probs.exp(), self.memory.rows) if answer else None  # (B, D)
         return Retrieval(
             log_probs=log_probs.reshape(*lead, len(self.memory)),
             logits=logits.reshape(*lead, len(self.memory)),
-            candidates=best.indices[:, : self.k].reshape(*lead, self.k),
+            candidates=rows[:, : self.k].reshape(*lead, self.k),
             scores=scores[:, : self.k].reshape(*lead, self.k),
             answer=None if soft is None else soft.reshape(*lead, self.memory.dim),
         )
@@ -207,8 +234,13 @@ class Pipeline(nn.Module):
             queries: (B, D), of any length but zero.
             targets: (B, m) rows, padded with -1.
             logged_as: as for `forward`, and `relaxation` too.
+
+        Raises:
+            InputError: queries or a relaxation as for `forward`, or targets that are no rows.
         """
-        queries = F.normalize(queries, dim=-1)
+        _check_relaxation(relaxation)
+        check_targets(targets, len(checked(queries, self.memory.dim)), len(self.memory))
+        queries = self._unit(queries)
         projected, keys, count = self.attention.project(queries), self.attention.keys(), len(self.memory)
         if self.k == count:
             relaxation = None  # no row is outside
@@ -248,6 +280,9 @@ class Pipeline(nn.Module):
     def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
         """The k most probable rows, their probabilities and ids, in blocks that never hold (B, N).
 
+        Of equal probabilities the smallest rows come first; on a CPU equal rows among the candidates are equally
+        probable, unless evidence tells them apart. The first k of more are the answer to k.
+
         With an index they are the most probable of those it finds. What they have of the whole is then an estimate,
         see `approximate_topk`; the order among them does not depend on it, but for an `EvidenceReranker`, which weighs
         stage 1's probabilities too.
@@ -274,12 +309,24 @@ class Pipeline(nn.Module):
             return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
+    def _unit(self, queries: Tensor) -> Tensor:
+        """Queries of length 1, differentiably; those of an extreme length are brought to a middle one before."""
+        queries = queries.to(self.attention.log_beta.dtype)
+        largest = queries.detach().abs().amax(dim=-1, keepdim=True)
+        usual = ((largest >= LENGTHS[0]) & (largest <= LENGTHS[1])) | (largest == 0)
+        return F.normalize(queries / largest.masked_fill(usual, 1), dim=-1)
+
     def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
+        form = f"floats, (B, {self.memory.dim})"
+        if not isinstance(queries, np.ndarray | Tensor):
+            raise InputError(f"queries are a {type(queries).__name__}; give an array or a tensor of {form}")
+        if isinstance(queries, np.ndarray):
+            floats = queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
+        else:
+            floats = queries.dtype in FLOATS
+        if queries.ndim != 2 or queries.shape[1] != self.memory.dim or not floats:
+            raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; give {form}")
         given = from_numpy(queries) if isinstance(queries, np.ndarray) else queries
-        if given.ndim != 2 or given.shape[1] != self.memory.dim or not given.is_floating_point():
-            raise InputError(
-                f"queries have shape {tuple(given.shape)} and type {given.dtype}; give floats, (B, {self.memory.dim})"
-            )
         if len(given):
             check_vectors(given, "queries")
         return given
@@ -290,12 +337,28 @@ class Pipeline(nn.Module):
         # that stage 1 likes best.
         top = self._best(queries, min(self.k + k, len(self.memory)))
         assert top.logsumexp is not None
-        scores = self.rerank(queries, TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp))
-        log_attention = top.scores - top.logsumexp.unsqueeze(-1)
+        candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
+        scores = self._alike(self.rerank(queries, candidates), candidates)
+        # Scores that were settled anew may round above those that were summed: no mass exceeds one even so.
+        total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
+        log_attention = top.scores - total.unsqueeze(-1)
         inside = shared_out(log_attention[:, : self.k], scores)
         log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
-        best = log_probs.topk(k, dim=-1)
-        return top.rows.gather(-1, best.indices), best.values.exp().clamp(max=1).float()
+        rows, order = top.rows.sort(dim=-1)  # so that of equal probabilities the smallest rows come first
+        log_probs = log_probs.gather(-1, order)
+        best = first_topk(log_probs, k)
+        return rows.gather(-1, best), log_probs.gather(-1, best).exp().clamp(max=1).float()
+
+    def _alike(self, scores: Tensor, top: TopK) -> Tensor:
+        """The scores, in which equal candidates have the first one's: alone, their last bits differ."""
+        alike = top.scores[:, 1:] == top.scores[:, :-1]
+        if isinstance(self.reranker, EvidenceReranker) or not may_look(scores) or not alike.any():
+            return scores
+        vectors = self.memory.take(top.rows)
+        alike &= (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1)
+        place = torch.arange(scores.shape[1])
+        first = place.where(~F.pad(alike, (1, 0)), 0).cummax(dim=-1).values
+        return scores.gather(-1, first)
 
     def _best(self, queries: Tensor, count: int) -> TopK:
         """Stage 1's best rows, or with an index about the best."""
@@ -306,15 +369,16 @@ class Pipeline(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, whole or not at all.
 
-        It holds config.json, two safetensors files, ids.json where the memory has ids, and index.faiss where the
-        pipeline has an index.
+        It holds config.json, with hashes of itself and of the others; two safetensors files; ids.json where the memory
+        has ids; and index.safetensors where the pipeline has an index.
 
         Raises:
             InputError: the path holds something that is not a pipeline.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
+        folder = Path(os.path.realpath(folder))  # a link stays one, to what is saved
+        if os.path.lexists(folder):
+            _check_replaceable(folder)
         config = {
             "format": FORMAT,
             "k": self.k,
@@ -327,18 +391,20 @@ class Pipeline(nn.Module):
         with written_whole(folder) as partial:
             partial.mkdir()
             config["index"] = None if self.index is None else self.index.write(partial / INDEX_FILE)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if self.memory.ids is not None:
                 write_ids(self.memory.ids, partial / IDS_FILE)
             save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
+            config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
+            (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
         """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
 
-        An index is the exception in kind, if not in intent: FAISS reads it, in C++. Its hash is checked first, which
-        finds what is damaged but not what is forged.
+        Nor can it take more room than its files have, or have files elsewhere read. What has changed since it was
+        saved is noticed by its hash, unless whoever changed it changed the hash too, or an older version saved it,
+        without hashes.
 
         Args:
             folder: of the pipeline.
@@ -351,41 +417,84 @@ class Pipeline(nn.Module):
         """
         folder = Path(folder)
         for name in FILES:
-            if not (folder / name).is_file():
-                raise InputError(
-                    f"{folder / name} is missing; a pipeline folder holds {', '.join(FILES)}: save it again"
-                )
+            _check_own(folder / name)
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = read_record(folder / "config.json")
+            check_settings(config)
             if config["format"] != FORMAT:
                 raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-            rows, ids = _tensors(folder / "memory.safetensors")["rows"], None
+            _check_hashes(folder, config)
+            rows, ids = read_tensors(folder / "memory.safetensors")["rows"], None
+            if rows.dtype not in DTYPES.values():
+                raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
             if config.get("ids"):
-                ids = read_ids(folder / IDS_FILE, len(rows), remedy="save the pipeline again")
+                ids = read_ids(folder / IDS_FILE, len(rows), remedy=SAVE_AGAIN)
             memory = VectorMemory.restore(rows, config["memory"], ids)
-            weights = _tensors(folder / "weights.safetensors")
-            attention = SoftAttention(memory, **config["attention"])
+            weights = read_tensors(folder / "weights.safetensors")
+            with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+                attention = SoftAttention(memory, **config["attention"])
             pipeline = cls(attention, **_second_stage(memory, config["reranker"], weights), k=config["k"])
-            pipeline.load_state_dict(weights)
+            fill(pipeline, weights)
             pipeline.requires_grad_(False).eval()
             if index and config.get("index") is not None:
                 pipeline.index = read_index(folder / INDEX_FILE, config["index"], attention.keys())
         except InputError:
             raise
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as fault:
-            raise InputError(f"{folder} is damaged ({one_line(fault)}); save the pipeline again") from None
+        except DAMAGE as fault:
+            raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
         return pipeline.to(device)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors, copied: in the file they are not aligned, and products of such ones round otherwise."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+def _check_replaceable(folder: Path) -> None:
+    """Raise an InputError unless what a saved pipeline takes the place of is one, and nothing besides."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if len(there.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
+    if others := sorted(there.difference(FILES, (IDS_FILE, INDEX_FILE, OLD_INDEX_FILE))):
+        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+
+
+def _check_own(path: Path) -> None:
+    if not own_file(path):
+        missing = "is no regular file in its folder" if path.exists() or path.is_symlink() else "is missing"
+        raise InputError(f"{path} {missing}; a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}")
+
+
+def _hashed(config: dict[str, Any]) -> list[str]:
+    """The files whose hashes are in config.json; the index, which can be left out, has its own beside its settings."""
+    return [*(name for name in FILES if name != "config.json"), *([IDS_FILE] if config.get("ids") else [])]
+
+
+def _check_hashes(folder: Path, config: dict[str, Any]) -> None:
+    """Raise an InputError unless every file is as it was saved; of an older version's there is nothing to check."""
+    if strange := config.keys() - SETTINGS:
+        raise ValueError(f"{sorted(strange)[0]!r} is no setting of a pipeline")
+    if not isinstance(config["memory"], str) or not isinstance(config.get("ids", False), bool):
+        raise ValueError("config.json has a value of another type")
+    if config.get("ids"):
+        _check_own(folder / IDS_FILE)
+    if "digest" not in config and "sha256" not in config:
+        return
+    hashes = {name: sha256(folder / name) for name in _hashed(config)} if is_whole(config) else {"config.json": None}
+    for name, found in hashes.items():
+        if found is None or config["sha256"].get(name) != found:
+            raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")
+
+
+def _check_relaxation(relaxation: float | None) -> None:
+    if relaxation is not None:
+        check_number("relaxation", relaxation, above=0, remedy="None is exact")
 
 
 def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The reranker of a saved pipeline, untrained, and its evidence."""
+    """The reranker of a saved pipeline, untrained and without room for weights, and its evidence."""
     if settings["kind"] != "evidence":
-        return {"reranker": Reranker(memory.dim, **settings)}
+        with torch.device("meta"):
+            return {"reranker": Reranker(memory.dim, **settings)}
     given = {name: value for name, value in settings.items() if name != "kind"}
     parts = {n.removeprefix("evidence."): tensor for n, tensor in weights.items() if n.startswith("evidence.")}
-    return {"reranker": EvidenceReranker(len(FEATURES), **given), "evidence": Evidence(memory, **parts)}
+    if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
+        raise ValueError("its log of queries has whole numbers in place of floats")
+    with torch.device("meta"):
+        reranker = EvidenceReranker(len(FEATURES), **given)
+    return {"reranker": reranker, "evidence": Evidence(memory, **parts)}

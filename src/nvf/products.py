@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from nvf.memo import is_transformed
+
 QUERY_BLOCK = 512  # queries at a time
 SCORE_BLOCK = 2**20  # scores at a time on a CPU: 4 MB in float32, about what the caches near a core hold
 WIDE_SCORE_BLOCK = 2**26  # elsewhere, where what a block costs to start weighs more
@@ -18,6 +20,7 @@ FEW = 2048  # rows up to which `_Dense` is faster whatever the queries
 MANY = 16  # queries from which `_Sparse` is faster than `_Dense`
 LOG2_E = math.log2(math.e)  # torch.exp2 is four times as fast as torch.exp, which is MKL's
 GROUP = 16  # rows of which the largest score is looked at first
+LOOKED_AT = 2**22  # scores at a time where near ties are settled
 
 
 # A freed block above a threshold glibc gives back to the system, and the next one costs page faults, up to ten times
@@ -58,6 +61,11 @@ def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether its values may decide what is computed: no device must wait, no transform or trace sees them."""
+    return _on_cpu(tensor) and not is_transformed()
 
 
 def _convolved(queries: Tensor) -> bool:
@@ -125,7 +133,8 @@ def blockwise_topk(
 ) -> TopK:
     """The k largest of queries @ keys.T a query, holding one block of scores at a time; 1 <= k <= N.
 
-    Of equal scores the smallest rows are taken, and come first; off the CPU, as torch.topk has it.
+    On a CPU, rows whose scores are nearer than rounding can tell apart are put in the order of `settle`: equal rows
+    come smallest first, whatever the blocks, the batch and the threads. Elsewhere their order is torch.topk's.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
@@ -139,15 +148,16 @@ def blockwise_topk(
 def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -> TopK:
     count = len(queries)
     if count == 0:
-        nothing = queries.new_empty(0, k)
-        return TopK(nothing, nothing.long(), queries.new_empty(0))
+        nothing = queries.new_empty(0, k, dtype=torch.promote_types(queries.dtype, torch.float32))
+        return TopK(nothing, nothing.long(), nothing[:, 0] if logsumexp else None)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
     few = count < FEWEST and keys.numel() > IN_CACHE
     asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
     sparse = _on_cpu(queries) and count >= MANY and len(keys) > FEW
-    best = _Sparse(count, k) if sparse else _Dense(k)
+    more = min(k + 1, len(keys))  # the first row that is left out shows whether it is a near tie
+    best = _Sparse(count, more) if sparse else _Dense(more)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
-    width = max(k, budget // len(asked))
+    width = max(more, budget // len(asked))
     for start in range(0, len(keys), width):
         scores = products(keys[start : start + width], asked, by_query=not sparse)  # (w, B)
         if few:
@@ -156,8 +166,100 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int) -
         if total is not None:
             total.add_(scores, largest)
         del scores  # the next block takes its place in the cache
-    found, rows = best.result()
+    found, rows = settle(queries, keys, *best.result(), k)
     return TopK(found, rows, None if total is None else total.result())
+
+
+@torch.no_grad()
+def settle(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k first of the best rows, those with near ties in the order of their products in float64, then of the rows.
+
+    A product's last bits depend on where in a block its row lies, so that equal rows differ by them. Where two scores
+    are nearer than that, sqrt(D) epsilons of the query's length (rounding errors add up as a random walk does; keys are
+    about as long as 1), they are computed anew, each alone: then equal rows are equal, and near duplicates in their
+    true order. If the k-th is nearly as good as the next, all N rows are looked at again for that query. Where all
+    scores are clearly apart, nothing is computed.
+
+    Args:
+        queries: (B, D), float32 or float64.
+        keys: (N, D) of any float type.
+        scores: (B, k + 1), or all N where k = N, best first.
+        rows: theirs.
+        k: how many are wanted.
+    """
+    if not _on_cpu(scores):  # nothing waits for the device
+        return scores[:, :k], rows[:, :k]
+    share = torch.finfo(scores.dtype).eps * math.sqrt(queries.shape[1])
+    noise = share * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)  # (B, 1)
+    near = scores[:, 1:] >= scores[:, :-1] - noise
+    if not near.any():
+        return scores[:, :k], rows[:, :k]
+    scores, rows = scores[:, :k].clone(), rows[:, :k].clone()
+    floor = scores[:, -1:] - 2 * noise
+    query = near.any(dim=-1).nonzero().squeeze(-1)
+    scores[query], rows[query] = _reordered(queries, keys, scores, rows, near, query)
+    if near.shape[1] == k:  # else all rows are there
+        for some in near[:, -1].nonzero().squeeze(-1).split(max(1, LOOKED_AT // len(keys))):
+            scores[some], rows[some] = _found_anew(queries, keys, floor, rows, some)
+    return scores, rows
+
+
+def _reordered(
+    queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, near: Tensor, query: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same rows of some queries, (b, k), in order; `near` says whose score is near that of the next."""
+    k, near = rows.shape[1], near[query]
+    either = (F.pad(near, (0, 1)) | F.pad(near, (1, 0)))[:, :k]
+    exact, rows = scores[query].double(), rows[query]
+    place, at = either.nonzero(as_tuple=True)
+    exact[place, at] = _alone(queries, keys, query[place], rows[place, at])
+    rows, order = rows.sort(dim=-1)
+    exact, again = exact.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return exact.to(scores.dtype), rows.gather(-1, again)
+
+
+def _found_anew(queries: Tensor, keys: Tensor, floor: Tensor, rows: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """The k best rows of some queries, (b, k), of all whose score reaches the floor, and those found before."""
+    with torch.autocast("cpu", enabled=False):
+        reached = inner_products(queries[query], keys) >= floor[query]  # (b, N)
+    reached.scatter_(-1, rows[query], True)
+    place, row = reached.nonzero(as_tuple=True)  # in ascending order
+    exact, order = _alone(queries, keys, query[place], row).sort(descending=True, stable=True)
+    place, again = place[order].sort(stable=True)
+    first = torch.searchsorted(place, torch.arange(len(query)))
+    kept = again[first.unsqueeze(-1) + torch.arange(rows.shape[1])]
+    return exact[kept].to(floor.dtype), row[order[kept]]
+
+
+def _alone(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """The products of pairs of a query and a key, (P,), in float64; none depends on what stands beside it."""
+    size = max(1, LOOKED_AT // queries.shape[1])
+    pairs = zip(query.split(size), row.split(size), strict=True)
+    return torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
+
+
+def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
+    """The rows of `blockwise_topk`, (B, k), where all scores, (B, N), are at hand.
+
+    Off the CPU and inside a transform of torch.func or a trace torch.topk's.
+    """
+    if not may_look(scores):
+        return scores.topk(k, dim=-1).indices
+    found = scores.detach().topk(min(k + 1, scores.shape[-1]), dim=-1)
+    return settle(queries.detach().to(scores.dtype), keys.detach(), *found, k)[1]
+
+
+def first_topk(scores: Tensor, k: int) -> Tensor:
+    """The places of the k largest scores, (B, k), best first; of equal ones the first, where torch.topk takes any.
+
+    Off the CPU and inside a transform of torch.func or a trace it is torch.topk.
+    """
+    if not may_look(scores):
+        return scores.topk(k, dim=-1).indices
+    values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
+    if (values[:, 1:] == values[:, :-1]).any():
+        places = scores.sort(dim=-1, descending=True, stable=True).indices
+    return places[:, :k]
 
 
 class RunningLogSumExp:
@@ -190,14 +292,7 @@ class _Dense:
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Look at scores, (w, B), of the rows from `start`; returns the largest a query, (B,)."""
-        of_query = scores.T  # (B, w)
-        if self.k == 1:
-            values, rows = of_query.max(dim=-1, keepdim=True)  # the first of equals
-        else:
-            values, rows = of_query.topk(min(self.k + 1, len(scores)), dim=-1)
-            if _on_cpu(scores) and (values[:, 1:] == values[:, :-1]).any():  # of equals torch.topk takes any
-                values, rows = of_query.sort(dim=-1, descending=True, stable=True)
-            values, rows = values[:, : self.k], rows[:, : self.k]
+        values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # of equals any: see `settle`
         largest, rows = values[:, 0], rows + start
         if self.best is not None:
             values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)

@@ -1,7 +1,7 @@
 """A Qdrant collection as the memory: its vectors and point ids, read in pages, sorted by id.
 
 Every fault raises an InputError that names the setting, the point where there is one, and the remedy. Importing this
-module without qdrant-client does too. A local folder is unpickled by qdrant-client: open only what you trust.
+module without qdrant-client does too.
 """
 
 import os
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nvf.errors import InputError, one_line
 from nvf.ids import checked_ids
 from nvf.memory import VectorMemory, check_vectors
+from nvf.points import check_storage
 
 try:
     from qdrant_client import QdrantClient
@@ -59,15 +60,19 @@ def read_memory(
         name = _check_collection(client, collection, where)
         field = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
         ids, vectors = _scroll(client, name, field)
+        if len(set(map(type, ids))) > 1:
+            ids = [str(point) for point in ids]
+        order = np.argsort(np.array(ids))
+    except InputError:
+        raise
     except ApiException as fault:
         raise InputError(
             f"{where} does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
         ) from None
+    except Exception as fault:  # whatever damaged points, or an answer of another program, make the client raise
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
     finally:
         client.close()
-    if len(set(map(type, ids))) > 1:
-        ids = [str(point) for point in ids]
-    order = np.argsort(np.array(ids))
     sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
     rows = torch.from_numpy(vectors[order])
     check_vectors(rows, f"collection {name}", sorted_ids)
@@ -83,7 +88,10 @@ def _open_local(path: str | None, where: str) -> QdrantClient:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+            check_storage(Path(path))
             return QdrantClient(path=path)
+    except InputError:
+        raise
     except Exception as fault:  # whatever a damaged storage makes the client raise
         if "already accessed" in str(fault):
             raise InputError(

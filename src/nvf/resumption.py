@@ -139,6 +139,8 @@ def _circumstances(source: "Source") -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError(f"it holds no object but {type(found).__name__}")

@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, distributed
 
+from nvf.archives import read_archive
 from nvf.errors import InputError, one_line
 from nvf.processes import largest
 from nvf.stopping import Deferred, stop_when_asked
@@ -59,7 +60,7 @@ class SaveAsItGoes(Checkpoint):
         curves = {}
         if trainer.is_global_zero and trainer.logger is not None:
             trainer.logger.experiment.flush()  # type: ignore[attr-defined]
-            curves = {path.name: path.stat().st_size for path in Path(str(trainer.log_dir)).glob(EVENTS)}
+            curves = {path.name: path.stat().st_size for path in Path(trainer.logger.log_dir or "").glob(EVENTS)}
         states = [_generator_states(module.device)]
         if distributed.is_initialized():
             states = [{} for _ in range(trainer.world_size)]
@@ -155,7 +156,7 @@ def saved_progress(folder: Path) -> tuple[dict[str, Any], Progress] | None:
     if not path.is_file():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_archive(path)
         return checkpoint, Progress(**checkpoint["progress"])
     except Exception as fault:  # whatever a damaged file makes torch raise
         raise InputError(

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
+from nvf.records import read_record
 from nvf.resumption import recorded
 
 log = logging.getLogger("nvf")
@@ -57,9 +58,9 @@ def earlier(arguments: Sequence[str], root: Path = ROOT) -> Path | None:
     asked = identity([text for text in arguments if not text.startswith(("-", "hydra.", "hydra/", "~hydra", "+hydra"))])
     for record in sorted(root.glob(f"*/*/{RECORD}"), reverse=True):
         try:
-            if json.loads(record.read_text())["overrides"] == asked:
+            if read_record(record)["overrides"] == asked:
                 return record.parent
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError):
             continue  # half of a record is no sweep to go on with
     return None
 

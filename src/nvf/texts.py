@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from nvf.errors import InputError
-from nvf.ids import checked_ids
+from nvf.ids import checked_ids, shown
 
 SPLITS = ("train", "val", "test")  # not imported from nvf.splits, so that a fault is named without importing torch
 Id = str | int
@@ -58,7 +58,9 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
     for record in _records(path):
         name = _id(_field(record, id_column, "id_column"), record)
         if str(name) in lines:
-            raise InputError(f"{record.place}: id {name!r} is also that of line {lines[str(name)]}; make each its own")
+            raise InputError(
+                f"{record.place}: id {shown(name)} is also that of line {lines[str(name)]}; make each its own"
+            )
         lines[str(name)] = record.line
         ids.append(name)
         texts.append(_text(record, text_column, "text_column"))
@@ -76,7 +78,7 @@ def read_queries(
     for record in _records(_find(folder, "queries", "query, id")):
         split = record.fields.get("split")
         if split is not None and split not in SPLITS:
-            raise InputError(f"{record.place}: split {split!r} is not {', '.join(SPLITS)}; correct it")
+            raise InputError(f"{record.place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
         if found and (split is None) != (None in found):
             raise InputError(f"{record.place}: some queries have a split and some have none; give every one, or none")
         texts, targets = found.setdefault(split, ([], []))
@@ -99,7 +101,7 @@ def _targets(record: Record, column: str | None, rows: dict[str, int]) -> list[i
         raise InputError(f"{record.place}: {column} is empty; name a document that answers the query, or remove it")
     for name in names:
         if str(name) not in rows:
-            raise InputError(f"{record.place}: no document has the id {name!r}; correct it, or add the document")
+            raise InputError(f"{record.place}: no document has the id {shown(name)}; correct it, or add the document")
     return [rows[str(name)] for name in dict.fromkeys(names)]
 
 
@@ -128,6 +130,8 @@ def _records(path: Path) -> Iterator[Record]:
                 yield record
     except UnicodeDecodeError as fault:
         raise InputError(f"{path} is not UTF-8 ({fault}); save it as UTF-8") from None
+    except OSError as fault:
+        raise InputError(f"{path} cannot be read ({fault}); check who may, and the disk") from None
     if empty:
         raise InputError(f"{path} is empty; give at least one line")
 
@@ -152,8 +156,10 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[Record]:
     reader = csv.DictReader(file, strict=True)
     line = 0  # the last of those that were read well
     try:
-        if reader.fieldnames:  # reads the header
-            line = reader.line_num
+        names = reader.fieldnames or []  # reads the header
+        line = reader.line_num
+        if twice := [name for place, name in enumerate(names) if name and name in names[:place]]:
+            raise InputError(f"{path}: line {line} names the column {shown(twice[0])} twice; name each once")
         for fields in reader:
             line = reader.line_num
             if None in fields:
@@ -173,7 +179,7 @@ def _field(record: Record, column: str, option: str) -> Any:
 def _text(record: Record, column: str, option: str) -> str:
     text = _field(record, column, option)
     if not isinstance(text, str):
-        raise InputError(f"{record.place}: {column} is {text!r}; give a text")
+        raise InputError(f"{record.place}: {column} is {shown(text)}; give a text")
     if not text.strip():
         raise InputError(f"{record.place}: {column} is empty; write a text, or remove the line")
     return text
@@ -181,5 +187,5 @@ def _text(record: Record, column: str, option: str) -> str:
 
 def _id(name: Any, record: Record) -> Id:
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise InputError(f"{record.place}: the id {name!r} is neither a text nor a whole number; give one")
+        raise InputError(f"{record.place}: the id {shown(name)} is neither a text nor a whole number; give one")
     return name

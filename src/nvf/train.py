@@ -142,8 +142,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "queries": fingerprint(test),
     }
     log_hparams(results, folder)
-    if hasattr(source.memory, "check_unchanged"):
-        source.memory.check_unchanged()
+    source.memory.check_unchanged()
     with written_whole(folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, found.answered.cpu().numpy())
     write_results(results, folder / "results.json")
@@ -323,6 +322,7 @@ def quiet() -> None:
     """Keep the screen for what a user wants to know; Lightning sets its level when it is imported."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it has looked for fonts is no news
     warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
     for message in (
         "does not have many workers",

@@ -41,8 +41,7 @@ def open_vectors(path: Path, column: str, *, dim: int) -> VectorFile:
 
 def _reader(path: Path, column: str) -> Callable[[int], Iterator[np.ndarray]]:
     if path.suffix == ".npy":
-        array = npy.open_vectors(path, "the vectors of your queries")
-        return lambda size: (array[start : start + size] for start in range(0, len(array), size))
+        return npy.open_vectors(path, "the vectors of your queries").blocks
     if path.suffix == ".parquet":
         from nvf.parquet import vector_blocks  # needs pyarrow, which is an extra
 

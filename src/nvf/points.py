@@ -1,0 +1,79 @@
+"""Points of a Qdrant local storage are pickles: before qdrant-client loads them, proof that they are points alone.
+
+A pickle is a program, which may import and call whatever it names. Those of points name two classes and call nothing.
+"""
+
+import json
+import pickle
+import pickletools
+import re
+import sqlite3
+from contextlib import closing
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from nvf.errors import InputError
+
+CLASSES = {("qdrant_client.http.models.models", name) for name in ("PointStruct", "SparseVector")}
+OPCODES = """
+    PROTO FRAME STOP MEMOIZE BINGET LONG_BINGET STACK_GLOBAL NEWOBJ BUILD MARK NONE NEWTRUE NEWFALSE BININT BININT1
+    BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET
+    ADDITEMS EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
+"""
+ARGUMENTS = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.name in OPCODES.split()}
+LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4U: 4}  # bytes that say how many follow
+FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)  # most of a point, which a step a number would take long for
+SCHEMA = {
+    ("table", "points", "CREATE TABLE points (id TEXT PRIMARY KEY, point BLOB)"),
+    ("index", "sqlite_autoindex_points_1", None),
+}
+
+
+def check_storage(folder: Path) -> None:
+    """Run nothing of a local storage, and see that its collections hold points and nothing else.
+
+    Raises:
+        InputError: one holds something else; names the file and the row.
+        Exception: whatever JSON and sqlite3 raise for damaged files.
+    """
+    for name in json.loads((folder / "meta.json").read_text())["collections"]:
+        path = folder / "collection" / name / "storage.sqlite"
+        if not path.is_file():
+            raise InputError(f"{path} is missing; write the collection anew with qdrant-client")  # older forms too
+        with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as database:
+            # A view, or a table of another kind, might answer the client otherwise than it answers here.
+            if set(database.execute("SELECT type, name, sql FROM sqlite_master")) != SCHEMA:
+                raise InputError(f"{path} holds other tables than a collection's; write it anew with qdrant-client")
+            for row, _, point in database.execute("SELECT rowid, id, point FROM points ORDER BY rowid DESC"):
+                try:
+                    _check_opcodes(point)
+                    _Points(BytesIO(point)).load()
+                except Exception as fault:  # a damaged pickle raises anything
+                    raise InputError(
+                        f"{path}: row {row} is no point ({type(fault).__name__}: {str(fault)[:200]}), and might run "
+                        "code; it was not loaded: write the collection anew with qdrant-client"
+                    ) from None
+
+
+class _Points(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in CLASSES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Raise unless these are instructions of points; others could take any amount of memory."""
+    at = 0
+    while (code := data[at]) != ord(pickle.STOP):
+        if run := FLOATS.match(data, at):
+            at = run.end()
+            continue
+        if code not in ARGUMENTS:
+            raise pickle.UnpicklingError(f"instruction {code:#04x} at byte {at}")
+        size = ARGUMENTS[code]
+        if size in LENGTHS:
+            size = LENGTHS[size] + int.from_bytes(data[at + 1 : at + 1 + LENGTHS[size]], "little")
+        at += 1 + size

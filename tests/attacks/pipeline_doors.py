@@ -1,0 +1,177 @@
+"""Every file of a pipeline or a run that NVF reads, and what it makes of a damaged copy.
+
+As a program: `python pipeline_doors.py PLACE COUNT SEED plain|forged` reads so many damaged copies of each, in a
+process of its own with little memory and little time for each, and prints a line of JSON for each.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent))  # where seals.py is, for the program
+
+from mutate import mutations
+
+from nvf.attention import SoftAttention
+from nvf.cache import Entry
+from nvf.checkpoints import attention_within, load_attention
+from nvf.compare import compare
+from nvf.comparison_runs import read_run
+from nvf.errors import InputError
+from nvf.evidence import FEATURES, Evidence
+from nvf.index import build_index
+from nvf.memory import VectorMemory, unit
+from nvf.pipeline import Pipeline
+from nvf.reranker import EvidenceReranker, Reranker
+from nvf.resumption import has_decided, recorded
+from nvf.saving import saved_progress
+from nvf.sweeps import earlier
+from seals import reseal
+
+ROOM, SECONDS = 2**30, 20  # for one copy
+MEMORY = {"rows": 40, "dim": 8, "seed": 0}  # of the run
+ASKED = ["seed=0,1"]
+
+
+def digest(found: Any) -> str:
+    """Equal for equal answers, to the last bit."""
+    if isinstance(found, Tensor):
+        found = found.detach().numpy()
+    if isinstance(found, np.ndarray):
+        return hashlib.sha256(repr(found.tolist()).encode() if found.dtype == object else found.tobytes()).hexdigest()
+    if isinstance(found, dict):
+        return digest(np.array([f"{name} {digest(value)}" for name, value in found.items()], dtype=object))
+    if isinstance(found, list | tuple):
+        return digest(np.array([digest(part) for part in found], dtype=object))
+    return repr(found)
+
+
+def _search(folder: Path) -> Any:
+    queries = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
+    return Pipeline.load(folder).search(queries, k=6)
+
+
+def _kept(folder: Path) -> Any:
+    (folder.parent / "copied").mkdir(exist_ok=True)
+    kept = Entry(folder).read(VectorMemory.synthetic(**MEMORY), folder.parent / "copied")
+    return None if kept is None else kept.attention.state_dict()
+
+
+def _attention(path: Path) -> Any:
+    about = torch.load(path.with_name("untouched"), weights_only=True)["nvf"]["settings"]
+    attention = SoftAttention(VectorMemory.synthetic(**MEMORY), **about)
+    load_attention(attention, path)
+    return attention.state_dict()
+
+
+def _within(path: Path) -> Any:
+    return attention_within(path, VectorMemory.synthetic(**MEMORY)).state_dict()
+
+
+def _figures(folder: Path) -> Any:
+    return compare([folder]).text()
+
+
+def _answered(folder: Path) -> Any:
+    return read_run(folder / "results.json", "top1").answered()
+
+
+PIPELINE = ("config.json", "memory.safetensors", "weights.safetensors", "ids.json", "index.safetensors")
+CHECKPOINTS = "run/checkpoints"
+DOORS: dict[str, Callable[[Path], Any]] = {
+    **{f"{kind}/{name}": lambda path: _search(path.parent) for kind in ("hnsw", "ivf") for name in PIPELINE},
+    f"{CHECKPOINTS}/attention/best.ckpt": _attention,
+    f"{CHECKPOINTS}/reranker/best.ckpt": _within,
+    f"{CHECKPOINTS}/reranker/last.ckpt": lambda path: saved_progress(path.parent),
+    "kept/about.json": lambda path: _kept(path.parent),
+    "kept/attention.safetensors": lambda path: _kept(path.parent),
+    "run/results.json": lambda path: _figures(path.parent),
+    "run/answered.npy": lambda path: _answered(path.parent),
+    "run/run.json": lambda path: recorded(path.parent),
+    "run/decisions.json": lambda path: has_decided(path.parent, "x"),
+    "sweeps/day/time/sweep.json": lambda path: earlier(ASKED, path.parents[2]),
+}
+# What has no hash, or none that is checked yet: a damaged figure is a figure.
+UNHASHED = (f"{CHECKPOINTS}/reranker/last.ckpt", "run/results.json", "run/answered.npy", "run/decisions.json")
+
+
+def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
+    """Make all of these files: two pipelines, and with `train`, given folders for them, a run and its cache."""
+    torch.manual_seed(0)
+    rows = VectorMemory.synthetic(rows=30, dim=8, seed=0)
+    memory = VectorMemory.restore(rows.rows, rows.fingerprint, np.array([f"item {row}" for row in range(30)], object))
+    plain = SoftAttention(memory, transform="residual", hidden=4, keys="learned", biased=True)
+    log = Evidence.gather(memory, unit(torch.randn(20, 8)), torch.randint(30, (20, 1)))
+    made = {
+        "hnsw": Pipeline(plain, Reranker(8, kind="residual", hidden=(6, 4)), k=4),
+        "ivf": Pipeline(SoftAttention(memory), EvidenceReranker(len(FEATURES), hidden=(4, 4)), k=4, evidence=log),
+    }
+    for kind, pipeline in made.items():
+        pipeline.requires_grad_(False).eval()
+        settings = {"m": 2, "ef_search": 12} if kind == "hnsw" else {"nlist": 5, "nprobe": 3}
+        pipeline.index = build_index(pipeline.keys(), kind, **settings)
+        pipeline.save(place / kind)
+    train(place / "run", place / "cache")
+    (entry,) = (path for path in (place / "cache").iterdir() if path.name != "locks")
+    shutil.move(entry, place / "kept")
+    shutil.copy(place / CHECKPOINTS / "attention/best.ckpt", place / CHECKPOINTS / "attention/untouched")
+    (place / "run/decisions.json").write_text('{"x": [1, 2]}')
+    (place / "sweeps/day/time").mkdir(parents=True)
+    (place / "sweeps/day/time/sweep.json").write_text(json.dumps({"overrides": ASKED}))
+
+
+def opened(path: Path, door: str) -> str:
+    """What comes of reading a file: `refused`, `nothing`, the digest of what was found, or the fault."""
+    try:
+        found = DOORS[door](path)
+    except InputError:
+        return "refused"
+    except Exception as fault:  # each of them is a find
+        return f"fault {type(fault).__name__}: {fault}"[:300]
+    return "nothing" if found is None else digest(found)
+
+
+def copies(path: Path, count: int, seed: int, *, forged: bool) -> Iterator[None]:
+    """Put so many damaged copies in the file's place, with the hashes made right again if forged; then the file."""
+    folder = path.parent
+    before = {own: own.read_bytes() for own in folder.iterdir() if own.is_file()}
+    for data in mutations(before[path], count, seed):
+        path.write_bytes(data)
+        if forged:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                reseal(folder)
+        yield
+        for own, content in before.items():
+            own.write_bytes(content)
+
+
+def main(place: Path, count: int, seed: int, *, forged: bool) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    for door in DOORS:  # whatever is imported late is imported now
+        print(json.dumps({"door": door, "expected": opened(place / door, door)}), flush=True)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    for door in DOORS:
+        for attempt, _ in enumerate(copies(place / door, count, seed, forged=forged)):
+            print(json.dumps({"door": door, "attempt": attempt}), flush=True)
+            signal.alarm(SECONDS)
+            print(json.dumps({"door": door, "attempt": attempt, "found": opened(place / door, door)}), flush=True)
+            signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), forged=sys.argv[4] == "forged")
