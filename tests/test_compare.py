@@ -277,3 +277,25 @@ def test_the_command_needs_no_torch_and_prints_the_table_alone(tmp_path: Path) -
         assert (done.returncode, done.stdout) == (1, "")
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_a_setting_holds_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    for name, value in (("a", "red\x1b[31m\u202e|\n"), ("b", "blue")):
+        put(tmp_path / name, {"seed": 0, "k\x1b": value}, val=0.5)
+    found = compare([tmp_path])
+    assert found.markdown().count("\\|") == 1
+    for text in (found.text(), found.markdown(), found.csv(), found.json()):
+        assert "red" in text
+        assert not {"\x1b", "\u202e"} & set(text)
+
+
+@pytest.mark.parametrize("depth", [25, 900, 10**6])
+def test_settings_that_are_too_deep_are_left_out(tmp_path: Path, depth: int) -> None:
+    put(tmp_path / "good", {"seed": 0, "k": 1}, val=0.5)
+    deep = put(tmp_path / "deep", {"seed": 0, "k": "HERE"}, val=0.5)
+    for left, right in (("[", "]"), ('{"a":', "}")):
+        deep.write_text(deep.read_text().replace('"HERE"', depth * left + "1" + depth * right))
+        found = compare([tmp_path])
+        assert len(found.rows) == 1
+        assert "results.json is left out" in found.notes[0]
+        put(tmp_path / "deep", {"seed": 0, "k": "HERE"}, val=0.5)

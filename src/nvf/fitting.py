@@ -130,6 +130,7 @@ def _train(
     if saved is not None:
         log.info("going on from step %d of %s", saved[0]["global_step"], saving.folder.name)
     path, memory = None if saved is None else saving.folder / LAST, module.attention.memory
+    saving.signals.await_lightning()
     with fitting_in_memory(config, stage, len(memory), memory.dim):
         trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
     saving.signals.answer_late()

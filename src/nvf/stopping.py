@@ -32,7 +32,7 @@ def stop_when_asked() -> None:
     for number in ASKS_TO_STOP:
         _handle(number, _stop)
     if in_slurm():
-        _handle(signal.SIGUSR1, lambda *_: None)  # it would kill the process
+        _handle(signal.SIGUSR1, signal.SIG_IGN)  # it would kill the process
 
 
 def in_slurm() -> bool:
@@ -55,6 +55,11 @@ class Deferred:
     def __init__(self) -> None:
         self.asked = 0  # the signal's number
         self._requeue: Handler = None
+
+    def await_lightning(self) -> None:
+        """Leave the request to make room to Lightning's plugin, which takes it only where nobody else does."""
+        if in_slurm():
+            _handle(signal.SIGUSR1, signal.SIG_DFL)
 
     def install(self) -> None:
         """Put ours before Lightning's handlers, which it installs anew for each fit and validation.
@@ -82,7 +87,8 @@ class Deferred:
             self._requeue(signal.SIGUSR1, None)
 
     def answer_late(self) -> None:
-        """Stop if that was asked for after the last step."""
+        """Stop if that was asked for after the last step; from now on signals are not deferred."""
+        stop_when_asked()
         if self.asked in ASKS_TO_STOP:
             _stop(self.asked, None)
 

@@ -68,7 +68,7 @@ def earlier(arguments: Sequence[str], root: Path = ROOT) -> Path | None:
 def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
     """The objective of a run that is done, if its results are complete and of these settings; else None."""
     try:
-        results = json.loads((folder / "results.json").read_text())
+        results = read_record(folder / "results.json")
         if not {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys():
             return None
         if _material(results["config"]) != _material(json.loads(json.dumps(config))):

@@ -268,7 +268,8 @@ def words_of(words: list[str]) -> list[str]:
         return words  # asks Hydra for something else; or the first process has seen to it
     if resume.lower() == "true":
         before = None if place else sweeps.earlier(words)
-        return words if before is None else [f"hydra.sweep.dir={before}", *words]
+        at = next(number for number, word in enumerate(words) if word.startswith("resume="))
+        return words if before is None else [*words[:at], f"hydra.sweep.dir={before}", *words[at:]]
     if resume.lower() == "false" and not several and place is None and (folder := requeued()) is not None:
         resume = str(folder)
     elif resume.lower() == "false":

@@ -105,7 +105,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "sweeps/day/time/sweep.json": lambda path: earlier(ASKED, path.parents[2]),
 }
 # What has no hash, or none that is checked yet: a damaged figure is a figure.
-UNHASHED = (f"{CHECKPOINTS}/reranker/last.ckpt", "run/results.json", "run/answered.npy", "run/decisions.json")
+UNHASHED = ("run/results.json", "run/answered.npy", "run/decisions.json")
 
 
 def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
