@@ -1,6 +1,7 @@
 """`python -m nvf.embed`: turn documents and queries in words into the folder that data=embeddings reads."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -95,6 +96,7 @@ def load_model(name: str, device: "torch.device") -> Any:
     Raises:
         InputError: sentence-transformers is not installed, or there is no such model.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar

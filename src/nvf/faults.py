@@ -1,6 +1,7 @@
 """What to tell a user whose machine has run out of room, on the disk or in memory, or will not let a run write."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,17 +50,13 @@ def explain(fault: BaseException, folder: Path) -> str | None:
     return None
 
 
-def writable(folder: Path) -> None:
-    """Raise an InputError unless a folder can be made, and written into."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as fault:
-        raise InputError(
-            f"{folder} cannot be written ({one_line(fault)}); mend that, or give another place: hydra.run.dir=path"
-        ) from None
+def check_place(folder: Path) -> None:
+    """Raise an InputError unless a folder is there to write into, or can be made; nothing is written."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    why = "is not to be written into" if nearest.is_dir() else "is no folder"
+    raise InputError(f"{folder} cannot be written: {nearest} {why}; mend that, or give a place: hydra.run.dir=path")
 
 
 @contextmanager

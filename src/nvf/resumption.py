@@ -105,14 +105,14 @@ def _decisions(folder: Path) -> dict[str, Any]:
     return _read(path) if path.is_file() else {}
 
 
-def requeued(root: Path = Path("outputs")) -> Path | None:
-    """The run that this Slurm job was at when it was requeued; None if it was not."""
+def requeued(place: str | None = None) -> Path | None:
+    """The run that this Slurm job was at when it was requeued, in outputs/ or the place it was given; None if none."""
     if not restarted():
         return None
-    job = os.environ.get("SLURM_JOB_ID")
-    for path in sorted(root.glob(f"*/*/{RECORD}"), reverse=True):
+    records = sorted(Path("outputs").glob(f"*/*/{RECORD}"), reverse=True) if place is None else [Path(place) / RECORD]
+    for path in records:
         try:
-            if _read(path).get("slurm_job") == job:
+            if _read(path).get("slurm_job") == os.environ.get("SLURM_JOB_ID"):
                 return path.parent
         except InputError:
             continue

@@ -1,5 +1,6 @@
 """The entry, `python -m nvf.train`: build the data, fit the stages, evaluate, save."""
 
+import faulthandler
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nvf import sweeps
 from nvf.errors import InputError, one_line
-from nvf.faults import explain, writable
+from nvf.faults import check_place, explain
 from nvf.resumption import LOCK, RECORD, recorded, requeued
 from nvf.stopping import Stopped, command_to_resume, restarted, stop_when_asked
 from nvf.whole import written_whole
@@ -238,6 +239,7 @@ def entry() -> None:
         # Only those say a mode; to ask the configuration for one, Hydra composes all of it once more.
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     stop_when_asked()
+    faulthandler.enable()  # what kills the process from within says where, such as a mapped file that is truncated
     logging.raiseExceptions = False  # a log that cannot be written is not worth a screen of tracebacks a line
     try:
         sys.argv[1:] = words_of(words)
@@ -270,13 +272,13 @@ def words_of(words: list[str]) -> list[str]:
         before = None if place else sweeps.earlier(words)
         at = next(number for number, word in enumerate(words) if word.startswith("resume="))
         return words if before is None else [*words[:at], f"hydra.sweep.dir={before}", *words[at:]]
-    if resume.lower() == "false" and not several and place is None and (folder := requeued()) is not None:
+    if resume.lower() == "false" and not several and (folder := requeued(place)) is not None:
         resume = str(folder)
     elif resume.lower() == "false":
-        writable(Path(place) if place and "${" not in place else Path("outputs"))
+        check_place(Path(place) if place and "${" not in place else Path("outputs"))
         return words
     others = [word for word in words if not word.startswith(("resume=", "hydra."))]
-    if others and requeued() is None:
+    if others and requeued(place) is None:
         raise InputError(
             f"resume={resume} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
         )
