@@ -86,10 +86,14 @@ def goes_on(folder: Path, config: Mapping[str, Any]) -> bool:
         return False
 
 
-def clear(folder: Path) -> None:
-    """Remove what an unfinished job left, so that the curves of two tries do not mix; figures are kept aside."""
-    if (folder / "results.json").exists():  # of other settings
+def set_aside(folder: Path) -> None:
+    """Keep figures of other settings, which a job that is run finds in its folder."""
+    if (folder / "results.json").exists():
         os.replace(folder / "results.json", folder / "results.before.json")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an unfinished job left, so that the curves of two tries do not mix."""
     for path in folder.iterdir():
         if path.name in KEPT:
             continue

@@ -183,9 +183,11 @@ def main(cfg: DictConfig) -> float:
                 return objective
             sweeps.refuse_local_ddp(config)
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
-            goes_on = again and sweeps.goes_on(folder, config)
-            if again and not goes_on:
-                sweeps.clear(folder)
+            if again:
+                sweeps.set_aside(folder)
+                goes_on = sweeps.goes_on(folder, config)
+                if not goes_on:
+                    sweeps.clear(folder)
         elif config["resume"] is True:
             raise InputError("resume=True goes on with a sweep; add -m, or name a run: resume=outputs/<date>/<time>")
         elif config["resume"]:
