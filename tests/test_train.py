@@ -97,6 +97,8 @@ def test_a_sweep_leaves_whole_runs_and_one_tree(tmp_path: Path) -> None:
 BAD_SETTINGS = [
     (["k=0"], "k=0 is not a whole number of at least 1; 5 is the default"),
     (["k=many"], "k=many is not a whole number"),
+    (["save_every=0"], "save_every=0 is not a whole number of at least 1; null saves"),
+    (["deterministic=yes please"], "deterministic=yes please is neither true nor false"),
     (["seed=-1"], "seed=-1 is not a whole number of at least 0"),
     (["queries=noisy", "queries.sigma=-0.1"], "queries.sigma=-0.1 is not a number of at least 0"),
     (["data=embeddings"], "data.dir is not set; name the folder"),

@@ -137,6 +137,8 @@ def check(config: Settings, source: Source) -> None:
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None:
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
+    if (every := config["save_every"]) is not None:
+        check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
     if (budget := config["data"].get("budget_s")) is not None:
         check_number("data.budget_s", budget, above=0, remedy="480 is the default, null sets no limit")
     for variant in variants(config):
