@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +20,19 @@ NAMED = {
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
 }
+
+# What a damaged file makes of us, of torch and of safetensors.
+DAMAGE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,  # RecursionError is one
+    ArithmeticError,
+    MemoryError,
+    OSError,
+    SafetensorError,
+)
 
 # The end of a zip: length and start of its directory in 64 bits, the place of these, both in 32, a comment's length.
 END = struct.Struct("<4s36xQQ4s4xQ4x4s8xIIH")

@@ -14,11 +14,10 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from nvf.archives import fill, read_tensors
+from nvf.archives import DAMAGE, fill, read_tensors
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, one_line
 from nvf.memory import VectorMemory
-from nvf.pipeline import DAMAGE
 from nvf.queries import Recorded, Source, fingerprint
 from nvf.records import is_whole, own_file, read_record, sealed, sha256
 from nvf.whole import written_whole

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from nvf.archives import fill, read_archive
+from nvf.archives import DAMAGE, fill, read_archive
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, one_line
 from nvf.memory import VectorMemory
 from nvf.modules import RerankerModule, StageModule
-from nvf.pipeline import DAMAGE, Pipeline
+from nvf.pipeline import Pipeline
 from nvf.records import check_settings
 
 REMEDIES = {

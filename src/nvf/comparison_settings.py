@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-IGNORED = ("cache", "resume", "threads")  # what leaves the figures as they are
+IGNORED = ("cache", "resume", "save_every", "threads")  # what leaves the figures as they are
 IGNORED_GROUPS = ("dashboards.", "hydra.")
 IGNORED_IN_TRAINER = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 DEPTH = 20

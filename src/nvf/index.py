@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvf.archives import read_tensors
+from nvf.archives import DAMAGE, read_tensors
 from nvf.errors import InputError, check_number, one_line
 from nvf.index_files import packed, unpacked
 from nvf.memo import Memo
@@ -200,7 +199,7 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
         raise InputError(f"{path} is damaged, or of another pipeline; {remedy}")
     try:
         return Index(unpacked(faiss, read_tensors(path), kind, settings, _array(keys)), kind, settings)
-    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError, SafetensorError) as fault:
+    except DAMAGE as fault:
         raise InputError(f"{path} does not fit the pipeline ({one_line(fault)}); {remedy}") from None
 
 

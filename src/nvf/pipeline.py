@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nvf.archives import fill, read_tensors
+from nvf.archives import DAMAGE, fill, read_tensors
 from nvf.attention import FLOATS, SoftAttention, checked
 from nvf.crossentropy import check_targets, logsumexp, scores_of
 from nvf.distribution import exact, relaxed, shared_out
@@ -43,18 +42,6 @@ FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
 SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
 SAVE_AGAIN = "save the pipeline again"
-# What a damaged file makes of us, of torch and of safetensors.
-DAMAGE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,  # RecursionError is one
-    ArithmeticError,
-    MemoryError,
-    OSError,
-    SafetensorError,
-)
 WINDOW = 2  # times k rows are scored where candidates are relaxed
 LENGTHS = (1e-3, 1e3)  # of a query's largest number: none in between is scaled, others would over- or underflow
 

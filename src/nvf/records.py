@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nvf.whole import written_whole
+
 LONGEST, MOST, DEEPEST = 1000, 10_000, 32  # characters of a string, values, and levels of settings
 LARGEST = 2**24  # bytes of a record: objects of Python take some twenty times the room of their JSON
 
@@ -37,6 +39,12 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} holds no object but {type(found).__name__}")
     return found
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write the file that `read_record` reads, whole or not at all; NaN, which is not JSON, is a ValueError."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def check_settings(value: Any) -> None:

@@ -4,8 +4,6 @@ A run's folder holds run.json, written before the first stage is fitted; each st
 decisions.json. What lies between two fits, such as calibration, is computed again.
 """
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -15,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
+from nvf.records import is_whole, read_record, sealed, write_record
 from nvf.stopping import restarted
-from nvf.whole import written_whole
 
 if TYPE_CHECKING:
     from nvf.queries import Source
@@ -38,7 +36,7 @@ def recorded(folder: Path) -> dict[str, Any]:
         raise InputError(f"resume={folder}: there is no {path}, so no run to go on with; {remedy}")
     record = _read(path)
     config = record.get("config")
-    if not isinstance(config, dict) or record.get("sha256") != _digest(config):
+    if not isinstance(config, dict) or not is_whole(record):
         raise InputError(f"{path} is damaged; start the run anew")
     if (foreign := _foreign(config)) is not None:
         raise InputError(f"{path} wants {foreign!r} built; settings may name what is in {', '.join(MAY_BE_BUILT)}")
@@ -64,9 +62,7 @@ def begin(folder: Path, config: Mapping[str, Any], source: "Source", *, goes_on:
     if not goes_on:
         for left in (*(folder / "checkpoints").rglob("last.ckpt"), *folder.glob(DECISIONS)):
             left.unlink()  # of an earlier run in the same folder
-        record = {"config": config, "sha256": _digest(config), **now, "slurm_job": os.environ.get("SLURM_JOB_ID")}
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(path, sealed({"config": config, **now, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
     before = _read(path)
     for what in ("memory", "queries"):
@@ -90,8 +86,7 @@ def decided(folder: Path, name: str, decide: Callable[[], T]) -> T:
     value = agreed(decisions[name] if name in decisions else decide())
     if name not in decisions and is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / DECISIONS) as partial:
-            partial.write_text(json.dumps({**decisions, name: value}, indent=2) + "\n")
+        write_record(folder / DECISIONS, {**decisions, name: value})
     return value
 
 
@@ -139,18 +134,9 @@ def _circumstances(source: "Source") -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise ValueError("it is no regular file")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds no object but {type(found).__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as fault:
+        return read_record(path)
+    except (OSError, ValueError) as fault:
         raise InputError(f"{path} is damaged ({one_line(fault)}); start the run anew") from None
-    return found
-
-
-def _digest(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _foreign(tree: Any) -> str | None:

@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from nvf.comparison_settings import IGNORED
 from nvf.errors import InputError
-from nvf.records import read_record
+from nvf.records import read_record, write_record
 from nvf.resumption import recorded
 
 log = logging.getLogger("nvf")
 ROOT = Path("outputs/multirun")  # where conf/config.yaml puts sweeps
 RECORD = "sweep.json"  # in a sweep's folder: what was asked for
 # Settings that say how a run is made, not what it finds.
-IMMATERIAL = ("resume", "cache", "threads", "dashboards", "save_every")
+IMMATERIAL = (*IGNORED, "dashboards")
 KEPT = (".hydra", "train.log", "results.before.json")  # of an unfinished job that starts anew
 
 
@@ -43,8 +44,7 @@ class Sweep(Callback):
         except Timeout:
             print(f"error: the sweep in {folder} is still running; wait for it, or stop it", file=sys.stderr)
             sys.exit(1)
-        asked = {"overrides": identity(config.hydra.overrides.task)}
-        (folder / RECORD).write_text(json.dumps(asked) + "\n")
+        write_record(folder / RECORD, {"overrides": identity(config.hydra.overrides.task)})
         Sweep.folder = folder
 
 

@@ -62,8 +62,9 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.pipeline import Pipeline
     from nvf.processes import agreed, part_processes, start_processes
     from nvf.queries import fingerprint
+    from nvf.records import write_record
     from nvf.report import remarks, table
-    from nvf.results import versions, write_results
+    from nvf.results import versions
     from nvf.resumption import begin
     from nvf.selection import FOLDS, fit_attention, fit_joint, fit_reranker
     from nvf.stages import build_source, check, clusters, fixed_queries, seen_rows
@@ -146,7 +147,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     source.memory.check_unchanged()
     with written_whole(folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, found.answered.cpu().numpy())
-    write_results(results, folder / "results.json")
+    write_record(folder / "results.json", results)
     shutil.rmtree(folder / "checkpoints" / FOLDS, ignore_errors=True)
     if lock is not None:
         lock.release()

@@ -1,6 +1,5 @@
 """Signals and faults of the machine: runs stop within a step, keep what they have, and say how to go on."""
 
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import torch
 from conftest import command, compose_config, write_folder
 from nvf.errors import InputError
 from nvf.memory import VectorMemory
+from nvf.records import sealed
 from nvf.resumption import recorded
 from nvf.train import train, words_of
 
@@ -129,8 +129,8 @@ def test_a_record_that_was_changed_builds_nothing(run: Run, tmp_path: Path) -> N
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match="damaged"):
         recorded(tmp_path / "run")
-    forged = json.dumps(record["config"], sort_keys=True).encode()
-    path.write_text(json.dumps({**record, "sha256": hashlib.sha256(forged).hexdigest()}))
+    del record["digest"]
+    path.write_text(json.dumps(sealed(record)))
     with pytest.raises(InputError, match=r"wants 'os.system' built; settings may name what is in nvf\., torch\."):
         recorded(tmp_path / "run")
 
