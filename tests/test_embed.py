@@ -104,18 +104,33 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
 
 def test_equal_texts_get_one_vector_across_blocks(place: Path, stub: Stub) -> None:
     texts = [f"query {i % (BLOCK + 7)}" for i in range(3 * BLOCK)]
-    write(place / "texts", "queries.jsonl", [{"query": text, "id": "d0"} for text in texts])
+    queries = [{"query": text, "id": "d0", "split": SPLITS[i // BLOCK]} for i, text in enumerate(texts)]
+    write(place / "texts", "queries.jsonl", queries)
     make(place)
-    asked = np.load(place / "out/queries.npy")
+    asked = np.concatenate([np.load(place / f"out/{split}_queries.npy") for split in SPLITS])
     np.testing.assert_allclose(asked, [-vector(text) for text in texts], rtol=1e-2)
     assert len(np.unique(asked, axis=0)) == BLOCK + 7
 
 
 def test_several_answers_are_padded(place: Path, stub: Stub) -> None:
     answers = [["d3", "d1", "d3"], ["d0"], "d2"]
-    write(place / "texts", "queries.jsonl", [{"query": "q", "ids": ids} for ids in answers])
+    write(place / "texts", "queries.jsonl", [{"query": f"q{i}", "ids": ids} for i, ids in enumerate(answers)])
     make(place)
     assert np.load(place / "out/targets.npy").tolist() == [[3, 1], [0, -1], [2, -1]]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_equal_texts_of_a_split_are_one_query(place: Path, stub: Stub, ending: str) -> None:
+    lines = [("q0", "d3", "test"), ("q1", "d0", "train"), ("q2", "d5", "val"), ("q0", "d1", "train")]
+    lines += [("q1", "d2", "train"), ("q1", "d0", "train"), ("q0", "d4", "train"), ("q2", "d5", "val")]
+    queries = [dict(zip(("query", "id", "split"), line, strict=True)) for line in lines]
+    (place / "texts/queries.jsonl").unlink()
+    write(place / "texts", f"queries.{ending}", queries)
+    assert make(place).startswith("20 documents and 4 queries (4 lines have the text of an earlier one), 8 dimensions")
+    asked = {split: np.load(place / f"out/{split}_queries.npy") for split in SPLITS}
+    np.testing.assert_allclose(asked["train"], [-vector("q1"), -vector("q0")], rtol=1e-3)
+    targets = {split: np.load(place / f"out/{split}_targets.npy").tolist() for split in SPLITS}
+    assert targets == {"train": [[0, 2], [1, 4]], "val": [5], "test": [3]}
 
 
 def test_splits_stay_apart(place: Path, stub: Stub) -> None:

@@ -78,15 +78,17 @@ def embed(
             vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype, bar=bar)
         folder.mkdir()
         write_documents(folder, documents, corpus)
-        for split, (of_split, targets) in queries.items():
+        for split, (of_split, targets, _) in queries.items():
             prefix = "" if split is None else f"{split}_"
             np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
             np.save(folder / f"{prefix}targets.npy", targets)
             vectors = vectors[len(of_split) :]
     seconds = two_digits(time.perf_counter() - start)
+    again = sum(split.lines for split in queries.values()) - len(asked)
+    merged = f" ({again:,} lines have the text of an earlier one)" if again else ""
     return (
-        f"{len(documents.texts):,} documents and {len(asked):,} queries, {corpus.shape[1]} dimensions, in {seconds} s; "
-        f"now: python -m nvf.train data=embeddings data.dir={output}"
+        f"{len(documents.texts):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions, "
+        f"in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
     )
 
 

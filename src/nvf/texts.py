@@ -9,6 +9,7 @@ Every fault raises an InputError that names the file, the line and the remedy.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -34,6 +35,7 @@ class Queries(NamedTuple):
 
     texts: list[str]  # n
     targets: np.ndarray  # (n,) or (n, m) int64 rows of the documents, padded with -1
+    lines: int  # at least n: equal texts are one query
 
 
 class Record(NamedTuple):
@@ -72,23 +74,29 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
 def read_queries(
     folder: Path, documents: Documents, *, query_column: str, target_column: str | None
 ) -> dict[str | None, Queries]:
-    """The queries of a folder, by split, or all under None where there are no splits."""
+    """The queries of a folder, by split, or all under None where there are no splits.
+
+    Equal texts of a split are one query, which the documents of all its lines answer.
+    """
     rows = {str(name): row for row, name in enumerate(documents.ids.tolist())}
-    found: dict[str | None, tuple[list[str], list[list[int]]]] = {}
+    found: dict[str | None, dict[str, dict[int, None]]] = {}  # the rows of each text, in order
+    lines: Counter[str | None] = Counter()
     for record in _records(_find(folder, "queries", "query, id")):
         split = record.fields.get("split")
         if split is not None and split not in SPLITS:
             raise InputError(f"{record.place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
         if found and (split is None) != (None in found):
             raise InputError(f"{record.place}: some queries have a split and some have none; give every one, or none")
-        texts, targets = found.setdefault(split, ([], []))
-        texts.append(_text(record, query_column, "query_column"))
-        targets.append(_targets(record, target_column, rows))
+        lines[split] += 1
+        targets = found.setdefault(split, {}).setdefault(_text(record, query_column, "query_column"), {})
+        targets.update(dict.fromkeys(_targets(record, target_column, rows)))
     for split in SPLITS if None not in found else ():
         if split not in found:
             raise InputError(f"{folder}: no query has the split {split}; give some, or leave the column out")
     order = (None,) if None in found else SPLITS
-    return {split: Queries(found[split][0], _padded(found[split][1])) for split in order}
+    return {
+        split: Queries([*found[split]], _padded([*map(list, found[split].values())]), lines[split]) for split in order
+    }
 
 
 def _targets(record: Record, column: str | None, rows: dict[str, int]) -> list[int]:
@@ -102,7 +110,7 @@ def _targets(record: Record, column: str | None, rows: dict[str, int]) -> list[i
     for name in names:
         if str(name) not in rows:
             raise InputError(f"{record.place}: no document has the id {shown(name)}; correct it, or add the document")
-    return [rows[str(name)] for name in dict.fromkeys(names)]
+    return [rows[str(name)] for name in names]
 
 
 def _padded(targets: list[list[int]]) -> np.ndarray:

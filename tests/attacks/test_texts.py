@@ -67,7 +67,10 @@ def test_damaged_copies_are_refused_or_read_right(
         right += 1
         records = columns(path)
         for column in ("id", "text") if name == "documents" else ("query",):
-            assert list(map(str, found[column])) == [str(record[column]) for record in records], copy
+            expected = [str(record[column]) for record in records]
+            if column == "query":
+                expected = list(dict.fromkeys(expected))  # equal texts are one query
+            assert list(map(str, found[column])) == expected, copy
     assert 0 < right < count
 
 
