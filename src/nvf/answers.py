@@ -85,8 +85,12 @@ def _table(start: int, block: Hits) -> "pa.Table":
 
     b, k = block.rows.shape
     ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
+    names = _names(block).ravel()
+    # Integers that neither int64 nor uint64 has all of come as objects, like strings.
+    kind = pa.decimal128(20) if names.dtype == object and not isinstance(names[0], str) else None
     ids, probabilities = (
-        pa.ListArray.from_arrays(ends, pa.array(values.ravel())) for values in (_names(block), block.probabilities)
+        pa.ListArray.from_arrays(ends, values)
+        for values in (pa.array(names, type=kind), pa.array(block.probabilities.ravel()))
     )
     return pa.table({"query": np.arange(start, start + b), "ids": ids, "probabilities": probabilities})
 

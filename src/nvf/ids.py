@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+import uuid
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +24,7 @@ def shown(value: Any) -> str:
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """The ids as an array of their own, (N,) for N > 0 rows, of integers or of Python strings.
+    """The ids as an array of their own, (N,) for N > 0 rows: int64, else uint64, else objects of Python.
 
     Raises:
         InputError: not one id a row, neither all integers nor all strings, or two alike.
@@ -34,7 +35,8 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     wanted = str if isinstance(values[0], str) else Integral
     for row, value in enumerate(values):
         if not isinstance(value, wanted) or isinstance(value, bool):
-            kind = "the type of the first" if row else "an integer or a string"
+            other = isinstance(value, str | Integral) and not isinstance(value, bool)
+            kind = "the type of the first" if other else "an integer or a string"
             raise InputError(f"{name}: row {row} has the id {shown(value)}, which is not {kind}; {remedy}")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise InputError(f"{name}: row {row} has the id {shown(value)}, which holds half a character; {remedy}")
@@ -42,12 +44,22 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
         first: dict[Any, int] = {}
         row, value = next((row, value) for row, value in enumerate(values) if first.setdefault(value, row) != row)
         raise InputError(f"{name}: row {row} has the id {shown(value)} of row {first[value]}; {remedy}")
-    array = np.array(values, dtype=object if wanted is str else None)
-    if wanted is Integral and array.dtype.kind not in "iu":
-        raise InputError(
-            f"{name}: the ids {shown(min(values))} to {shown(max(values))} do not fit into 64 bits; {remedy}"
-        )
-    return array
+    if wanted is str:
+        return np.array(values, dtype=object)
+    least, most = int(min(values)), int(max(values))
+    if least < -(2**63) or most >= 2**64:
+        raise InputError(f"{name}: the ids {shown(least)} to {shown(most)} do not fit into 64 bits; {remedy}")
+    # Without a dtype numpy takes float64 where some exceed int64, which rounds them.
+    dtype = np.int64 if most < 2**63 else np.uint64 if least >= 0 else object
+    return np.array([int(value) for value in values], dtype=dtype)
+
+
+def plain_uuid(name: Any) -> Any:
+    """The usual spelling of a UUID, lower case with hyphens; whatever else it is stays."""
+    try:
+        return str(uuid.UUID(name)) if isinstance(name, str) else name
+    except ValueError:
+        return name
 
 
 def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
@@ -95,6 +107,11 @@ def target_rows(ids: np.ndarray | None, targets: np.ndarray, counts: np.ndarray,
             f"{name}: row {query}: target {shown(targets.tolist()[first])} is not an id of the memory, whose first is "
             f"{shown(ids.tolist()[0])} ({int(unknown.sum())} such targets); correct or remove them"
         )
+    return padded(found, counts)
+
+
+def padded(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rows, query by query, (t,), of which each query has so many, (n,), as (n, m), padded with -1."""
     rows = np.full((len(counts), int(counts.max())), -1)
-    rows[np.arange(rows.shape[1]) < counts[:, None]] = found
+    rows[np.arange(rows.shape[1]) < counts[:, None]] = values
     return rows

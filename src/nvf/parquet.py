@@ -1,9 +1,12 @@
 """Vectors, ids and targets in columns of .parquet files, read as whole arrays, and vectors in blocks.
 
+In place of a file there may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in name order.
+
 Every fault raises an InputError that names the file, the row or the columns, and the remedy. Importing this module
 without pyarrow does too.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +33,8 @@ def read_corpus(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndar
     """The vectors of the items, (N, D), and their ids, (N,), all different."""
     with _named(path):
         table = _read(path, columns, "vector", "id")
-        ids = _column(table, path, columns["id"])
-        _check_ids_type(ids.type, path, columns["id"], "integers or strings")
-        numbers = checked_ids(ids.to_numpy(), len(ids), f"{path}: column {columns['id']!r}")
+        ids = _ids(_column(table, path, columns["id"]), path, columns["id"])
+        numbers = checked_ids(ids, len(ids), f"{path}: column {columns['id']!r}")
         vectors = from_numpy(_matrix(table, path, columns["vector"]))
     check_vectors(vectors, str(path), numbers)
     return vectors, numbers
@@ -47,34 +49,34 @@ def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.nda
         name = columns["targets"]
         targets = _column(table, path, name)
         if not _is_list(targets.type):
-            _check_ids_type(targets.type, path, name, "ids, or lists of ids")
-            return vectors, targets.to_numpy(), np.ones(len(targets), dtype=np.int64)
-        _check_ids_type(targets.type.value_type, path, name, "ids, or lists of ids")
+            return vectors, _ids(targets, path, name), np.ones(len(targets), dtype=np.int64)
         counts = pc.list_value_length(targets).to_numpy().astype(np.int64)
-        return vectors, _flatten(targets, counts, path, name).to_numpy(), counts
+        return vectors, _ids(_flatten(targets, counts, path, name), path, name), counts
 
 
 def vector_blocks(path: Path, column: str, size: int) -> Iterator[np.ndarray]:
     """The vectors of a column, (b, D), at most so many at a time; NaN, infinite values and zeros are not looked for."""
-    start, dim = 0, None
-    with _named(path), _open(path, {"column": column}) as file:
-        for batch in file.iter_batches(batch_size=size, columns=[column]):
-            table = pa.Table.from_batches([batch])
-            table.validate(full=True)
-            block = _matrix(table, path, column, start, dim)
-            yield block
-            start, dim = start + len(block), block.shape[1]
-        if start != file.metadata.num_rows:
-            raise InputError(f"{path} has {start} rows, but claims {file.metadata.num_rows}; write it anew")
+    start, claimed, dim = 0, 0, None
+    with _named(path):
+        for part in _parts(path):
+            with _open(part, {"column": column}) as file:
+                for batch in file.iter_batches(batch_size=size, columns=[column]):
+                    table = pa.Table.from_batches([batch])
+                    table.validate(full=True)
+                    block = _matrix(table, path, column, start, dim)
+                    yield block
+                    start, dim = start + len(block), block.shape[1]
+                claimed += file.metadata.num_rows
+        _check_count(start, claimed, path)
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Faults of the file, of whatever type, as InputErrors that name it; one is that it changes meanwhile."""
-    before = state_of(path.stat()) if path.is_file() else None
+    before = [state_of(part.stat()) for part in _parts(path) if part.is_file()]
     try:
         yield
-        changed = state_of(path.stat()) != before
+        changed = [state_of(part.stat()) for part in _parts(path)] != before
     except InputError:
         raise
     except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
@@ -83,9 +85,14 @@ def _named(path: Path) -> Iterator[None]:
         raise InputError(f"{path} changed while it was read; start again when nothing writes to it")
 
 
+def _parts(path: Path) -> list[Path]:
+    """The file itself, or those in a folder, in name order."""
+    return (sorted(path.glob("*.parquet")) if path.is_dir() else []) or [path]
+
+
 @contextmanager
 def _open(path: Path, names: Mapping[str, str]) -> Iterator["pq.ParquetFile"]:
-    """The file, which has at least one row and every named column once.
+    """The file, which has every named column once.
 
     Args:
         names: of the columns, by the option that gives the name.
@@ -108,27 +115,35 @@ def _open(path: Path, names: Mapping[str, str]) -> Iterator["pq.ParquetFile"]:
 def _check_rows(metadata: "pq.FileMetaData", path: Path) -> None:
     """Refuse a file that claims rows which it does not have, before there is room made for them."""
     rows, size = metadata.num_rows, path.stat().st_size
-    if rows == 0:
-        raise InputError(f"{path} has no rows; give at least one")
     # Nothing is asked of columns: where what describes one is damaged, pyarrow 26.0 ends the process.
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if not 0 < rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups) < 0:
+    if not 0 <= rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups, default=0) < 0:
         raise InputError(f"{path} claims {rows:,} rows in {size:,} bytes, which do not hold them; write it anew")
 
 
 def _read(path: Path, columns: Mapping[str, str], *roles: str) -> "pa.Table":
     """The columns that play these roles."""
-    with _open(path, {f"data.columns.{role}": columns[role] for role in roles}) as file:
-        table = file.read(columns=[columns[role] for role in roles])
+    tables, claimed = [], 0
+    for part in _parts(path):
+        with _open(part, {f"data.columns.{role}": columns[role] for role in roles}) as file:
+            tables.append(file.read(columns=[columns[role] for role in roles]))
+            claimed += file.metadata.num_rows
+    table = pa.concat_tables(tables, promote_options="permissive")
     table.validate(full=True)
-    if len(table) != file.metadata.num_rows:
-        raise InputError(f"{path} has {len(table)} rows, but claims {file.metadata.num_rows}; write it anew")
+    _check_count(len(table), claimed, path)
     return table
+
+
+def _check_count(rows: int, claimed: int, path: Path) -> None:
+    if rows != claimed:
+        raise InputError(f"{path} has {rows} rows, but claims {claimed}; write it anew")
+    if rows == 0:
+        raise InputError(f"{path} has no rows; give at least one")
 
 
 def _column(table: "pa.Table", path: Path, name: str, start: int = 0) -> "pa.ChunkedArray":
     """A column without nulls; the table begins at the file's row `start`."""
-    column = table.column(name)
+    column = _decoded(table.column(name))
     if column.null_count:
         row = start + int(column.is_null().to_numpy().argmax())
         raise InputError(f"{path}: row {row}: column {name!r} is null; remove or repair it")
@@ -159,7 +174,7 @@ def _flatten(
     column: "pa.ChunkedArray", lengths: np.ndarray, path: Path, name: str, start: int = 0
 ) -> "pa.ChunkedArray":
     """The values of all lists, one list after the other."""
-    values = pc.list_flatten(column)
+    values = _decoded(pc.list_flatten(column))
     if values.null_count:
         row = start + int(np.repeat(np.arange(len(lengths)), lengths)[values.is_null().to_numpy().argmax()])
         raise InputError(f"{path}: row {row}: column {name!r} holds a null; remove or repair it")
@@ -170,7 +185,28 @@ def _is_list(kind: "pa.DataType") -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _check_ids_type(kind: "pa.DataType", path: Path, name: str, what: str) -> None:
+def _decoded(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Values in place of a dictionary of them, which is what categories are."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _ids(column: "pa.ChunkedArray", path: Path, name: str) -> np.ndarray:
+    """Ids as integers or strings: UUIDs spelled out, whole floats and decimals as integers; other numbers stay."""
+    kind = column.type
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not pa.types.is_integer(kind) and not strings:
-        raise InputError(f"{path}: column {name!r} has type {kind}; give {what}, integers or strings")
+    if strings or pa.types.is_integer(kind):
+        return column.to_numpy()
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
+        return np.array([str(value) for value in column.to_pylist()], dtype=object)
+    if not pa.types.is_floating(kind) and not pa.types.is_decimal(kind):
+        raise InputError(f"{path}: column {name!r} has type {kind}; give ids as integers or strings")
+    values = column.to_pylist()
+    exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1) if pa.types.is_floating(kind) else np.inf
+    if rounded := [value for value in values if exact <= abs(value) < np.inf]:
+        raise InputError(
+            f"{path}: column {name!r} has the id {rounded[0]}, but type {kind} rounds integers from {exact} on; "
+            "give ids as integers or strings"
+        )
+    return np.array(
+        [int(value) if math.isfinite(value) and value == int(value) else value for value in values], dtype=object
+    )

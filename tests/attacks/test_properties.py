@@ -267,13 +267,19 @@ def test_settings_of_the_models_fit_or_are_named(value: Any) -> None:
 
 
 @ATTACK
-@given(ids=st.lists(st.one_of(st.integers(), st.text(max_size=3), st.booleans(), st.floats()), min_size=1, max_size=6))
+@given(
+    ids=st.lists(
+        st.one_of(st.integers(), st.integers(2**62, 2**64), st.text(max_size=3), st.booleans(), st.floats()),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_ids_are_kept_or_refused(ids: list[Any]) -> None:
     alike = all(type(value) is int for value in ids) or all(type(value) is str for value in ids)
     right = alike and len(set(ids)) == len(ids)
     found = refusal(lambda: checked_ids(ids, len(ids), "memory"))
-    small_enough = all(type(value) is not int or -(2**63) <= value < 2**63 for value in ids)
-    assert (found is None) == right or not small_enough, found
+    small_enough = all(type(value) is not int or -(2**63) <= value < 2**64 for value in ids)
+    assert (found is None) == (right and small_enough), found
     assert found or checked_ids(ids, len(ids), "memory").tolist() == ids
 
 
