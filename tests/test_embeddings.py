@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import write_folder
+from nvf import Pipeline, Reranker, SoftAttention, VectorMemory
+from nvf.answers import write_answers
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
+from nvf.ids import target_rows
+from nvf.memory import unit
 from nvf.npy import ArrayFile
 from nvf.splits import SPLITS
 
@@ -58,17 +63,127 @@ def test_the_split_depends_on_the_seed_alone(folder: Path) -> None:
 
 @given(groups=st.lists(st.integers(1, 4), min_size=60, max_size=90), seed=st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
-def test_identical_queries_stay_in_one_split(tmp_path_factory, groups: list[int], seed: int) -> None:
+def test_identical_queries_are_one_query_with_the_targets_of_all(
+    tmp_path_factory, groups: list[int], seed: int
+) -> None:
     folder = tmp_path_factory.mktemp("repeated")
     write_folder(folder)
     distinct = np.random.default_rng(0).standard_normal((len(groups), 8))
     queries = np.repeat(distinct, groups, axis=0)
     np.save(folder / "queries.npy", queries)
-    np.save(folder / "targets.npy", np.zeros(len(queries), dtype=int))
-    splits = read(folder, seed)[1].splits
-    seen = [{row.tobytes() for row in split.queries.numpy()} for split in splits.values()]
-    assert sum(len(rows) for rows in seen) == len(set.union(*seen)) == len(groups)
-    assert sum(len(split.queries) for split in splits.values()) == len(queries)
+    order = np.random.default_rng(seed).permutation(len(queries))
+    targets = np.random.default_rng(seed).integers(50, size=(len(queries), 2))
+    targets[::2, 1] = -1
+    np.save(folder / "queries.npy", queries[order])
+    np.save(folder / "targets.npy", targets)
+    expected: dict[bytes, set[int]] = {}
+    for query, rows in zip(unit(torch.from_numpy(queries[order])).numpy(), targets.tolist(), strict=True):
+        expected.setdefault(query.tobytes(), set()).update(row for row in rows if row >= 0)
+    recorded = read(folder, seed)[1]
+    found = [
+        (query.tobytes(), sorted(row for row in rows if row >= 0))
+        for split in recorded.splits.values()
+        for query, rows in zip(split.queries.numpy(), split.targets.tolist(), strict=True)
+    ]
+    assert sorted(found) == sorted((query, sorted(rows)) for query, rows in expected.items())
+    assert recorded.merged == len(queries) - len(groups)
+
+
+def test_one_answer_a_line_is_what_several_answers_a_query_are(
+    run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    both = np.stack([np.load(folder / "targets.npy"), (np.load(folder / "targets.npy") + 1) % 50], axis=1)
+    np.save(folder / "targets.npy", np.sort(both))
+    expected = run("data=embeddings", f"data.dir={folder}", "trainer=debug", folder=tmp_path / "expected")
+    assert expected["merged"] == {"rows": 0, "queries": 0}
+    edit(folder, "queries.npy", lambda queries: np.concatenate([queries, queries]))
+    np.save(folder / "targets.npy", both.T.reshape(-1))
+    found = run("data=embeddings", f"data.dir={folder}", "trainer=debug")
+    assert found["merged"] == {"rows": 0, "queries": 400}
+    assert {name: found[name] for name in ("test", "val", "queries")} == {
+        name: expected[name] for name in ("test", "val", "queries")
+    }
+
+
+def test_equal_rows_are_one_answer(run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    settings = ["data=embeddings", f"data.dir={folder}", "trainer=debug", "index=ivf"]
+    expected = run(*settings, folder=tmp_path / "expected")
+    edit(folder, "corpus.npy", lambda rows: np.concatenate([rows, 2 * rows]))  # of another length, but the same row
+    edit(folder, "targets.npy", lambda rows: rows + 50)
+    (folder / "ids.json").write_text(json.dumps([f"item {row}" for row in range(100)]))
+    found = run(*settings)
+    assert found["merged"] == {"rows": 50, "queries": 0}
+    assert {name: found[name] for name in ("test", "val")} == {name: expected[name] for name in ("test", "val")}
+    assert found["index"]["top1"] == expected["index"]["top1"]
+    asked = np.random.default_rng(1).standard_normal((9, 8))
+    theirs, ours = (Pipeline.load(tmp_path / name / "pipeline") for name in ("expected", "run"))
+    answers, hits = theirs.search(asked, k=50), ours.search(asked, k=50)
+    np.testing.assert_array_equal(hits.rows, answers.rows)
+    assert hits.ids.tolist() == [[f"item {row}" for row in rows] for rows in answers.rows.tolist()]
+    assert torch.equal(ours.keys(), theirs.keys().repeat(2, 1))  # in the order of the corpus
+    with pytest.raises(InputError, match="k=51 exceeds the memory's 50 rows"):
+        ours.search(asked, k=51)
+
+
+def test_the_first_of_equal_rows_is_the_one_that_is_found(folder: Path, tmp_path: Path) -> None:
+    corpus, targets = np.load(folder / "corpus.npy"), np.load(folder / "targets.npy")
+    which = np.random.default_rng(2).integers(50, size=200)
+    np.save(folder / "corpus.npy", corpus[which])
+    np.save(folder / "targets.npy", which := np.random.default_rng(3).integers(200, size=400))
+    same = np.load(folder / "corpus.npy")
+    first = [next(row for row in range(200) if (same[row] == same[target]).all()) for target in which]
+    for dtype, mapped in (("float32", None), ("float32", tmp_path / "rows"), ("bfloat16", tmp_path / "rows")):
+        memory = read_memory(folder, dtype=dtype, mapped=mapped)
+        assert len(memory) == len({row.tobytes() for row in same})
+        assert memory.vectors_of(memory.rows_of(torch.from_numpy(which))).tolist() == first
+        assert memory.rows_of(torch.tensor([-1])).tolist() == [-1]
+        kept = memory.rows[memory.rows_of(torch.arange(200))]
+        assert torch.equal(kept, VectorMemory(torch.from_numpy(same), dtype=dtype).rows)
+    assert len(targets) == 400
+
+
+def test_a_relevance_matrix_is_refused_by_name(folder: Path) -> None:
+    targets = np.load(folder / "targets.npy")
+    np.save(folder / "targets.npy", np.eye(50, dtype=np.int8)[targets])
+    with pytest.raises(InputError, match=r"targets.npy: .*relevance matrix; give each query the rows"):
+        read(folder)
+
+
+IDS = {
+    "uint64": [2**64 - 1 - row for row in range(50)],
+    "int64": [2**63 - 1, -(2**63), *range(48)],
+    "across": [1, 2**63, *range(2, 50)],
+    "both": [-(2**63), 2**64 - 1, 2**53, 2**53 + 1, *range(46)],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_all_integers_of_64_bits_are_ids(folder: Path, tmp_path: Path, ids: list[int]) -> None:
+    (folder / "ids.json").write_text(json.dumps(ids))
+    memory, _ = read(folder)
+    assert memory.ids is not None
+    assert memory.ids.tolist() == ids
+    pipeline = Pipeline(SoftAttention(memory), Reranker(8), k=3)
+    pipeline.save(tmp_path / "pipeline")
+    hits = Pipeline.load(tmp_path / "pipeline").search(np.ones((4, 8)), k=50)
+    expected = [[ids[row] for row in rows] for rows in hits.rows.tolist()]
+    assert hits.ids.tolist() == expected
+    write_answers(tmp_path / "a.jsonl", [hits], count=4, k=50)
+    assert [json.loads(line)["ids"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == expected
+    table = pytest.importorskip("pyarrow.parquet")
+    write_answers(tmp_path / "a.parquet", [hits], count=4, k=50)
+    assert table.read_table(tmp_path / "a.parquet").column("ids").to_pylist() == expected
+    np.testing.assert_array_equal(
+        target_rows(memory.ids, np.array(ids, dtype=object), np.ones(50, dtype=int), "targets"),
+        np.arange(50)[:, None],
+    )
+
+
+@pytest.mark.parametrize("ids", [[2**64, *range(49)], [-(2**63) - 1, *range(49)]])
+def test_ids_beyond_64_bits_are_refused(folder: Path, ids: list[int]) -> None:
+    (folder / "ids.json").write_text(json.dumps(ids))
+    with pytest.raises(InputError, match=r"ids.json: the ids .* do not fit into 64 bits"):
+        read(folder)
 
 
 def test_given_splits_are_kept(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Parquet folders: the same as .npy ones, with ids in place of rows; every fault is named."""
 
+import decimal
 import json
 import pickle
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,20 +83,67 @@ def test_row_groups_are_joined(tables: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8(), pa.string(), pa.large_string()], ids=str)
+UUIDS = [uuid.UUID(int=7919 * row + 2**120) for row in range(50)]
+KINDS = {  # the type of a column, what stands in it for row n, and the id that this is
+    "int64": (pa.int64(), int, int),
+    "uint8": (pa.uint8(), int, int),
+    "uint64": (pa.uint64(), lambda n: 2**64 - 1 - n, lambda n: 2**64 - 1 - n),
+    "string": (pa.string(), str, str),
+    "large string": (pa.large_string(), str, str),
+    "categories": (pa.dictionary(pa.int32(), pa.string()), str, str),
+    "categories of integers": (pa.dictionary(pa.int8(), pa.int64()), int, int),
+    "uuid": (pa.uuid(), lambda n: UUIDS[n].bytes, lambda n: str(UUIDS[n])),
+    "decimal": (pa.decimal128(38, 2), lambda n: decimal.Decimal(2**64 - 1 - n), lambda n: 2**64 - 1 - n),
+    "float": (pa.float64(), lambda n: 2.0**53 - 1 - n, lambda n: 2**53 - 1 - n),
+    "half": (pa.float16(), np.float16, int),
+}
+
+
+@pytest.mark.parametrize(("kind", "stored", "named"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("listed", [True, False])
-def test_ids_and_targets_come_in_many_types(tables: Path, kind: Any, listed: bool) -> None:
+def test_ids_and_targets_come_in_many_types(
+    tables: Path, kind: Any, stored: Callable[[int], Any], named: Callable[[int], Any], listed: bool
+) -> None:
     expected = read(tables)[1].splits["train"].targets
+    edit(tables, "corpus.parquet", "id", [stored(row) for row in range(50)], kind)
+    names = pq.read_table(tables / "queries.parquet").column("targets").to_pylist()
+    targets: Any = pa.array([stored(int(name.removeprefix("item "))) for name in names], type=kind)
+    if listed:
+        targets = pa.ListArray.from_arrays(pa.array(range(len(names) + 1), type=pa.int32()), targets)
+    table = pq.read_table(tables / "queries.parquet")
+    pq.write_table(table.set_column(1, "targets", targets), tables / "queries.parquet")
+    memory, recorded = read(tables)
+    assert memory.ids is not None
+    assert memory.ids.tolist() == [named(row) for row in range(50)]
+    assert torch.equal(recorded.splits["train"].targets, expected)
 
-    def convert(name: str) -> int | str:
-        number = int(name.removeprefix("item "))
-        return number if pa.types.is_integer(kind) else str(number)
 
-    edit(tables, "corpus.parquet", "id", lambda ids: [convert(i) for i in ids], kind)
-    targets = [convert(name) for name in pq.read_table(tables / "queries.parquet").column("targets").to_pylist()]
-    values, column = ([[t] for t in targets], pa.list_(kind)) if listed else (targets, kind)
-    edit(tables, "queries.parquet", "targets", values, column)
-    assert torch.equal(read(tables)[1].splits["train"].targets, expected)
+@pytest.mark.parametrize("size", [7, 20])
+def test_a_folder_of_parts_is_the_file_that_they_make(tables: Path, size: int) -> None:
+    memory, recorded = read(tables)
+    for name in ("corpus.parquet", "queries.parquet"):
+        table = pq.read_table(tables / name)
+        (tables / name).unlink()
+        (tables / name).mkdir()
+        (tables / name / "_SUCCESS").touch()
+        for part, start in enumerate(range(0, len(table) + size, size)):  # the last has no rows
+            pq.write_table(table[start : start + size], tables / name / f"part-{part:03}.parquet")
+    again, same = read(tables)
+    assert again.ids.tolist() == memory.ids.tolist()
+    assert again.fingerprint == memory.fingerprint
+    for mine, theirs in zip(same.splits["train"], recorded.splits["train"], strict=True):
+        assert torch.equal(mine, theirs)
+    blocks = list(vector_blocks(tables / "corpus.parquet", "vector", 9))
+    np.testing.assert_array_equal(
+        np.concatenate(blocks), pq.read_table(tables / "corpus.parquet")["vector"].to_pylist()
+    )
+    edit(tables, "corpus.parquet/part-001.parquet", "id", put(2, None))
+    with pytest.raises(InputError, match=rf"corpus.parquet: row {size + 2}: column 'id' is null"):
+        read(tables)
+    for path in (tables / "corpus.parquet").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=r"corpus.parquet is missing, or no file; it holds"):
+        read(tables)
 
 
 def test_a_query_may_have_several_targets(tables: Path) -> None:
@@ -150,7 +199,19 @@ FAULTS = {
     "null id": (lambda f: edit(f, "corpus.parquet", "id", put(9, None)), r"row 9: column 'id' is null; remove or"),
     "float id": (
         lambda f: edit(f, "corpus.parquet", "id", [0.5 + row for row in range(50)], pa.float32()),
-        r"column 'id' has type float; give integers or strings",
+        r"corpus.parquet: column 'id': row 0 has the id 0.5, which is not an integer",
+    ),
+    "NaN id": (
+        lambda f: edit(f, "corpus.parquet", "id", [*range(49), np.nan], pa.float64()),
+        r"corpus.parquet: column 'id': row 49 has the id nan, which is not an integer",
+    ),
+    "rounded id": (
+        lambda f: edit(f, "corpus.parquet", "id", [2.0**53 + 2 * row for row in range(50)], pa.float64()),
+        r"column 'id' has the id 9007199254740992.0, but type double rounds integers from 9007199254740992 on",
+    ),
+    "dates for ids": (
+        lambda f: edit(f, "corpus.parquet", "id", list(range(50)), pa.timestamp("s")),
+        r"column 'id' has type timestamp\[.*\]; give ids as integers or strings",
     ),
     "null vector": (
         lambda f: edit(f, "corpus.parquet", "vector", put(4, None), FLOATS),
@@ -215,7 +276,20 @@ FAULTS = {
     ),
     "float targets": (
         lambda f: edit(f, "queries.parquet", "targets", [[0.5]] * 400, FLOATS),
-        r"column 'targets' has type float; give ids, or lists of ids, integers or strings",
+        r"queries.parquet: row 0: target 0.5 is not an id of the memory",
+    ),
+    "relevance": (
+        lambda f: [
+            edit(f, "corpus.parquet", "id", list(range(50)), pa.int64()),
+            edit(
+                f,
+                "queries.parquet",
+                "targets",
+                np.eye(50, dtype=int)[np.arange(400) % 50].tolist(),
+                pa.list_(pa.int8()),
+            ),
+        ],
+        r"queries.parquet: .*relevance matrix",
     ),
 }
 

@@ -18,6 +18,7 @@ from conftest import command, to_collection, to_parquet
 from nvf import InputError, Pipeline
 from nvf.embeddings import read_memory as read_folder
 from nvf.embeddings import read_recorded
+from nvf.report import table
 
 client = pytest.importorskip("qdrant_client")
 models = pytest.importorskip("qdrant_client.models")
@@ -35,7 +36,8 @@ def storage(folder: Path, tmp_path: Path) -> Path:
 
 
 def read(storage: Path, /, **settings: Any):
-    return read_memory(**{"path": str(storage), "url": None, "collection": "items", **settings})
+    given = {"path": str(storage), "url": None, "collection": "items", "distance": "cosine"}  # lengths differ
+    return read_memory(**{**given, **settings})
 
 
 def test_a_collection_is_what_the_same_npy_file_is(folder: Path, storage: Path, tmp_path: Path) -> None:
@@ -66,6 +68,89 @@ def test_ids_may_be_uuids(folder: Path, tmp_path: Path, kind: str, ids: list[int
     expected = read_folder(folder).rows
     for row, point in enumerate(memory.ids):
         assert torch.equal(memory.rows[row], expected[list(map(str, ids)).index(point)])
+
+
+@pytest.mark.parametrize("ids", [[2**64 - 1 - row for row in range(50)], [1, 2**63, *range(2**53, 2**53 + 48)]])
+def test_ids_are_all_of_uint64(folder: Path, tmp_path: Path, ids: list[int]) -> None:
+    to_collection(folder, tmp_path / "storage", ids=ids)
+    memory = read(tmp_path / "storage")
+    assert memory.ids is not None
+    assert memory.ids.tolist() == sorted(ids)
+    order = sorted(range(50), key=lambda row: ids[row])
+    assert torch.equal(memory.rows, read_folder(folder).rows[order])
+    targets = np.load(folder / "targets.npy")
+    np.save(folder / "targets.npy", np.array(ids, dtype=np.uint64)[targets])
+    found = read_recorded(folder, memory, seed=0, by_id=True).splits["train"].targets
+    np.save(folder / "targets.npy", np.argsort(order)[targets])
+    assert torch.equal(found, read_recorded(folder, memory, seed=0).splits["train"].targets)
+
+
+@pytest.mark.parametrize("spelled", [lambda u: u.hex, lambda u: str(u).upper(), lambda u: u.urn, str])
+@pytest.mark.parametrize("stored", [lambda u: u.hex, lambda u: str(u).upper()])
+def test_a_uuid_is_one_however_it_is_spelled(
+    folder: Path, tmp_path: Path, spelled: Callable[[uuid.UUID], str], stored: Callable[[uuid.UUID], str]
+) -> None:
+    ids = [uuid.UUID(name) for name in UUIDS]
+    to_collection(folder, tmp_path / "storage", ids=[stored(name) for name in ids])
+    memory = read(tmp_path / "storage")
+    assert memory.ids is not None
+    assert memory.ids.tolist() == sorted(UUIDS)
+    to_parquet(folder, tmp_path / "queries", ids=[spelled(name) for name in ids])
+    recorded = read_recorded(tmp_path / "queries", memory, seed=0, by_id=True)
+    expected = read_recorded(folder, read_folder(folder), seed=0)  # UUIDS are in ascending order
+    assert torch.equal(recorded.splits["train"].targets, expected.splits["train"].targets)
+
+
+def with_distance(path: Path, corpus: np.ndarray, distance: str) -> None:
+    storage = client.QdrantClient(path=str(path))
+    settings = models.VectorParams(size=corpus.shape[1], distance=distance)
+    storage.create_collection("items", vectors_config=settings)
+    points = [models.PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(corpus)]
+    storage.upsert("items", points)
+    storage.close()
+
+
+def first_hits(path: Path, queries: np.ndarray) -> list[int]:
+    storage = client.QdrantClient(path=str(path))
+    found = [storage.query_points("items", query=query.tolist(), limit=1).points[0].id for query in queries]
+    storage.close()
+    return found
+
+
+@pytest.mark.parametrize("distance", ["Cosine", "Dot", "Euclid"])
+@pytest.mark.parametrize("length", [1, 7])
+def test_exact_search_is_the_collection_s(folder: Path, tmp_path: Path, distance: str, length: float) -> None:
+    corpus, queries = (np.load(folder / f"{name}.npy").astype(np.float32) for name in ("corpus", "queries"))
+    if distance != "Cosine":
+        corpus *= length / np.linalg.norm(corpus, axis=1, keepdims=True)
+    with_distance(tmp_path / "storage", corpus, distance)
+    memory = read(tmp_path / "storage", distance=None)
+    found = memory.search(torch.from_numpy(queries), k=1).rows[:, 0].tolist()
+    assert found == first_hits(tmp_path / "storage", queries)
+    assert memory.distance is None
+    assert read(tmp_path / "storage").distance is None
+
+
+@pytest.mark.parametrize("distance", ["Dot", "Euclid", "Manhattan"])
+def test_a_collection_that_orders_otherwise_is_refused_unless_cosine_is_meant(
+    run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path, distance: str
+) -> None:
+    corpus = np.load(folder / "corpus.npy").astype(np.float32)
+    if distance == "Manhattan":
+        corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
+    with_distance(tmp_path / "storage", corpus, distance)
+    settings = ["data=qdrant", f"data.path={tmp_path / 'storage'}", "data.collection=items", f"data.dir={folder}"]
+    lengths = np.linalg.norm(corpus, axis=1)
+    spread = rf"{distance}, and its vectors have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
+    with pytest.raises(InputError, match=rf"collection items searches by {spread}.*data.distance=cosine"):
+        run(*settings, "trainer=debug")
+    found = run(*settings, "trainer=debug", "data.distance=cosine")
+    assert found["collection_distance"] == distance
+    assert f"it searches by {distance}" in table(found, 40)
+    expected = run("data=embeddings", f"data.dir={folder}", "trainer=debug", folder=tmp_path / "expected")
+    assert expected["collection_distance"] is None
+    assert "it searches by" not in table(expected, 40)
+    assert found["test"]["exact"] == expected["test"]["exact"]
 
 
 @pytest.mark.parametrize("page", [1, 7, 25, 50])
@@ -128,6 +213,7 @@ FAULTS = {
     "another vector": ({"collection": "named", "vector": "c"}, r"data.vector=c is no dense vector .*: a, b"),
     "no names": ({"collection": "zero", "vector": "a"}, r"data.vector=a is no dense vector .*: none with a name"),
     "lacking": ({"collection": "named", "vector": "b"}, r"collection named: point 2 has no vector b; give it one"),
+    "another distance": ({"distance": "dot"}, r"data.distance=dot is neither null, .* nor cosine"),
     "several": ({"collection": "multi"}, r"collection multi has several vectors a point"),
     "empty": ({"collection": "empty"}, r"collection empty is empty; fill it"),
     "zero": ({"collection": "zero"}, r"collection zero: row 1 \(id 9\) is zero"),
@@ -183,6 +269,7 @@ def test_without_qdrant_client_the_remedy_is_named(
 
 def test_a_folder_of_queries_is_asked_for(run: Callable[..., dict[str, Any]], storage: Path) -> None:
     overrides = ["data=qdrant", f"data.path={storage}", "data.collection=items", "trainer=debug"]
+    overrides.append("data.distance=cosine")
     with pytest.raises(InputError, match=r"data.dir is not set; name the folder that holds your queries: data.dir="):
         run(*overrides)
     run(*overrides, "queries=noisy", "queries.val_samples=50", "queries.test_samples=50")
@@ -203,7 +290,7 @@ def test_a_run_on_a_collection_equals_the_run_on_npy(
     else:
         np.save(folder / "targets.npy", np.array(ids)[np.load(folder / "targets.npy")])
     (queries / f"corpus.{kind}").unlink()
-    storage = [f"data.path={tmp_path / 'storage'}", "data.collection=items"]
+    storage = [f"data.path={tmp_path / 'storage'}", "data.collection=items", "data.distance=cosine"]
     found = run("data=qdrant", *storage, f"data.dir={queries}", "trainer=debug")
     for key in ("test", "val", "memory"):
         assert found[key] == expected[key]
@@ -262,6 +349,7 @@ def server(folder: Path, storage: Path) -> Iterator[str]:
 
 def test_the_key_of_a_server_is_in_no_file(tmp_path: Path, folder: Path, storage: Path, server: str) -> None:
     overrides = ["data=qdrant", f"data.url={server}", "data.collection=items", f"data.dir={folder}", "trainer=debug"]
+    overrides.append("data.distance=cosine")
     done = command(*overrides, cwd=tmp_path, **{KEY: "wrong"})
     assert done.returncode == 1
     assert f"error: data.url={server} does not answer (UnexpectedResponse: Unexpected Response: 401" in done.stderr

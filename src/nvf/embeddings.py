@@ -22,10 +22,10 @@ import torch
 
 from nvf import npy
 from nvf.errors import InputError
-from nvf.ids import FILE, read_ids, target_rows
+from nvf.ids import FILE, plain_uuid, read_ids, target_rows
 from nvf.memory import VectorMemory, check_dim, unit
 from nvf.queries import QueryBatch, Recorded
-from nvf.splits import SPLITS, deal, repeats
+from nvf.splits import SPLITS, deal, merge, repeats
 
 PARTS = {"npy": ("queries.npy", "targets.npy"), "parquet": ("queries.parquet",)}
 COLUMNS = {"id": "id", "vector": "vector", "targets": "targets"}
@@ -33,7 +33,7 @@ log = logging.getLogger("nvf")
 
 
 def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **stored: Any) -> VectorMemory:
-    """The corpus of a folder as a memory, (N, D), with the ids that the folder gives its rows.
+    """The corpus of a folder as a memory, (N, D) distinct rows, with the ids that the folder gives its vectors.
 
     `stored` may say how the memory keeps its rows, `dtype` and `mapped`; of a corpus.npy no whole copy is made.
     """
@@ -42,10 +42,10 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
         from nvf.parquet import read_corpus  # needs pyarrow, which is an extra
 
         rows, ids = read_corpus(folder / "corpus.parquet", columns)
-        return VectorMemory(rows, ids=ids, **stored)
+        return VectorMemory(rows, ids=ids, distinct=True, **stored)
     vectors = npy.open_vectors(folder / "corpus.npy", "the vectors of your items; corpus.parquet would do as well")
     given = read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
-    return VectorMemory(vectors, ids=given, **stored)
+    return VectorMemory(vectors, ids=given, distinct=True, **stored)
 
 
 def read_recorded(
@@ -56,7 +56,7 @@ def read_recorded(
     columns: Mapping[str, str] = COLUMNS,
     by_id: bool = False,
 ) -> Recorded:
-    """The queries of a folder: the user's splits, or 80/10/10 by seed with identical queries kept together.
+    """The queries of a folder, in which identical ones are one: the user's splits, or 80/10/10 by seed.
 
     Args:
         by_id: the memory is not from this folder, so that targets.npy holds ids, as .parquet files always do, and
@@ -69,16 +69,20 @@ def read_recorded(
     if corpus not in (None, kind):
         raise InputError(f"{folder} holds corpus.{corpus}, but {names[0]}; give both as .npy or both as .parquet")
 
-    def read(prefix: str) -> QueryBatch:
-        return _read_pair(folder, prefix, kind, memory, columns, by_id)
-
-    if not names or names[0] in PARTS[kind]:
-        return Recorded(memory, deal(read(""), folder / PARTS[kind][0], seed))
-    splits = {split: read(f"{split}_") for split in SPLITS}
+    whole = not names or names[0] in PARTS[kind]
+    prefixes = [""] if whole else [f"{split}_" for split in SPLITS]
+    given = [_read_pair(folder, prefix, kind, memory, columns, by_id) for prefix in prefixes]
+    read = [merge(batch) for batch in given]
+    merged = sum(len(lines.queries) - len(batch.queries) for lines, batch in zip(given, read, strict=True))
+    if merged:
+        log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
+    if whole:
+        return Recorded(memory, deal(read[0], folder / PARTS[kind][0], seed), merged=merged)
+    splits = dict(zip(SPLITS, read, strict=True))
     duplicates = repeats(splits)
     if duplicates:
         log.warning("%s: %s", folder, _warn_of(duplicates, splits))
-    return Recorded(memory, splits, duplicates)
+    return Recorded(memory, splits, duplicates, merged)
 
 
 def _corpus_format(folder: Path) -> str:
@@ -110,6 +114,7 @@ def _read_pair(
 
         targets_path = path
         queries, ids, counts = read_queries(path, columns)
+        ids = np.array([plain_uuid(name) for name in ids.tolist()], dtype=object) if by_id else ids
         rows = target_rows(memory.ids, ids, counts, str(path))
     else:
         targets_path = folder / f"{prefix}targets.npy"
@@ -119,7 +124,13 @@ def _read_pair(
             given = targets != -1
             rows = target_rows(memory.ids, targets[given], given.sum(axis=1), str(targets_path))
         else:
-            rows = _checked_rows(targets, len(memory), targets_path)
+            rows = _checked_rows(targets, memory.given, targets_path)
+    if rows.shape[1] == memory.given > 2 and (rows >= 0).all() and len(np.unique(rows)) <= 2:
+        raise InputError(
+            f"{targets_path}: targets of shape {rows.shape}, of two kinds, are a relevance matrix; give each query the "
+            "rows or ids of its ones alone, padded with -1"
+        )
+    rows = memory.rows_of(torch.from_numpy(rows)).numpy()
     check_dim(queries.shape[1], memory.dim, str(path))
     if (lonely := (rows < 0).all(axis=1)).any():
         raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")

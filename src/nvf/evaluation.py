@@ -133,7 +133,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
         shares.append((found >= worst - alike).float().mean(dim=-1))
     share = torch.cat(shares).double()
     rows, rate = _timed_search(pipeline, queries)
-    right = int((rows == targets).any(dim=-1).sum())
+    right = int((pipeline.memory.rows_of(rows) == targets).any(dim=-1).sum())
     pipeline.index = None
     try:
         exact_rate = _timed_search(pipeline, queries)[1]

@@ -98,7 +98,7 @@ class Index:
 
 
 def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Index | None:
-    """An index over a pipeline's keys: `pipeline.index = build_index(pipeline.keys(), "hnsw")`.
+    """An index over a pipeline's keys: `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
 
     `ivf` is always the same for the same keys; `hnsw` is where torch has one thread, `torch.set_num_threads(1)`: more
     of them insert keys in an order of their own, and the graph, with it a few of the rows it finds, varies.

@@ -32,9 +32,10 @@ class VectorMemory(nn.Module):
 
     Args:
         vectors: (N, D), or a file of them, of which one block is held at a time.
-        ids: what the user calls the rows, (N,) integers or strings; no part of the fingerprint.
+        ids: what the user calls the vectors, an integer or a string each; no part of the fingerprint.
         dtype: of the rows: float32, or in half the room float16 or bfloat16; what is computed with them is float32.
         mapped: a folder for the rows, which are then read from the disk where they are needed; None holds them.
+        distinct: whether vectors whose rows are equal in every bit are one row, so that N counts different rows alone.
 
     Raises:
         InputError: not a matrix of floats, empty, a row that is zero or not finite, an unknown dtype, a folder that
@@ -43,7 +44,10 @@ class VectorMemory(nn.Module):
     """
 
     rows: Tensor
+    place: Tensor | None  # the row of each vector that was given, int64; None where no two are one
+    first: Tensor | None  # the vector that each row is, the first of equal ones, (N,) int64; None likewise
     file: RowsFile | None = None  # that the rows are read from
+    distance: str | None = None  # of the collection that they are from, where that orders them otherwise than cosine
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class VectorMemory(nn.Module):
         ids: np.ndarray | None = None,
         dtype: str = "float32",
         mapped: str | Path | None = None,
+        distinct: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
@@ -61,27 +66,38 @@ class VectorMemory(nn.Module):
             raise InputError(f"memory has shape {shape} and type {kind}; give non-empty floats, (N, D)")
         self.ids = None if ids is None else checked_ids(ids, shape[0], "memory")
         digest = hashlib.sha256(f"{kind} {shape}".encode())
-        if mapped is None:
-            device = vectors.device if isinstance(vectors, Tensor) else None
-            rows = torch.empty(shape, dtype=DTYPES[dtype], device=device)
-            start = 0
-            for block in _checked(vectors, digest, self.ids):
-                rows[start : start + len(block)].copy_(unit(block))
-                start += len(block)
-        else:
-            for _ in _checked(vectors, digest, self.ids):  # the rows' file is named by the hash
-                pass
-            rows, self.file = _mapped(vectors, shape, digest.hexdigest(), DTYPES[dtype], Path(mapped))
+        device = vectors.device if isinstance(vectors, Tensor) else None
+        rows = torch.empty(shape if mapped is None else 0, dtype=DTYPES[dtype], device=device)
+        hashes, start = [], 0
+        for block in _checked(vectors, digest, self.ids):  # even if mapped: the file of the rows is named by the hash
+            scaled = unit(block).to(rows.dtype)
+            if mapped is None:
+                rows[start : start + len(block)] = scaled
+            if distinct:
+                hashes.append(row_hashes(scaled))
+            start += len(block)
+        self._set_place(alike(np.concatenate(hashes)) if distinct else np.arange(start), device)
+        if mapped is not None:
+            rows, self.file = _mapped(vectors, shape, digest.hexdigest(), rows.dtype, Path(mapped), self.first)
+        elif self.first is not None:
+            rows = rows[self.first]
         self.fingerprint = f"sha256:{digest.hexdigest()}"
         self.register_buffer("rows", rows, persistent=False)
 
     @classmethod
-    def restore(cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None) -> "VectorMemory":
-        """A memory with the rows of another one, kept to the last bit, its fingerprint and its ids."""
+    def restore(
+        cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None, place: Tensor | None = None
+    ) -> "VectorMemory":
+        """A memory with the rows of another one, kept to the last bit, its fingerprint, its ids and its `place`."""
         memory = cls.__new__(cls)
         nn.Module.__init__(memory)
-        memory.ids = None if ids is None else checked_ids(ids, len(rows), "memory")
-        check_vectors(rows, "memory", memory.ids)
+        every = torch.arange(len(rows))
+        place = every if place is None else place.cpu()
+        if place.ndim != 1 or not torch.equal(place.unique(), every):
+            raise InputError(f"memory: the rows of its vectors are not its {len(rows)} rows; save it again")
+        memory._set_place(place.numpy(), rows.device)
+        memory.ids = None if ids is None else checked_ids(ids, len(place), "memory")
+        check_vectors(rows, "memory", memory.ids if len(place) == len(rows) else None)
         memory.fingerprint = fingerprint
         memory.register_buffer("rows", rows, persistent=False)
         return memory
@@ -104,8 +120,27 @@ class VectorMemory(nn.Module):
         centres = centres.repeat_interleave(rows_per_cluster, dim=0)
         return cls(centres + sigma * torch.randn(centres.shape, generator=generator), **stored)
 
+    def _set_place(self, place: np.ndarray, device: torch.device | None) -> None:
+        first = np.unique(place, return_index=True)[1]
+        merged = len(first) < len(place)
+        for name, array in (("place", place), ("first", first)):
+            self.register_buffer(name, torch.from_numpy(array).to(device) if merged else None, persistent=False)
+
     def __len__(self) -> int:
         return self.rows.shape[0]
+
+    @property
+    def given(self) -> int:
+        """How many vectors were given, equal ones too."""
+        return len(self) if self.place is None else len(self.place)
+
+    def rows_of(self, vectors: Tensor) -> Tensor:
+        """The rows that vectors are, by their numbers as given; -1 stays."""
+        return vectors if self.place is None else self.place[vectors].where(vectors >= 0, -1)
+
+    def vectors_of(self, rows: Tensor) -> Tensor:
+        """The reverse: the number, as given, of the first vector that a row is."""
+        return rows if self.first is None else self.first[rows]
 
     @property
     def dim(self) -> int:
@@ -162,6 +197,20 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize((wide / wide.abs().amax(dim=-1, keepdim=True)).float(), dim=-1)
 
 
+def row_hashes(rows: Tensor) -> np.ndarray:
+    """A value of 16 bytes for each row, (n,), equal for rows that are equal in every bit; -0 counts as 0."""
+    data = as_bytes(rows + 0.0)
+    size = len(data) // max(1, len(rows))
+    hashes = (hashlib.blake2b(data[at : at + size], digest_size=16).digest() for at in range(0, len(data), size))
+    return np.frombuffer(b"".join(hashes), "V16")
+
+
+def alike(values: np.ndarray) -> np.ndarray:
+    """Which of the different values each is, (n,) int64, numbered as they first appear."""
+    _, first, group = np.unique(values, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[group]
+
+
 def _shape_and_type(vectors: "Tensor | ArrayFile") -> tuple[tuple[int, ...], torch.dtype]:
     sample = vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.empty(0, vectors.dtype))
     return tuple(vectors.shape), sample.dtype
@@ -178,20 +227,29 @@ def _checked(vectors: "Tensor | ArrayFile", digest: Any, ids: np.ndarray | None)
 
 
 def _mapped(
-    vectors: "Tensor | ArrayFile", shape: tuple[int, ...], content: str, dtype: torch.dtype, folder: Path
+    vectors: "Tensor | ArrayFile",
+    shape: tuple[int, ...],
+    content: str,
+    dtype: torch.dtype,
+    folder: Path,
+    first: Tensor | None,
 ) -> tuple[Tensor, RowsFile]:
-    """Unit rows of vectors with this hash in a file of the folder."""
+    """Unit rows of vectors with this hash in a file of the folder, or of the `first` of equal ones alone."""
+    kept = torch.full((shape[0],), first is None)
+    if first is not None:
+        kept[first.cpu()] = True
 
     def blocks() -> Iterator[Tensor]:
-        again = hashlib.sha256(f"{_shape_and_type(vectors)[1]} {shape}".encode())
+        again, start = hashlib.sha256(f"{_shape_and_type(vectors)[1]} {shape}".encode()), 0
         for block in _checked(vectors, again, None):
-            yield unit(block).to(dtype)
+            yield unit(block).to(dtype)[kept[start : start + len(block)]]
+            start += len(block)
         if again.hexdigest() != content:
             raise InputError("the vectors changed while they were read; start again when nothing writes to them")
 
-    kind = next(name for name, known in DTYPES.items() if known == dtype)
+    kind = next(name for name, known in DTYPES.items() if known == dtype) + ("" if first is None else "-distinct")
     try:
-        return mapped_rows(folder / f"{content}-{kind}.rows", (shape[0], shape[1]), dtype, blocks)
+        return mapped_rows(folder / f"{content}-{kind}.rows", (int(kept.sum()), shape[1]), dtype, blocks)
     except (OSError, RuntimeError) as fault:
         raise InputError(
             f"data.mapped={folder} cannot hold the rows ({one_line(fault)}); name another folder, or null"

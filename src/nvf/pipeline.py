@@ -59,7 +59,7 @@ class Retrieval(NamedTuple):
 class Hits(NamedTuple):
     """The k most probable rows of each query, best first: numpy arrays for numpy queries, tensors for tensors."""
 
-    rows: Any  # (B, k) int64
+    rows: Any  # (B, k) int64, numbered as the vectors were given; of equal vectors the first
     probabilities: Any  # (B, k) float32
     ids: np.ndarray | None = None  # (B, k), of the rows, numpy always; None where the memory has none
 
@@ -122,10 +122,12 @@ class Pipeline(nn.Module):
     def keys(self) -> Tensor:
         """Stage 1's keys, to load into any index of inner products, which is then asked for `transform(queries)`.
 
-        (N, D) unit rows; (N, D + 1) where stage 1 corrects hubs, the correction as the last column.
+        (N, D) unit rows; (N, D + 1) where stage 1 corrects hubs, the correction as the last column. They come in the
+        order in which the memory's vectors were given, equal ones too.
         """
         with torch.no_grad():
-            return self.attention.keys().clone()
+            keys = self.attention.keys()
+            return keys.clone() if self.memory.place is None else keys[self.memory.place]
 
     def export_keys(self, path: str | Path) -> None:
         """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`; whole or not at all.
@@ -291,6 +293,7 @@ class Pipeline(nn.Module):
         finally:
             self.train(training)
         rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        rows = self.memory.vectors_of(rows)
         ids = None if self.memory.ids is None else self.memory.ids[rows.cpu().numpy()]
         if isinstance(queries, np.ndarray):
             return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
@@ -380,7 +383,8 @@ class Pipeline(nn.Module):
             config["index"] = None if self.index is None else self.index.write(partial / INDEX_FILE)
             if self.memory.ids is not None:
                 write_ids(self.memory.ids, partial / IDS_FILE)
-            save_file({"rows": self.memory.rows.contiguous()}, partial / "memory.safetensors")
+            place = {} if self.memory.place is None else {"place": self.memory.place}
+            save_file({"rows": self.memory.rows.contiguous(), **place}, partial / "memory.safetensors")
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
             config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
             (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
@@ -411,12 +415,13 @@ class Pipeline(nn.Module):
             if config["format"] != FORMAT:
                 raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
             _check_hashes(folder, config)
-            rows, ids = read_tensors(folder / "memory.safetensors")["rows"], None
+            kept, ids = read_tensors(folder / "memory.safetensors"), None
+            rows, place = kept["rows"], kept.get("place")
             if rows.dtype not in DTYPES.values():
                 raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
             if config.get("ids"):
-                ids = read_ids(folder / IDS_FILE, len(rows), remedy=SAVE_AGAIN)
-            memory = VectorMemory.restore(rows, config["memory"], ids)
+                ids = read_ids(folder / IDS_FILE, len(rows if place is None else place), remedy=SAVE_AGAIN)
+            memory = VectorMemory.restore(rows, config["memory"], ids, place)
             weights = read_tensors(folder / "weights.safetensors")
             with torch.device("meta"):  # where settings may claim any size: the weights say which it is
                 attention = SoftAttention(memory, **config["attention"])

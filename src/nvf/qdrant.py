@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from nvf.errors import InputError, one_line
-from nvf.ids import checked_ids
+from nvf.ids import checked_ids, plain_uuid
 from nvf.memory import VectorMemory, check_vectors
 from nvf.points import check_storage
 
@@ -31,25 +31,40 @@ if TYPE_CHECKING:
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
 PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
 TIMEOUT = 60  # seconds a request
+ONE_LENGTH = 1e-3  # by which lengths may differ, relatively, where vectors count as of one length
 
 
 def read_memory(
-    *, path: str | None, url: str | None, collection: str | None, vector: str | None = None, **stored: Any
+    *,
+    path: str | None,
+    url: str | None,
+    collection: str | None,
+    vector: str | None = None,
+    distance: str | None = None,
+    **stored: Any,
 ) -> VectorMemory:
     """The vectors of a collection as a memory, (N, D), its point ids as the ids of the rows, which they sort.
 
-    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too.
+    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
+    searched by cosine, which is what a collection does by its own distance if that is Cosine, or Dot or Euclid between
+    vectors of one length.
 
     Args:
         path: the folder of a local storage, which must not be open elsewhere; or
         url: of a server; the key that it may ask for is read from the environment, QDRANT_API_KEY.
         collection: its name.
         vector: the name of the vector, where points have several.
+        distance: "cosine" if a collection that orders its vectors otherwise is to be searched by cosine all the same.
         stored: how the memory keeps its rows, `dtype` and `mapped`.
 
     Raises:
-        InputError: not exactly one of path and url, nothing readable there, no such collection or vector, or no points.
+        InputError: not exactly one of path and url, nothing readable there, no such collection or vector, no points, or
+            vectors that the collection orders otherwise than cosine does.
     """
+    if distance not in (None, "cosine"):
+        raise InputError(
+            f"data.distance={distance} is neither null, the collection's own, nor cosine; give one of them"
+        )
     if (path is None) == (url is None):
         raise InputError(
             f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
@@ -58,11 +73,11 @@ def read_memory(
     client = _open_local(path, where) if url is None else _open_server(url, where)
     try:
         name = _check_collection(client, collection, where)
-        field = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
+        field, own = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
         ids, vectors = _scroll(client, name, field)
         if len(set(map(type, ids))) > 1:
             ids = [str(point) for point in ids]
-        order = np.argsort(np.array(ids))
+        order = sorted(range(len(ids)), key=ids.__getitem__)  # not numpy, whose float64 rounds large ones
     except InputError:
         raise
     except ApiException as fault:
@@ -76,7 +91,16 @@ def read_memory(
     sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
     rows = torch.from_numpy(vectors[order])
     check_vectors(rows, f"collection {name}", sorted_ids)
-    return VectorMemory(rows, ids=sorted_ids, **stored)
+    shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
+    alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
+    if not alike and distance is None:
+        raise InputError(
+            f"collection {name} searches by {own}, and its vectors have lengths from {shortest:.4g} to {longest:.4g}, "
+            "so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
+        )
+    memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
+    memory.distance = None if alike else own
+    return memory
 
 
 def _open_local(path: str | None, where: str) -> QdrantClient:
@@ -118,8 +142,8 @@ def _check_collection(client: QdrantClient, name: str | None, where: str) -> str
 
 def _check_vector(
     params: "VectorParams | dict[str, VectorParams] | None", collection: str, vector: str | None
-) -> str | None:
-    """The name of the vector to read, None for the one without a name."""
+) -> tuple[str | None, str]:
+    """The name of the vector to read, None for the one without a name, and the distance by which it is searched."""
     named: Mapping[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
     if vector is None and len(named) == 1:
         (vector,) = named
@@ -130,7 +154,7 @@ def _check_vector(
         )
     if named[vector].multivector_config is not None:
         raise InputError(f"collection {collection} has several vectors a point; choose one with one: data.vector=name")
-    return vector
+    return vector, named[vector].distance.value
 
 
 def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[list[int | str], np.ndarray]:
@@ -150,7 +174,7 @@ def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[
             )
             if not points:
                 break
-            ids += [point.id if isinstance(point.id, int) else str(point.id) for point in points]
+            ids += [point.id if isinstance(point.id, int) else plain_uuid(str(point.id)) for point in points]
             pages.append(np.array([_dense(point, collection, vector) for point in points], dtype=np.float32))
             bar.update(len(points))
     if not pages:

@@ -137,17 +137,23 @@ class Warped(Noisy):
 class Recorded:
     """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle.
 
-    `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a.
+    `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a; `merged` the
+    queries that became one with an identical query before them.
     """
 
     oracle = None
 
     def __init__(
-        self, memory: VectorMemory, splits: dict[str, QueryBatch], duplicates: dict[str, int] | None = None
+        self,
+        memory: VectorMemory,
+        splits: dict[str, QueryBatch],
+        duplicates: dict[str, int] | None = None,
+        merged: int = 0,
     ) -> None:
         self.memory = memory
         self.splits = splits
         self.duplicates = duplicates or {}
+        self.merged = merged
 
 
 Source = QuerySource | Recorded

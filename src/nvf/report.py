@@ -21,6 +21,10 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     for method, name in NAMES.items():
         if figures[method] is not None:
             lines.append(name.ljust(14) + "".join(_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
+    if (distance := results.get("collection_distance")) is not None:
+        lines.append(
+            _entry("exact search", f"by cosine, which is not what the collection does: it searches by {distance}")
+        )
     lines.append(_entry("coverage", _percent(figures["coverage"]) + "  target among the candidates"))
     if figures["rerank_given_coverage"] is not None:
         lines.append(_entry("reranker given coverage", _percent(figures["rerank_given_coverage"])))

@@ -1,4 +1,4 @@
-"""Training, validation and test: how recorded queries are split, and which of them stand in several splits."""
+"""Training, validation and test: how recorded queries are split, and which of them stand there several times."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nvf.errors import InputError
+from nvf.ids import padded
+from nvf.memory import alike, row_hashes
 from nvf.queries import QueryBatch
 from nvf.streams import stream_seed
 
@@ -47,12 +48,17 @@ def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
 
     Pairs come in the order train/val, train/test, val/test; those that share nothing are left out.
     """
-    bits = {name: _bits(splits[name].queries) for name in SPLITS}
+    bits = {name: row_hashes(splits[name].queries) for name in SPLITS}
     counts = {f"{a}/{b}": int(np.isin(bits[b], bits[a]).sum()) for a, b in combinations(SPLITS, 2)}
     return {pair: count for pair, count in counts.items() if count}
 
 
-def _bits(queries: Tensor) -> np.ndarray:
-    """Each query as one opaque value, (B,)."""
-    rows = np.ascontiguousarray(queries.numpy() + np.float32(0))  # the sum has no -0, which equals 0 in other bits
-    return rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
+def merge(batch: QueryBatch) -> QueryBatch:
+    """Each different query once, where it first stands, with the targets of all queries that equal it in every bit."""
+    query = alike(row_hashes(batch.queries))
+    first = np.unique(query, return_index=True)[1]
+    if len(first) == len(query):
+        return batch
+    place, column = np.nonzero(batch.targets.numpy() >= 0)
+    pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
+    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0]))))

@@ -1,5 +1,6 @@
 """How the configured objects are built: memory and queries, then each stage with its batches."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,7 @@ from nvf.queries import Nearest, Noisy, QueryBatch, QuerySource, Recorded, Sourc
 from nvf.reranker import EvidenceReranker, Reranker
 from nvf.streams import stream_seed
 
+log = logging.getLogger("nvf")
 Settings = Mapping[str, Any]
 FEWEST_STEPS = 8  # an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
@@ -47,8 +49,10 @@ def build_source(config: Settings) -> Source:
     else:
         from nvf import qdrant  # needs qdrant-client, which is an extra, and takes seconds to import
 
-        where = {name: data[name] for name in ("path", "url", "collection", "vector")}
+        where = {name: data[name] for name in ("path", "url", "collection", "vector", "distance")}
         memory = qdrant.read_memory(**where, **stored)
+    if merged := memory.given - len(memory):
+        log.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
     check_k(config["k"], len(memory))
     if source == "recorded":
         if "dir" not in data:

@@ -109,7 +109,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     built: dict[str, float | None] = {}
     if isinstance(model, Pipeline):
         with timed(built, "build_seconds"):
-            model.index = build_index(model.keys(), **config["index"])
+            model.index = build_index(model.attention.keys(), **config["index"])
         model.save(folder / "pipeline")
     with timed(seconds, "evaluation"):
         val_found = evaluate(model, val, **known, title="validation")
@@ -120,7 +120,9 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, *test), **built}
         gradients = audit_gradients(model, val)
-        texts = texts_of(config["data"].get("dir"), len(source.memory))
+        texts = texts_of(config["data"].get("dir"), source.memory.given)
+        if texts is not None and source.memory.first is not None:
+            texts = [texts[vector] for vector in source.memory.first.tolist()]
         shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
         try:
             show(model, val, config["dashboards"], folder, **shown)
@@ -135,6 +137,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "selection": chosen.tried,
         "attention_fitted_by": chosen.fitted_by,
         "duplicates": getattr(source, "duplicates", None),
+        "merged": {"rows": source.memory.given - len(source.memory), "queries": getattr(source, "merged", 0)},
+        "collection_distance": source.memory.distance,
         "index": index,
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},

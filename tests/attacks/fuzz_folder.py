@@ -98,7 +98,9 @@ def read_queries_table(path: Path) -> None:
 def read_storage(path: Path) -> None:
     from nvf import qdrant
 
-    memory: VectorMemory = qdrant.read_memory(path=str(path.parents[2]), url=None, collection="items")
+    memory: VectorMemory = qdrant.read_memory(
+        path=str(path.parents[2]), url=None, collection="items", distance="cosine"
+    )
     with closing(sqlite3.connect(path)) as database:  # NVF has found that nothing in it runs
         points = [pickle.loads(point) for (point,) in database.execute("SELECT point FROM points ORDER BY rowid")]
     vectors = {point.id: point.vector for point in points}
