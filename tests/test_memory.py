@@ -34,6 +34,14 @@ def test_lengths_at_the_ends_of_the_float_range() -> None:
     torch.testing.assert_close(unit(vectors), torch.tensor([[0.6, 0.8]] * 3))
 
 
+@pytest.mark.parametrize("place", [[0, 1, 3], [0, 1], [0, 0, 1], [-1, 0, 1, 2], [0.0, 1.0, 2.0], [[0, 1, 2]]])
+def test_a_memory_is_not_restored_with_vectors_that_are_not_its_rows(place: list[int]) -> None:
+    with pytest.raises(InputError, match="memory: the rows of its vectors are not its 3 rows"):
+        VectorMemory.restore(torch.eye(3), "sha256:0", place=torch.tensor(place))
+    kept = VectorMemory.restore(torch.eye(3), "sha256:0", np.arange(5), torch.tensor([0, 1, 0, 2, 1]))
+    assert kept.vectors_of(torch.arange(3)).tolist() == [0, 1, 3]
+
+
 def test_rows_stay_out_of_checkpoints_and_gradients(memory: VectorMemory) -> None:
     assert memory.state_dict() == {}
     assert list(memory.parameters()) == []

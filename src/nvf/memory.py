@@ -93,7 +93,7 @@ class VectorMemory(nn.Module):
         nn.Module.__init__(memory)
         every = torch.arange(len(rows))
         place = every if place is None else place.cpu()
-        if place.ndim != 1 or not torch.equal(place.unique(), every):
+        if place.ndim != 1 or place.dtype != torch.int64 or not torch.equal(place.unique(), every):
             raise InputError(f"memory: the rows of its vectors are not its {len(rows)} rows; save it again")
         memory._set_place(place.numpy(), rows.device)
         memory.ids = None if ids is None else checked_ids(ids, len(place), "memory")
