@@ -122,7 +122,7 @@ def test_no_interval_is_certain_of_queries_that_are_alike(queries: int, width: f
 def test_mcnemar_is_the_binomial_tail(wins: int, losses: int) -> None:
     n = wins + losses
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
-    assert mcnemar(wins, losses) == pytest.approx(max(1e-300, min(1.0, 2 * tail)), rel=1e-9)
+    assert mcnemar(wins, losses) == pytest.approx(max(1e-300, min(1.0, 2 * tail)), rel=1e-9, abs=0)
 
 
 def test_figures_that_round_to_a_certainty_do_not_claim_it() -> None:
