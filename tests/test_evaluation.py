@@ -15,7 +15,7 @@ from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
 from nvf.report import remarks, table
 from nvf.reranker import Reranker
-from nvf.statistics import METRICS, gap_closed, mcnemar, p_text, percent, reciprocal_rank, wilson
+from nvf.statistics import METRICS, gap_closed, in_percent, mcnemar, p_text, percent, reciprocal_rank, wilson
 from nvf.streams import stream
 
 
@@ -127,6 +127,13 @@ def test_mcnemar_is_the_binomial_tail(wins: int, losses: int) -> None:
 
 def test_figures_that_round_to_a_certainty_do_not_claim_it() -> None:
     assert [percent(share) for share in (0.0, 0.0004, 0.5, 0.9996, 1.0)] == ["0.0", "<0.1", "50.0", ">99.9", "100.0"]
+    for right, shown in (
+        (0, "0.0 (0.0-0.1)"),
+        (1, "<0.1 (0.0-0.1)"),
+        (9999, ">99.9 (99.9-100.0)"),
+        (10000, "100.0 (99.9-100.0)"),
+    ):
+        assert in_percent(wilson(right, 10000)).strip() == shown
     assert [p_text(mcnemar(wins, 0)) for wins in (0, 5, 5000)] == ["= 1", "= 0.062", "< 1e-300"]
 
 

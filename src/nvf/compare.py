@@ -15,7 +15,7 @@ from nvf.comparison_settings import MISSING, columns, printable, short, shown, w
 from nvf.errors import InputError
 from nvf.options import Option, path, run
 from nvf.significance import MCNEMAR, T_TEST, tested
-from nvf.statistics import METRICS, Interval, percent
+from nvf.statistics import METRICS, Interval, in_percent, percent
 from nvf.whole import written_whole
 
 FORMATS = ("text", "markdown", "csv", "json")
@@ -120,7 +120,7 @@ class Comparison:
         for row in self.rows:
             shares = ["-" if row.figures[name] is None else percent(row.share(name)) for name in FIGURES]
             if (test := row.figures["test"]) is not None:
-                shares[FIGURES.index("test")] += f" ({percent(test['low'])}-{percent(test['high'])})"
+                shares[FIGURES.index("test")] = in_percent(test).strip()
             mark = "*" if row is self.rows[0] else ""
             settings = [shown(row.value(name)) for name in self.columns]
             cells.append([mark, *settings, str(len(row.runs)), *shares, self._p(row)])

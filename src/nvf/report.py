@@ -6,7 +6,7 @@ from typing import Any
 from nvf.evaluation import ceiling
 from nvf.gradients import failures
 from nvf.options import two_digits
-from nvf.statistics import METRICS, Interval, p_text, percent
+from nvf.statistics import METRICS, in_percent, p_text, percent
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
 
@@ -21,17 +21,17 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     ]
     for method, name in NAMES.items():
         if figures[method] is not None:
-            lines.append(name.ljust(14) + "".join(_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
-    lines.append(_entry("coverage", _percent(figures["coverage"]) + "  target among the candidates"))
+            lines.append(name.ljust(14) + "".join(in_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
+    lines.append(_entry("coverage", in_percent(figures["coverage"]) + "  target among the candidates"))
     if figures["rerank_given_coverage"] is not None:
-        lines.append(_entry("reranker given coverage", _percent(figures["rerank_given_coverage"])))
+        lines.append(_entry("reranker given coverage", in_percent(figures["rerank_given_coverage"])))
     if figures["pipeline"] is not None:
         (name, value), closed = ceiling(figures), figures["gap_closed_interval"]
-        told = f"{_percent(closed)}  of" if closed else f"{'-':>5}  no clear gap from"
+        told = f"{in_percent(closed)}  of" if closed else f"{'-':>5}  no clear gap from"
         lines.append(_entry("gap closed", f"{told} stage 1 to {name} {percent(value)}"))
     lines.append(_entry("against exact search", _won_and_lost(against)))
     errors = figures["calibration_error"]
-    shown = ", ".join(f"{NAMES[method]} {_percent(errors[method]).strip()}" for method in errors)
+    shown = ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     lines.append(_entry("calibration error", shown))
     if (index := results.get("index")) is not None:
         lines += _index(index, results["config"]["k"])
@@ -84,13 +84,9 @@ def _below(figures: Mapping[str, Any], method: str, reference: str) -> str | Non
     return f"On validation queries, {one} is below {other}"
 
 
-def _percent(interval: Interval) -> str:
-    return f"{percent(interval['value']):>5} ({percent(interval['low'])}-{percent(interval['high'])})"
-
-
 def _index(index: Mapping[str, Any], k: int) -> list[str]:
     """What searching with an index finds, and how fast."""
-    recall, top1 = (_percent(index[name]).strip() for name in ("recall", "top1"))
+    recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
     rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
     return [
         _entry(f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"),

@@ -133,3 +133,10 @@ def percent(share: float) -> str:
     if text == "100.0" and share < 1:
         return ">99.9"
     return "<0.1" if text == "0.0" and share > 0 else text
+
+
+def in_percent(interval: Interval) -> str:
+    """A figure with its interval in percent, ` 75.0 (72.2-77.6)`; no end is rounded to a certainty."""
+    low, high = interval["low"], interval["high"]
+    low, high = low if low >= 1 else min(low, 0.999), high if high <= 0 else max(high, 0.001)
+    return f"{percent(interval['value']):>5} ({100 * low:.1f}-{100 * high:.1f})"

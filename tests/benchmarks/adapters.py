@@ -30,7 +30,7 @@ from nvf.errors import InputError
 from nvf.metrics import DEEPEST
 from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS
-from nvf.statistics import mcnemar, p_text, percent, reciprocal_rank, wilson, wins_and_losses
+from nvf.statistics import in_percent, mcnemar, p_text, reciprocal_rank, wilson, wins_and_losses
 from nvf.streams import stream
 from nvf.train import CONF, train
 
@@ -131,7 +131,7 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(row: Row, exact: Row) -> tuple[str, ...]:
     counts = np.bincount(row.ranks.clamp(max=DEEPEST + 1).numpy() - 1, minlength=DEEPEST + 1)
     top1, mrr10 = wilson(int(counts[0]), len(row.ranks)), reciprocal_rank(counts)
-    shares = ["{} ({}-{})".format(*map(percent, (f["value"], f["low"], f["high"]))) for f in (top1, mrr10)]
+    shares = [in_percent(figure).strip() for figure in (top1, mrr10)]
     wins, losses = against(row, exact)
     versus = ("-", "-") if row is exact else (p_text(mcnemar(wins, losses)).removeprefix("= "), f"{wins}/{losses}")
     return (row.name, *shares, *versus, f"{row.seconds:.0f}", f"{100 * row.val_top1:.1f}", row.chosen or "-")
