@@ -21,12 +21,12 @@ import search_speed
 import timing
 from nvf.attention import SoftAttention
 from nvf.errors import InputError
-from nvf.evaluation import wilson
 from nvf.fitting import fit
 from nvf.memory import VectorMemory
 from nvf.queries import QueryBatch, Recorded
 from nvf.reranker import Reranker, reranker_loss
 from nvf.stages import build_source
+from nvf.statistics import wilson
 from nvf.streams import stream
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]

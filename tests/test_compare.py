@@ -74,7 +74,7 @@ def test_seeds_are_means_with_t_intervals_and_pairs(tmp_path: Path) -> None:
     for row, values in zip(found.rows, (tests[worse], tests[better]), strict=True):
         reach = stats.t.ppf(0.975, 3) * np.sqrt(values.var(ddof=1) / 4)
         mean = values.mean()
-        assert row.figures["test"] == pytest.approx((mean, mean - reach, mean + reach))
+        assert row.figures["test"] == pytest.approx({"value": mean, "low": mean - reach, "high": mean + reach})
         assert row.figures["oracle"] is None
     assert found.rows[0].p is None
     assert found.rows[1].p == pytest.approx(stats.ttest_rel(tests[1], tests[5]).pvalue)
@@ -82,16 +82,28 @@ def test_seeds_are_means_with_t_intervals_and_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_equal_differences_and_certain_shares_have_no_nan(tmp_path: Path) -> None:
+def test_equal_differences_prove_nothing_and_certain_shares_have_no_nan(tmp_path: Path) -> None:
     for seed in range(3):
         put(tmp_path / f"a{seed}", {"seed": seed, "k": 1}, val=0.99, test=(1.0, 1.0, 0.9)[seed])
         put(tmp_path / f"b{seed}", {"seed": seed, "k": 2}, val=0.98, test=(1.0, 1.0, 0.9)[seed])
         put(tmp_path / f"c{seed}", {"seed": seed, "k": 3}, val=0.97, test=(0.9, 0.9, 0.8)[seed])
     found = compare([tmp_path])
-    assert [row.p for row in found.rows] == [None, 1.0, 0.0]
-    assert found.rows[0].figures["test"].high == 1.0  # type: ignore[union-attr]
-    assert "<0.001" in found.text()
+    assert [row.p for row in found.rows] == [None, None, None]
+    assert found.rows[0].figures["test"]["high"] == 1.0  # type: ignore[index]
     assert "NaN" not in found.json()
+
+
+@pytest.mark.filterwarnings("error")
+def test_seeds_that_change_nothing_are_held_against_the_queries(tmp_path: Path) -> None:
+    right = {1: np.arange(40) < 40, 2: np.arange(40) < 38}
+    for k, answered in right.items():
+        for seed in range(3):
+            put(tmp_path / f"{k}{seed}", {"seed": seed, "k": k}, val=1 / k, answered=answered)
+    found = compare([tmp_path])
+    assert [row.p for row in found.rows] == [None, 0.5]  # two queries lost, and none won
+    assert found.tests == ["exact McNemar"]
+    assert [row.figures["test"] for row in found.rows] == [share(1.0), share(0.95)]  # a run's own
+    assert "over seeds, or the test queries where one ran or all agree" in found.text()
 
 
 def test_few_seeds_are_held_against_the_same_queries(tmp_path: Path) -> None:
@@ -199,7 +211,7 @@ def test_the_newest_of_equal_runs_is_kept_and_broken_ones_are_named(tmp_path: Pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     found = compare([tmp_path, tmp_path / "a"])  # a file that is found twice is one run
-    assert [row.figures["validation"] for row in found.rows] == [(0.8, 0.78, 0.8 + 0.02)]
+    assert [row.figures["validation"] for row in found.rows] == [share(0.8)]
     assert len(found.rows[0].runs) == 1
     notes = found.text().split("chose nothing")[1]
     for name in broken:

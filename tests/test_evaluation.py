@@ -1,5 +1,6 @@
 """Figures against loops, intervals against their definitions, the table and its remarks."""
 
+import json
 import math
 
 import numpy as np
@@ -8,21 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from nvf.attention import SoftAttention
-from nvf.evaluation import (
-    METRICS,
-    against,
-    calibration_error,
-    evaluate,
-    gap_closed,
-    mcnemar,
-    reciprocal_rank,
-    wilson,
-)
+from nvf.evaluation import against, calibration_error, evaluate
 from nvf.memory import VectorMemory
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
 from nvf.report import remarks, table
 from nvf.reranker import Reranker
+from nvf.statistics import METRICS, gap_closed, in_percent, mcnemar, p_text, percent, reciprocal_rank, wilson
 from nvf.streams import stream
 
 
@@ -86,11 +79,62 @@ def test_wilson_interval(successes: int, total: int) -> None:
     assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
 
 
-@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (3, 7), (40, 60)])
+@pytest.mark.parametrize("answers", [1, 2])
+def test_shares_of_single_answers_have_wilson_intervals_and_means_normal_ones(
+    pipeline: Pipeline, batch: QueryBatch, answers: int
+) -> None:
+    targets = torch.cat([batch.targets, (batch.targets + 1) % 30], dim=-1)[:, :answers]
+    figures = evaluate(pipeline, QueryBatch(batch.queries, targets), k=4, oracle=None).figures["exact"]
+    order = (batch.queries @ pipeline.memory.rows.T).argsort(dim=-1, descending=True).tolist()
+    places = [[row.index(target) for target in of] for row, of in zip(order, targets.tolist(), strict=True)]
+    recall = np.mean([[place < 4 for place in of] for of in places], axis=1)
+    ideal = sum(1 / math.log2(2 + i) for i in range(answers))
+    gains = np.array([sum(1 / math.log2(2 + p) for p in of if p < 10) / ideal for of in places])
+    for name, values in (("recall", recall), ("ndcg10", gains)):
+        mean, reach = values.mean(), 1.959964 * values.std() / math.sqrt(300)
+        expected = {"value": mean, "low": mean - reach, "high": mean + reach}
+        if name == "recall" and answers == 1:
+            expected = wilson(int(values.sum()), 300)
+        assert figures[name] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("queries", "width"), [(1, 0.7), (40, 0.08)])
+@pytest.mark.parametrize("right", [True, False])
+def test_no_interval_is_certain_of_queries_that_are_alike(queries: int, width: float, right: bool) -> None:
+    memory = VectorMemory(torch.eye(20))
+    model = Pipeline(SoftAttention(memory, transform="identity", beta=1e4), Reranker(20), k=1)
+    target = 3 if right else 15  # the last of equals, which rank by row
+    batch = QueryBatch(torch.eye(20)[3].repeat(queries, 1), torch.full((queries, 1), target))
+    found = evaluate(model, batch, k=1, oracle=None)
+    figures = json.loads(json.dumps(found.figures, allow_nan=False))
+    intervals = [figures["attention"][metric] for metric in METRICS]
+    intervals += [figures["coverage"], figures["calibration_error"]["attention"]]
+    for interval in intervals[:-1]:
+        assert interval["value"] == pytest.approx(float(right))
+    for interval in intervals:
+        assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
+        assert interval["high"] - interval["low"] > width
+    assert figures["gap_closed"] is figures["gap_closed_interval"] is None
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (3, 7), (40, 60), (0, 990), (3000, 10)])
 def test_mcnemar_is_the_binomial_tail(wins: int, losses: int) -> None:
     n = wins + losses
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
-    assert mcnemar(wins, losses) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar(wins, losses) == pytest.approx(max(1e-300, min(1.0, 2 * tail)), rel=1e-9, abs=0)
+
+
+def test_figures_that_round_to_a_certainty_do_not_claim_it() -> None:
+    assert [percent(share) for share in (0.0, 0.0004, 0.5, 0.9996, 1.0)] == ["0.0", "<0.1", "50.0", ">99.9", "100.0"]
+    for right, shown in (
+        (0, "0.0 (0.0-0.1)"),
+        (1, "<0.1 (0.0-0.1)"),
+        (9999, ">99.9 (99.9-100.0)"),
+        (10000, "100.0 (99.9-100.0)"),
+    ):
+        assert in_percent(wilson(right, 10000)).strip() == shown
+    assert [p_text(mcnemar(wins, 0)) for wins in (0, 5, 5000)] == ["= 1", "= 0.062", "< 1e-300"]
 
 
 def test_the_bootstrap_of_counts_is_the_bootstrap_of_queries() -> None:
@@ -138,22 +182,59 @@ def results(exact: float, oracle: float | None, attention: float, pipeline: floa
 
     figures = {"exact": at(exact), "oracle": at(oracle), "attention": at(attention), "pipeline": at(pipeline)}
     figures |= {"coverage": wilson(round(1000 * coverage), 1000), "rerank_given_coverage": wilson(9, 10)}
-    figures["gap_closed"] = gap_closed(figures)
+    first, end, top = (firsts(share) for share in (attention, pipeline, min(coverage, oracle or 1.0)))
+    figures["gap_closed_interval"] = closed = gap_closed(first, end, top)
+    figures["gap_closed"] = closed and closed["value"]
     figures["calibration_error"] = {"attention": wilson(2, 100), "pipeline": wilson(1, 100)}
-    return {"test": figures, "against_exact": {"wins": 3, "losses": 1, "p": 0.625}, "config": {"k": 7}}
+    against = {"wins": 3, "losses": 1, "p": 0.625}
+    return {"test": figures, "val": figures, "against_exact": against, "config": {"k": 7}}
 
 
-def test_the_gap_ends_at_the_lower_ceiling() -> None:
-    assert results(0.5, None, 0.6, 0.75, 0.9)["test"]["gap_closed"] == pytest.approx(0.5)
-    assert results(0.5, 0.8, 0.6, 0.75, 0.9)["test"]["gap_closed"] == pytest.approx(0.75)
-    assert results(0.5, 0.6, 0.6, 0.6, 0.9)["test"]["gap_closed"] is None
+def firsts(share: float) -> np.ndarray:
+    """Which of 1,000 queries are answered, those at the front."""
+    return np.arange(1000) < round(1000 * share)
+
+
+def test_the_gap_ends_at_the_lower_ceiling(pipeline: Pipeline, batch: QueryBatch) -> None:
+    for oracle in (None, pipeline.memory.rows, pipeline.memory.rows.roll(1, dims=0)):
+        figures = evaluate(pipeline, batch, k=8, oracle=oracle).figures
+        start, end = (figures[method]["top1"]["value"] for method in ("attention", "pipeline"))
+        top = min(figures["coverage"]["value"], 1.0 if oracle is None else figures["oracle"]["top1"]["value"])
+        expected = (end - start) / (top - start) if top > start else None
+        assert figures["gap_closed"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+def test_the_interval_of_the_gap_is_the_bootstrap_of_queries(oracle: bool) -> None:
+    rng = np.random.default_rng(3)
+    start = rng.random(500) < 0.5
+    top = rng.random(500) < 0.8 if oracle else start | (rng.random(500) < 0.5)
+    end = np.where(rng.random(500) < 0.6, top, start)
+    drawn = np.random.default_rng(4).integers(500, size=(4000, 500))
+    first, last, best = (answered[drawn].mean(axis=1) for answered in (start, end, top))
+    found = gap_closed(start, end, top)
+    assert found is not None
+    assert found["value"] == pytest.approx((end.mean() - start.mean()) / (top.mean() - start.mean()))
+    expected = np.quantile((last - first) / (best - first), [0.025, 0.975])
+    np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.02)
+
+
+def test_a_gap_within_the_noise_has_no_share() -> None:
+    start, top = firsts(0.3), firsts(0.6) & ~firsts(0.296)  # 300 won, 296 lost: a gap of four queries
+    assert gap_closed(start, np.roll(start, 8), top) is None
+    assert gap_closed(start, firsts(0.304), firsts(0.304)) is None  # four of a thousand
+    assert gap_closed(top, start, start) is None  # the wrong way
+    found = gap_closed(start, firsts(0.31), firsts(0.31))
+    assert found == pytest.approx(wilson(10, 10))  # of ten queries, all
+    printed = table(results(0.5, 0.604, 0.6, 0.608, 0.9), 1000)
+    assert "gap closed                    -  no clear gap from stage 1 to oracle 60.4" in printed
 
 
 def test_the_table_names_every_figure() -> None:
     printed = table(results(0.5, 0.8, 0.6, 0.75, 0.9), 1000)
     for text in ("exact search", "oracle", "stage 1", "pipeline", "Top-1", "MRR@10", "75.0 (72.2-77.6)", "coverage"):
         assert text in printed
-    assert "75.0  of stage 1 to oracle 80.0" in printed
+    assert "gap closed                 75.0 (69.0-81.0)  of stage 1 to oracle 80.0" in printed
     assert "3 queries won, 1 lost (McNemar p = 0.62)" in printed
     assert "Recall@7" in printed
     assert "oracle" not in table(results(0.5, None, 0.6, 0.75, 0.9), 1000)
@@ -199,10 +280,14 @@ def test_items_in_and_not_in_the_log_are_told_apart(pipeline: Pipeline, batch: Q
 
 
 def test_remarks_say_what_went_wrong() -> None:
-    assert remarks(results(0.5, None, 0.6, 0.7, 0.9)) == []
-    (line,) = remarks(results(0.5, None, 0.6, 0.55, 0.9))
-    assert line.startswith("The pipeline (55.0) is below stage 1 (60.0): try")
+    good = results(0.5, None, 0.6, 0.7, 0.9)
+    assert remarks(good) == []
+    bad = results(0.5, None, 0.6, 0.55, 0.9)
+    (line,) = remarks(bad)
+    assert line.startswith("On validation queries, pipeline (55.0) is below stage 1 (60.0): try reranker=residual")
     (line,) = remarks(results(0.7, None, 0.6, 0.65, 0.9))
-    assert line.startswith("Stage 1 (60.0) is below exact search (70.0): try attention=linear")
+    assert line.startswith("On validation queries, stage 1 (60.0) is below exact search (70.0): try attention=linear")
     (line,) = remarks(results(0.7, 0.7, 0.6, 0.65, 0.9))
-    assert line.endswith("no method can beat it.")
+    assert line.endswith("no method can be better in expectation.")
+    assert remarks({**bad, "val": good["val"]}) == []  # test figures advise nothing
+    assert remarks(results(0.61, 0.61, 0.6, 0.598, 0.9)) == []  # nor does noise

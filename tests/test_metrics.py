@@ -79,6 +79,12 @@ def test_recall_and_ndcg_equal_a_loop() -> None:
             assert float(ndcg(found, targets)[i]) == pytest.approx(gain / ideal)
 
 
+@pytest.mark.parametrize("answers", range(1, 13))
+def test_a_perfect_order_has_an_ndcg_of_one(answers: int) -> None:
+    found = torch.arange(10).expand(7, 10) < answers
+    assert ndcg(found, torch.arange(answers).expand(7, answers)).tolist() == [1.0] * 7
+
+
 def test_mean_and_error_add_up_over_batches() -> None:
     values = torch.rand(100, generator=torch.Generator().manual_seed(0))
     metric = MeanAndError()

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from nvf.attention import SoftAttention
 from nvf.memory import hubness
-from nvf.metrics import are_targets, target_ranks, wins_and_losses
+from nvf.metrics import are_targets, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.products import inner_products
 from nvf.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
+from nvf.statistics import wins_and_losses
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 FACTOR_RANGE = (0.01, 100.0)

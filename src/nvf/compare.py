@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvf.comparison_runs import METRICS, Interval, Row, gather
+from nvf.comparison_runs import Row, gather
 from nvf.comparison_settings import MISSING, columns, printable, short, shown, written
 from nvf.errors import InputError
 from nvf.options import Option, path, run
 from nvf.significance import MCNEMAR, T_TEST, tested
+from nvf.statistics import METRICS, Interval, in_percent, percent
 from nvf.whole import written_whole
 
 FORMATS = ("text", "markdown", "csv", "json")
 FIGURES = ("validation", "test", "stage1", "coverage", "exact", "oracle")
+ENDS = tuple(Interval.__annotations__)
 OPTIONS = (
     Option("format", f"what is printed: {', '.join(FORMATS)}", "text"),
     Option("metric", f"what is compared: {', '.join(METRICS)}", "top1"),
@@ -67,13 +69,13 @@ class Comparison:
 
     def csv(self) -> str:
         """A line a setting, in full precision, shares in 0..1; what does not exist is empty."""
-        ends = [f"{figure}_{end}" for figure in FIGURES for end in Interval._fields]
+        ends = [f"{figure}_{end}" for figure in FIGURES for end in ENDS]
         file = io.StringIO()
         out = csv.writer(file, lineterminator="\n")
         out.writerow([*map(printable, self.columns), "best", "n", "fitted", *ends, "p", "p_test"])
         for row in self.rows:
             settings = [printable(written(row.value(name))) for name in self.columns]
-            shares = [end for figure in FIGURES for end in row.figures[figure] or ("", "", "")]
+            shares = [end for figure in FIGURES for end in (row.figures[figure] or dict.fromkeys(ENDS, "")).values()]
             best = str(row is self.rows[0]).lower()
             p = ("" if row.p is None else row.p, row.p_test or "")
             out.writerow([*settings, best, len(row.runs), row.fitted, *shares, *p])
@@ -97,7 +99,7 @@ class Comparison:
             "settings": {name: value for name, value in settings.items() if value is not MISSING},
             "n": len(row.runs),
             "fitted": row.fitted,
-            **{name: interval and interval._asdict() for name, interval in row.figures.items()},
+            **row.figures,
             "p": row.p,
             "p_test": row.p_test,
             "runs": [{"folder": str(run.path.parent), "seeds": run.seeds} for run in row.runs],
@@ -116,9 +118,9 @@ class Comparison:
         ]
         cells = [[*head, "exact", "oracle", "p vs best"]]
         for row in self.rows:
-            shares = ["-" if row.figures[name] is None else f"{100 * row.share(name):.1f}" for name in FIGURES]
+            shares = ["-" if row.figures[name] is None else percent(row.share(name)) for name in FIGURES]
             if (test := row.figures["test"]) is not None:
-                shares[FIGURES.index("test")] += f" ({100 * test.low:.1f}-{100 * test.high:.1f})"
+                shares[FIGURES.index("test")] = in_percent(test).strip()
             mark = "*" if row is self.rows[0] else ""
             settings = [shown(row.value(name)) for name in self.columns]
             cells.append([mark, *settings, str(len(row.runs)), *shares, self._p(row)])
@@ -132,9 +134,9 @@ class Comparison:
 
     def _lines(self) -> list[str]:
         title, counts = METRICS[self.metric], {len(row.runs) for row in self.rows}
-        over = "the test queries of the one run" if counts == {1} else "seeds"
-        if len(counts) > 1 and 1 in counts:
-            over += ", or where there is one, over its test queries"
+        over = "seeds, or the test queries where one ran or all agree"
+        if counts == {1}:
+            over = "the test queries of the one run"
         lines = [
             f"percent; test {title} of {self.fitted} (95% interval over {over}); "
             "exact search is the baseline, coverage and the oracle are ceilings",

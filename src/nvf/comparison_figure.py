@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nvf.comparison_runs import METRICS, Row
+from nvf.comparison_runs import Row
 from nvf.comparison_settings import MISSING, canonical, is_number, order, shown
+from nvf.statistics import METRICS
 from nvf.whole import written_whole
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def _colours(parts: Sequence[Part], rows: Sequence[Row], others: Sequence[str]) 
 
 
 def _line(rows: Sequence[Row], x: np.ndarray, own: Sequence[int]) -> Line:
-    ends = 100 * np.array([rows[i].figures["test"] or (math.nan,) * 3 for i in own])
+    tests = [rows[i].figures["test"] for i in own]
+    ends = 100 * np.array([[math.nan] * 3 if test is None else [*test.values()] for test in tests])
     return Line(x[own], *ends.T)
 
 

@@ -1,27 +1,18 @@
 """The runs that a comparison is made of: every results.json, read, and put together where only the seeds differ."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from nvf.comparison_settings import MISSING, flatten, ignored, is_number, key, order, printable
 from nvf.records import read_record
+from nvf.statistics import Interval, over_seeds
 
-METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
 AGREES = 0.5  # of a query: a share in results.json may be a float32, its number of queries is whole
-
-
-class Interval(NamedTuple):
-    """A share in 0..1 with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -80,18 +71,7 @@ class Row:
     def share(self, figure: str) -> float:
         """The mean of a figure, NaN where there is none."""
         interval = self.figures[figure]
-        return math.nan if interval is None else interval.value
-
-
-def over_seeds(found: Iterable[Interval | None]) -> Interval | None:
-    """The mean with Student's t interval over the runs, within 0..1; of a single run, its own interval."""
-    there = [interval for interval in found if interval is not None]
-    if len(there) < 2:
-        return there[0] if there else None
-    values = np.array([interval.value for interval in there])
-    mean = float(values.mean())
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
+        return math.nan if interval is None else interval["value"]
 
 
 def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
@@ -152,7 +132,7 @@ def read_run(path: Path, metric: str) -> Run:
         fitted=fitted,
         figures=figures,
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
-        top1=_interval(_mapping(test, fitted), "top1").value,
+        top1=_interval(_mapping(test, fitted), "top1")["value"],
     )
 
 
@@ -169,7 +149,7 @@ def _method(of: dict[str, Any], name: str, metric: str) -> Interval | None:
 
 def _interval(of: dict[str, Any], name: str) -> Interval:
     found = _mapping(of, name)
-    ends = [float(end) for end in map(found.get, Interval._fields) if is_number(end) and 0 <= float(end) <= 1]
-    if len(ends) < len(Interval._fields):
+    ends = [float(end) for end in map(found.get, Interval.__annotations__) if is_number(end) and 0 <= float(end) <= 1]
+    if len(ends) < len(Interval.__annotations__):
         raise ValueError(f"its {name} is not a share with its interval")
-    return Interval(*ends)
+    return Interval(value=ends[0], low=ends[1], high=ends[2])

@@ -14,12 +14,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number, one_line
-from nvf.evaluation import BINS, METHODS, METRICS
+from nvf.evaluation import BINS, METHODS
 from nvf.looked import Looked, exemplary, look, scored
 from nvf.pipeline import Pipeline
 from nvf.progress import write_scalars_page
 from nvf.projector import spread, write_points
 from nvf.queries import QueryBatch, score_blocks
+from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
 SWITCHES = ("scalars_page", "candidates", "heat_map", "ranks", "reliability", "projector")

@@ -1,35 +1,29 @@
 """Every figure next to its baseline, its interval and its ceiling."""
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.index import approximate_topk
-from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks, wins_and_losses
+from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.products import QUERY_BLOCK, blockwise_topk, first_topk, inner_products
 from nvf.queries import QueryBatch, score_blocks
+from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
-METRICS = {"top1": "Top-1", "top5": "Top-5", "mrr10": "MRR@10", "ndcg10": "nDCG@10", "recall": "Recall@k"}
-RESAMPLES = 2000
 PROBABLE = ("attention", "pipeline")  # the methods whose scores are the logarithms of probabilities, but for a constant
 BINS = 15  # of confidence, equally wide
 CALIBRATION_RESAMPLES = 200
 ALONE = {"sync_on_compute": False}  # the other processes of a run do not evaluate
 ROUNDING = 1e-5  # cosines nearer than this are one
-
-Interval = dict[str, float]
 
 
 class Evaluation(NamedTuple):
@@ -67,8 +61,7 @@ def evaluate(
     counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
     if oracle is rows:
         counted["oracle"] = counted["exact"]
-    covered = RankCounts(**ALONE).to(rows.device)  # ranks of covered targets alone
-    first: dict[str, list[Tensor]] = {method: [] for method in ("exact", *PROBABLE)}  # whether the target is
+    first: dict[str, list[Tensor]] = {method: [] for method in (*METHODS, "coverage")}  # whether the target is
     confidences: dict[str, list[Tensor]] = {method: [] for method in PROBABLE if method in counted}
     last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
@@ -84,8 +77,8 @@ def evaluate(
             scores["attention"] = model(queries)
             candidates = first_topk(scores["attention"], k)
         ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
-        covered.update(ranks[last][are_targets(candidates, targets).any(dim=-1)])
-        for method in ranks.keys() & first.keys():
+        first["coverage"].append(are_targets(candidates, targets).any(dim=-1))
+        for method in ranks:
             first[method].append(ranks[method] == 1)
         for method in confidences:
             confidences[method].append((scores[method].amax(dim=-1) - scores[method].logsumexp(dim=-1)).exp())
@@ -93,12 +86,15 @@ def evaluate(
     figures: dict[str, Any] = {method: counted[method].figures() if method in counted else None for method in METHODS}
     for name, of in (("seen_rows", True), ("unseen_rows", False)):
         figures[name] = None if seen is None else {method: counted[method].top1(of) for method in counted}
-    right, found_at_all = int(covered.compute()[0]), int(covered.compute().sum())
-    figures["coverage"] = wilson(found_at_all, len(batch.queries))
-    reranked = figures["pipeline"] is not None
-    figures["rerank_given_coverage"] = wilson(right, found_at_all) if reranked and found_at_all else None
-    figures["gap_closed"] = gap_closed(figures) if reranked else None
     answered = {method: torch.cat(parts) for method, parts in first.items() if parts}
+    answered.setdefault("oracle", answered["exact"])
+    right, covered = int((answered[last] & answered["coverage"]).sum()), int(answered["coverage"].sum())
+    figures["coverage"] = wilson(covered, len(batch.queries))
+    reranked = figures["pipeline"] is not None
+    figures["rerank_given_coverage"] = wilson(right, covered) if reranked and covered else None
+    ends = (answered[name].cpu().numpy() for name in ("attention", last, ceiling(figures)[0]))
+    closed = gap_closed(*ends) if reranked else None
+    figures["gap_closed"], figures["gap_closed_interval"] = closed and closed["value"], closed
     figures["calibration_error"] = {
         method: calibration_error(torch.cat(parts), answered[method]) for method, parts in confidences.items()
     }
@@ -132,6 +128,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
         alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
         shares.append((found >= worst - alike).float().mean(dim=-1))
     share = torch.cat(shares).double()
+    error = float(share.std(correction=0)) / len(share) ** 0.5
     rows, rate = _timed_search(pipeline, queries)
     right = int((pipeline.memory.rows_of(rows) == targets).any(dim=-1).sum())
     pipeline.index = None
@@ -142,7 +139,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
     return {
         "kind": index.kind,
         "settings": index.settings,
-        "recall": _around(share.mean(), share.std(correction=0) / math.sqrt(len(share))),
+        "recall": mean_interval(float(share.mean()), error, count=len(share)),
         "top1": wilson(right, len(queries)),
         "queries_per_second": {"index": rate, "exact": exact_rate},
     }
@@ -168,7 +165,7 @@ def calibration_error(confidences: Tensor, answered: Tensor) -> Interval:
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(CALIBRATION_RESAMPLES)]
     found = torch.stack([binary_calibration_error(confidences[drawn], right[drawn], n_bins=BINS) for drawn in draws])
-    return _around(value, found.std())
+    return mean_interval(float(value), float(found.std()), count=len(right))
 
 
 class _Counts(nn.Module):
@@ -201,8 +198,8 @@ class _Counts(nn.Module):
             "top1": wilson(int(counts[0]), total),
             "top5": wilson(int(counts[:5].sum()), total),
             "mrr10": reciprocal_rank(counts),
-            "ndcg10": _around(*self.ndcg.compute()),
-            "recall": _around(*self.recall.compute()),
+            "ndcg10": mean_interval(*map(float, self.ndcg.compute()), count=total),
+            "recall": mean_interval(*map(float, self.recall.compute()), count=total),
         }
 
     def top1(self, known: bool) -> dict[str, Any] | None:
@@ -212,45 +209,9 @@ class _Counts(nn.Module):
         return {"queries": total, "top1": wilson(int(counts[0]), total)} if total else None
 
 
-def wilson(successes: int, total: int) -> Interval:
-    """A share with its Wilson 95% interval."""
-    interval = binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return {"value": successes / total, "low": float(interval.low), "high": float(interval.high)}
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """The exact McNemar test's two-sided p: wins and losses as fair coin flips; 1 where there are none."""
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-
-
-def reciprocal_rank(counts: np.ndarray, *, resamples: int = RESAMPLES) -> Interval:
-    """MRR@10 with its percentile bootstrap 95% interval.
-
-    Resampling queries is a multinomial draw of the rank counts, (11,), so no query is kept; the draw has a fixed seed.
-    """
-    weights = np.append(1 / np.arange(1, DEEPEST + 1), 0.0)
-    total = counts.sum()
-    draws = np.random.default_rng(0).multinomial(total, counts / total, size=resamples) @ weights / total
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": float(counts @ weights / total), "low": float(low), "high": float(high)}
-
-
 def ceiling(figures: Mapping[str, Any]) -> tuple[str, float]:
     """What bounds the pipeline's Top-1: coverage, or the oracle's Top-1 where that is lower."""
     coverage, oracle = figures["coverage"]["value"], figures["oracle"]
     if oracle is not None and oracle["top1"]["value"] < coverage:
         return "oracle", oracle["top1"]["value"]
     return "coverage", coverage
-
-
-def gap_closed(figures: Mapping[str, Any]) -> float | None:
-    """The share of the Top-1 gap between stage 1 and the ceiling that the pipeline closed; None without a gap."""
-    start, end = figures["attention"]["top1"]["value"], figures["pipeline"]["top1"]["value"]
-    gap = ceiling(figures)[1] - start
-    return (end - start) / gap if gap > 0 else None
-
-
-def _around(mean: Tensor, error: Tensor) -> Interval:
-    """A mean in 0..1 with its normal 95% interval."""
-    value, reach = float(mean), 1.96 * float(error)
-    return {"value": value, "low": max(0.0, value - reach), "high": min(1.0, value + reach)}

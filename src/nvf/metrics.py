@@ -33,11 +33,6 @@ def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
     return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
 
 
-def wins_and_losses(answered: Tensor, reference: Tensor) -> tuple[int, int]:
-    """How many queries a method answers and a reference does not, and the reverse; both (B,) bool."""
-    return int((answered & ~reference).sum()), int((~answered & reference).sum())
-
-
 def recall(found: Tensor, targets: Tensor) -> Tensor:
     """The share of each query's targets that are among the rows it found, (B,).
 
@@ -55,10 +50,11 @@ def ndcg(found: Tensor, targets: Tensor) -> Tensor:
         found: (B, k) bool, which of the k best rows are targets, best first.
         targets: (B, m) different rows, padded with -1.
     """
-    discounts = 1 / torch.arange(2, found.shape[-1] + 2, device=found.device).log2()  # (k,)
+    places = torch.arange(2, found.shape[-1] + 2, device=found.device, dtype=torch.float64)
+    discounts = 1 / places.log2()  # (k,); in float32, a perfect order may come to less than 1
     ideal = discounts.cumsum(dim=0)  # of 1, 2, ... targets at the top
     count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
-    return (found * discounts).sum(dim=-1) / ideal[count - 1]
+    return ((found * discounts).sum(dim=-1) / ideal[count - 1]).float()
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:

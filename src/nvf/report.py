@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nvf.evaluation import METRICS, ceiling
+from nvf.evaluation import ceiling
 from nvf.gradients import failures
 from nvf.options import two_digits
+from nvf.statistics import METRICS, in_percent, p_text, percent
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
 
@@ -20,21 +21,21 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     ]
     for method, name in NAMES.items():
         if figures[method] is not None:
-            lines.append(name.ljust(14) + "".join(_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
+            lines.append(name.ljust(14) + "".join(in_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
     if (distance := results.get("collection_distance")) is not None:
         lines.append(
             _entry("exact search", f"by cosine, which is not what the collection does: it searches by {distance}")
         )
-    lines.append(_entry("coverage", _percent(figures["coverage"]) + "  target among the candidates"))
+    lines.append(_entry("coverage", in_percent(figures["coverage"]) + "  target among the candidates"))
     if figures["rerank_given_coverage"] is not None:
-        lines.append(_entry("reranker given coverage", _percent(figures["rerank_given_coverage"])))
-    if figures["gap_closed"] is not None:
-        name, value = ceiling(figures)
-        closed = f"{100 * figures['gap_closed']:5.1f}"
-        lines.append(_entry("gap closed", f"{closed}  of stage 1 to {name} {100 * value:.1f}"))
+        lines.append(_entry("reranker given coverage", in_percent(figures["rerank_given_coverage"])))
+    if figures["pipeline"] is not None:
+        (name, value), closed = ceiling(figures), figures["gap_closed_interval"]
+        told = f"{in_percent(closed)}  of" if closed else f"{'-':>5}  no clear gap from"
+        lines.append(_entry("gap closed", f"{told} stage 1 to {name} {percent(value)}"))
     lines.append(_entry("against exact search", _won_and_lost(against)))
     errors = figures["calibration_error"]
-    shown = ", ".join(f"{NAMES[method]} {_percent(errors[method]).strip()}" for method in errors)
+    shown = ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     lines.append(_entry("calibration error", shown))
     if (index := results.get("index")) is not None:
         lines += _index(index, results["config"]["k"])
@@ -50,28 +51,23 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
         name = "stage 1, by validation" if variant["chosen"] else ""
-        lines.append(_entry(name, f"{100 * variant['val_top1']:5.1f}  {_describe(variant)}"))
+        lines.append(_entry(name, f"{percent(variant['val_top1']):>5}  {_describe(variant)}"))
     return "\n".join(lines)
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
-    """One plain line for each thing that is not as it should be, with what to try."""
-    figures, lines = results["test"], []
-    exact, attention, pipeline = (
-        figures[m] and figures[m]["top1"]["value"] for m in ("exact", "attention", "pipeline")
-    )
-    if pipeline is not None and pipeline < attention:
-        lines.append(
-            f"The pipeline ({100 * pipeline:.1f}) is below stage 1 ({100 * attention:.1f}): "
-            "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention."
-        )
-    if attention < exact:
+    """One plain line for each thing that is not as it should be, with what to try; test figures decide none."""
+    figures, lines = results["val"], []
+    if below := _below(figures, "pipeline", "attention"):
+        remedy = "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention."
+        lines.append(f"{below}: {remedy}")
+    if below := _below(figures, "attention", "exact"):
         remedy = (
-            "exact search is the oracle of these queries, so no method can beat it."
+            "exact search is the oracle of these queries, so no method can be better in expectation."
             if figures["oracle"] == figures["exact"]
             else "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr."
         )
-        lines.append(f"Stage 1 ({100 * attention:.1f}) is below exact search ({100 * exact:.1f}): {remedy}")
+        lines.append(f"{below}: {remedy}")
     gradients = results.get("gradients")
     if gradients and not gradients["finite"]:
         lines.append("A gradient is not finite: lower the learning rates.")
@@ -84,13 +80,17 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _percent(interval: Mapping[str, float]) -> str:
-    return f"{100 * interval['value']:5.1f} ({100 * interval['low']:.1f}-{100 * interval['high']:.1f})"
+def _below(figures: Mapping[str, Any], method: str, reference: str) -> str | None:
+    """That a method's validation Top-1 is below another's, where its interval is."""
+    if figures[method] is None or figures[method]["top1"]["high"] >= figures[reference]["top1"]["value"]:
+        return None
+    one, other = (f"{NAMES[name]} ({percent(figures[name]['top1']['value'])})" for name in (method, reference))
+    return f"On validation queries, {one} is below {other}"
 
 
 def _index(index: Mapping[str, Any], k: int) -> list[str]:
     """What searching with an index finds, and how fast."""
-    recall, top1 = (_percent(index[name]).strip() for name in ("recall", "top1"))
+    recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
     rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
     return [
         _entry(f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"),
@@ -99,14 +99,14 @@ def _index(index: Mapping[str, Any], k: int) -> list[str]:
 
 
 def _won_and_lost(against: Mapping[str, Any]) -> str:
-    return f"{against['wins']} queries won, {against['losses']} lost (McNemar p = {against['p']:.2g})"
+    return f"{against['wins']} queries won, {against['losses']} lost (McNemar p {p_text(against['p'])})"
 
 
 def _before(figures: Mapping[str, Any]) -> str:
     """What separate training had reached."""
-    shares = [f"{NAMES[method]} {100 * figures[method]['top1']['value']:.1f}" for method in ("attention", "pipeline")]
+    shares = [f"{NAMES[method]} {percent(figures[method]['top1']['value'])}" for method in ("attention", "pipeline")]
     coverage, error = figures["coverage"]["value"], figures["calibration_error"]["pipeline"]["value"]
-    return f"Top-1 of {', '.join(shares)}; coverage {100 * coverage:.1f}, calibration error {100 * error:.1f}"
+    return f"Top-1 of {', '.join(shares)}; coverage {percent(coverage)}, calibration error {percent(error)}"
 
 
 def _entry(name: str, text: str) -> str:
@@ -115,7 +115,7 @@ def _entry(name: str, text: str) -> str:
 
 def _by_method(group: Mapping[str, Any]) -> str:
     """Top-1 of every method on some of the queries."""
-    shares = [f"{NAMES[m]} {100 * found['top1']['value']:.1f}" for m, found in group.items() if found is not None]
+    shares = [f"{NAMES[m]} {percent(found['top1']['value'])}" for m, found in group.items() if found is not None]
     return f"Top-1 of {', '.join(shares)} ({group['exact']['queries']:,} queries)"
 
 

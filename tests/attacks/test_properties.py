@@ -19,12 +19,13 @@ from nvf.calibration import fit_temperature
 from nvf.crossentropy import check_targets, cross_entropy, stratified
 from nvf.distribution import exact, relaxed
 from nvf.errors import check_number
-from nvf.evaluation import against, mcnemar, reciprocal_rank, wilson
+from nvf.evaluation import against
 from nvf.ids import checked_ids
 from nvf.metrics import target_ranks
 from nvf.options import Option, parse
 from nvf.options import whole as whole_number
 from nvf.queries import Nearest, Noisy, Warped
+from nvf.statistics import mcnemar, reciprocal_rank, wilson
 from nvf.streams import stream_seed
 from nvf.sweeps import earlier, identity
 
@@ -217,7 +218,7 @@ def test_intervals_hold_their_values(total: int, data: st.DataObject) -> None:
     found = wilson(successes, total)
     assert 0 <= found["low"] <= found["value"] + 1e-12
     assert found["value"] <= found["high"] + 1e-12 <= 1 + 2e-12
-    wins, losses = data.draw(st.integers(0, 1000)), data.draw(st.integers(0, 1000))
+    wins, losses = data.draw(st.integers(0, 10**6)), data.draw(st.integers(0, 10**6))
     assert mcnemar(wins, losses) == pytest.approx(mcnemar(losses, wins))
     assert 0 < mcnemar(wins, losses) <= 1 + 1e-12
     counts = np.array(data.draw(st.lists(st.integers(0, 50), min_size=11, max_size=11)))

@@ -27,10 +27,10 @@ from baselines import Problem, baselines, ranks
 from nvf import Pipeline
 from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
-from nvf.evaluation import mcnemar, reciprocal_rank, wilson
 from nvf.metrics import DEEPEST
 from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS
+from nvf.statistics import in_percent, mcnemar, p_text, reciprocal_rank, wilson, wins_and_losses
 from nvf.streams import stream
 from nvf.train import CONF, train
 
@@ -116,8 +116,7 @@ def share(row: Row) -> float:
 
 def against(row: Row, other: Row) -> tuple[int, int]:
     """How many queries only the first method answers, and how many only the other."""
-    right, reference = row.ranks == 1, other.ranks == 1
-    return int((right & ~reference).sum()), int((~right & reference).sum())
+    return wins_and_losses(row.ranks == 1, other.ranks == 1)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -132,10 +131,10 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(row: Row, exact: Row) -> tuple[str, ...]:
     counts = np.bincount(row.ranks.clamp(max=DEEPEST + 1).numpy() - 1, minlength=DEEPEST + 1)
     top1, mrr10 = wilson(int(counts[0]), len(row.ranks)), reciprocal_rank(counts)
-    percent = ["{:.1f} ({:.1f}-{:.1f})".format(*(100 * f[n] for n in ("value", "low", "high"))) for f in (top1, mrr10)]
+    shares = [in_percent(figure).strip() for figure in (top1, mrr10)]
     wins, losses = against(row, exact)
-    versus = ("-", "-") if row is exact else (f"{mcnemar(wins, losses):.2g}", f"{wins}/{losses}")
-    return (row.name, *percent, *versus, f"{row.seconds:.0f}", f"{100 * row.val_top1:.1f}", row.chosen or "-")
+    versus = ("-", "-") if row is exact else (p_text(mcnemar(wins, losses)).removeprefix("= "), f"{wins}/{losses}")
+    return (row.name, *shares, *versus, f"{row.seconds:.0f}", f"{100 * row.val_top1:.1f}", row.chosen or "-")
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -145,12 +144,12 @@ def verdict(rows: Sequence[Row]) -> str:
     wins, losses = against(nvf, exact)
     p = mcnemar(wins, losses)
     below = "SIGNIFICANTLY BELOW" if losses > wins and p < SIGNIFICANT else "not significantly below"
-    parts = [f"NVF is {below} exact search (won {wins}, lost {losses}, p = {p:.2g})"]
+    parts = [f"NVF is {below} exact search (won {wins}, lost {losses}, p {p_text(p)})"]
     for name in LINEAR:
         wins, losses = against(nvf, named[name])
         place = "above" if wins > losses else "BELOW" if wins < losses else "level with"
         gap = 100 * (share(nvf) - share(named[name]))
-        parts.append(f"{place} the {name} by {gap:+.1f} (won {wins}, lost {losses}, p = {mcnemar(wins, losses):.2g})")
+        parts.append(f"{place} the {name} by {gap:+.1f} (won {wins}, lost {losses}, p {p_text(mcnemar(wins, losses))})")
     return "; ".join(parts)
 
 
