@@ -150,7 +150,7 @@ FAULTS = {
     "null id": (lambda f: edit(f, "corpus.parquet", "id", put(9, None)), r"row 9: column 'id' is null; remove or"),
     "float id": (
         lambda f: edit(f, "corpus.parquet", "id", [0.5 + row for row in range(50)], pa.float32()),
-        r"column 'id' has type float; give integers or strings",
+        r"column 'id' has type float; give integers or strings$",
     ),
     "null vector": (
         lambda f: edit(f, "corpus.parquet", "vector", put(4, None), FLOATS),
@@ -215,7 +215,7 @@ FAULTS = {
     ),
     "float targets": (
         lambda f: edit(f, "queries.parquet", "targets", [[0.5]] * 400, FLOATS),
-        r"column 'targets' has type float; give ids, or lists of ids, integers or strings",
+        r"column 'targets' has type float; give ids, integers or strings, or lists of them",
     ),
 }
 

@@ -47,9 +47,9 @@ def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.nda
         name = columns["targets"]
         targets = _column(table, path, name)
         if not _is_list(targets.type):
-            _check_ids_type(targets.type, path, name, "ids, or lists of ids")
+            _check_ids_type(targets.type, path, name, "ids, integers or strings, or lists of them")
             return vectors, targets.to_numpy(), np.ones(len(targets), dtype=np.int64)
-        _check_ids_type(targets.type.value_type, path, name, "ids, or lists of ids")
+        _check_ids_type(targets.type.value_type, path, name, "ids, integers or strings, or lists of them")
         counts = pc.list_value_length(targets).to_numpy().astype(np.int64)
         return vectors, _flatten(targets, counts, path, name).to_numpy(), counts
 
@@ -173,4 +173,4 @@ def _is_list(kind: "pa.DataType") -> bool:
 def _check_ids_type(kind: "pa.DataType", path: Path, name: str, what: str) -> None:
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not pa.types.is_integer(kind) and not strings:
-        raise InputError(f"{path}: column {name!r} has type {kind}; give {what}, integers or strings")
+        raise InputError(f"{path}: column {name!r} has type {kind}; give {what}")
