@@ -252,7 +252,10 @@ FAULTS = {
     "rank": (lambda f: edit(f, "corpus.npy", lambda a: a[0]), r"corpus.npy: shape \(8,\)"),
     "empty corpus": (lambda f: edit(f, "corpus.npy", lambda a: a[:0]), r"corpus.npy: shape \(0, 8\)"),
     "no queries": (lambda f: edit(f, "queries.npy", lambda a: a[:0]), r"queries.npy: shape \(0, 8\)"),
-    "integers": (lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)), r"corpus.npy: type int64.*float16"),
+    "integers": (
+        lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)),
+        r"type int64; give the vectors of your items as float16",
+    ),
     "dimensions": (lambda f: edit(f, "queries.npy", lambda a: a[:, :5]), r"queries.npy: 5 dimensions.*has 8"),
     "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: 9 targets for 400 queries"),
     "too high": (lambda f: edit(f, "targets.npy", put(7, 50)), r"targets.npy: row 7: target 50 is outside 0..49"),

@@ -257,6 +257,14 @@ def test_a_user_types_one_line(place: Path, pipeline: Pipeline) -> None:
     assert read_answers(place / "a.jsonl")[0] == pipeline.search(vectors(7), k=2).rows.tolist()
 
 
+def test_the_folder_of_a_run_is_taken_and_the_answer_is_said_in_ascii(place: Path, pipeline: Pipeline) -> None:
+    words = ["pipeline=.", "queries=q.npy", "output=réponses.jsonl"]
+    done = command(*words, module="nvf.search", cwd=place, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("answers in r\\xe9ponses.jsonl\n")
+    assert read_answers(place / "réponses.jsonl")[0] == pipeline.search(vectors(7)).rows.tolist()
+
+
 def test_bad_input_ends_in_one_line(place: Path) -> None:
     done = command("pipeline=pipeline", "queries=q.npy", "k=31", "output=a.npy", module="nvf.search", cwd=place)
     assert (done.returncode, done.stdout) == (1, "")
@@ -309,6 +317,7 @@ SMALL = (
 def test_options_are_read_and_have_defaults() -> None:
     assert parse(["file=~/a=b", "k=5"], SMALL) == {"file": Path.home() / "a=b", "k": 5, "mode": "fast"}
     assert parse(["k=null", "mode=slow", "file=a"], SMALL) == {"file": Path("a"), "k": None, "mode": "slow"}
+    assert parse(["mode=1_1", "file=1e3"], SMALL) == {"file": Path("1e3"), "k": None, "mode": "1_1"}
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import nvf.train
 from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
+from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settle, spelled
 from nvf.stages import build_source, check
 from nvf.train import CONF
 
@@ -171,14 +174,111 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path: Path, arguments
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"), [("colour=red", "Could not override 'colour'"), ("data=moon", "'data/moon'")]
+    ("arguments", "message"),
+    [
+        ("+attention.dropot=0.5", "did you mean reranker.dropout?"),
+        ("data=moon", "'data/moon'"),
+        ("data=embeddings data.dir=none", "data.dir=none is no folder"),
+    ],
 )
-def test_unknown_settings_are_refused_before_torch_is_imported(tmp_path: Path, argument: str, message: str) -> None:
+def test_what_is_not_there_is_refused_before_torch_is_imported(tmp_path: Path, arguments: str, message: str) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    done = command(argument, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = command(*arguments.split(), cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert done.returncode == 1
     assert message in done.stderr
-    assert not (tmp_path / "outputs").exists()
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"torch.py"}
+
+
+TYPED = [
+    "2024",
+    "1e3",
+    "1_1_1",
+    "0x10",
+    "true",
+    "nan",
+    "run=1",
+    "café",
+    "it's",
+    "[a]",
+    "{a: 1}",
+    "a b",
+    "50%",
+    "C:\\d\\",
+]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(TEXTS) - {"resume", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"})
+)
+def test_text_stays_the_text_that_was_typed(name: str) -> None:
+    parser = OverridesParser.create()
+    for text in (*TYPED, *(["null"] if name in COLUMNS else [])):
+        (word,) = spelled([f"{name}={text}"])
+        config = compose_config("data=qdrant", word)
+        assert functools.reduce(dict.__getitem__, name.split("."), config) == text
+    (word,) = spelled([f"{name}={','.join(TYPED)}"])
+    sweep = parser.parse_override(word)
+    assert [parser.parse_override(f"{name}={one}").value() for one in sweep.sweep_string_iterator()] == TYPED
+
+
+def test_words_that_mean_something_keep_their_meaning() -> None:
+    meant = ["data.dir=null", "cache=false", "cache=off", "resume=true", "data.dir='1e3'", "data.dir=a,b"]
+    meant += [
+        "hydra.run.dir=runs/${now:%Y}",
+        "data.dir=choice(1,2)",
+        "-m",
+        "experiment=k_sweep",
+        "+trainer.max_steps=2",
+    ]
+    assert spelled(meant) == meant
+    assert spelled(["hydra.run.dir=~/a"]) == [f"hydra.run.dir='{Path.home()}/a'"]
+
+
+@pytest.mark.parametrize("start", ["", "/where/it/was/typed"])
+def test_paths_start_where_the_command_was_typed(start: str) -> None:
+    config = compose_config("data=qdrant", *spelled([f"{name}=~/{name}" for name in PATHS[:2]]))
+    config.update({"cache": "kept", "attention_checkpoint": "/a.ckpt"})
+    config["data"]["path"] = 2024  # as a file of settings gives it
+    settle(config, start)
+    expected = [str(Path.home() / name) for name in PATHS[:2]] + [os.path.join(start, "kept"), "/a.ckpt"]
+    assert [config["data"][name] for name in ("dir", "mapped")] + [
+        config["cache"],
+        config["attention_checkpoint"],
+    ] == expected
+    assert config["data"]["path"] == os.path.join(start, "2024")
+    assert config["reranker_checkpoint"] is None
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("+foo=1", "no setting foo"),
+        ("++foo=1", "no setting foo"),
+        ("atention=mlp", "did you mean attention?"),
+        ("++attention={dropot: 1}", None),
+        ("lr=1", r"did you mean .*attention\.lr"),
+        ("+queries.sigma=0.1", r"queries.sigma is a setting in queries/noisy.yaml"),
+        ("++queries.sigma=0.1", None),
+        ("~attention.lr", "attention.lr=..."),
+        ("queries.sigma=0.1=2", "queries.sigma='...'"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_by_name(
+    word: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        nvf.train.run(word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_documented_setting_is_known() -> None:
+    root = Path(__file__).parents[1]
+    text = "".join(path.read_text() for path in (root / "README.md", *root.glob("docs/*.md")))
+    words = {word.rstrip(".:") for word in re.findall(r"(?<![\w.])[a-z_]+(?:\.[a-z_]+)*=[^\s`|,;()]+", text)}
+    ours = [word for word in words if word.partition("=")[0] in {*settings(), *(path.name for path in CONF.iterdir())}]
+    assert len(spelled(ours)) > 50
+    assert spelled([f"{name}=1" for name in settings() if not (CONF / name).is_dir()])
 
 
 def test_help_names_every_choice_and_setting_without_torch(tmp_path: Path) -> None:
@@ -234,3 +334,94 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
     done = command(*SMALL, "trainer=debug", cwd=tmp_path / "empty", **where)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "empty").glob("outputs/*/*/results.json"))
+
+
+DEBUG = [*SMALL, "trainer=debug", "dashboards=none", "stage=attention"]
+
+
+def test_runs_from_python_are_those_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    started = time.perf_counter()
+    first = nvf.train.run(*DEBUG, "cache=off", "threads=1")
+    between = time.perf_counter()
+    second = nvf.train.run(*DEBUG, "cache=off", "threads=1", "seed=1")
+    assert first["seconds"]["total"] <= between - started
+    assert second["seconds"]["total"] <= time.perf_counter() - between
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert first["memory"] != second["memory"]
+    assert first["test"] == run(*DEBUG, "threads=1")["test"]
+    assert second["config"]["seed"] == 1
+    assert len(list(tmp_path.glob("outputs/*/*/results.json"))) == 2
+    assert "exact search" in next(tmp_path.glob("outputs/*/*/train.log")).read_text()
+
+
+def test_folders_with_numbers_for_names_are_trained_on_and_gone_on_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "2024")
+    words = ["data.dir=2024", "data.mapped=77", "cache=1_1", "attention=linear", "hydra.run.dir=1e3"]
+    found = nvf.train.run("data=embeddings", "trainer=debug", "stage=attention", *words)
+    assert {path.name for path in tmp_path.iterdir()} == {"2024", "77", "1_1", "1e3"}
+    assert nvf.train.run("resume=1e3") == found
+    (tmp_path / "1e3/results.json").unlink()
+    assert nvf.train.run("resume=1e3")["test"] == found["test"]
+
+
+@pytest.mark.parametrize(
+    "words", [["-m"], ["k=1,2"], ["experiment=k_sweep"], ["resume=true"], ["trainer.devices=2"], ["data=moon"], ["k=0"]]
+)
+def test_what_cannot_be_one_run_is_refused_in_python(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        nvf.train.run(*words)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_notebooks_command_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").touch()  # so that the run ends before it begins
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
+    with pytest.raises(InputError, match="outputs is no folder"):
+        nvf.train.main()
+
+
+def test_a_run_needs_no_streams(tmp_path: Path) -> None:
+    words = " ".join([*DEBUG, "hydra.run.dir=run"])
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m nvf.train {words} <&- >&- 2>&-"], cwd=tmp_path, timeout=300, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "run/results.json").is_file()
+
+
+def test_a_stream_that_is_no_file_is_written_to(tmp_path: Path) -> None:
+    script = "import contextlib, io, nvf.train\nwith contextlib.redirect_stderr(io.StringIO()):\n    nvf.train.main()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "data=embeddings"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: data.dir is not set")
+
+
+def test_a_run_in_a_folder_of_its_own_finds_its_data_and_says_so_in_ascii(tmp_path: Path) -> None:
+    write_folder(tmp_path / "café")
+    words = [
+        "data=embeddings",
+        "data.dir=café",
+        "data.mapped=rows",
+        "cache=kept",
+        "attention=linear",
+        "stage=attention",
+    ]
+    words += ["trainer=debug", "hydra.job.chdir=true", "hydra.run.dir=ré=1"]
+    done = command(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert r"everything is in" in done.stdout
+    assert r"r\xe9=1" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"café", "rows", "kept", "ré=1"}

@@ -8,6 +8,7 @@ import torch
 from nvf.errors import InputError, check_number
 
 log = logging.getLogger("nvf")
+ALL = torch.get_num_threads()  # before a run has set another number, which is none of the next one's
 
 
 def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
@@ -31,5 +32,4 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Nothing of ours reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(ALL if threads is None else threads)

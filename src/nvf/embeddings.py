@@ -43,7 +43,8 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
 
         rows, ids = read_corpus(folder / "corpus.parquet", columns)
         return VectorMemory(rows, ids=ids, distinct=True, **stored)
-    vectors = npy.open_vectors(folder / "corpus.npy", "the vectors of your items; corpus.parquet would do as well")
+    path, what = folder / "corpus.npy", "the vectors of your items"
+    vectors = npy.open_vectors(path, what if path.exists() else f"{what}; corpus.parquet would do as well")
     given = read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
     return VectorMemory(vectors, ids=given, distinct=True, **stored)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nvf.console import mend_streams
 from nvf.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def usage(program: str, summary: str, options: Sequence[Option]) -> str:
 
 def run(command: Callable[..., str], *, program: str, summary: str, options: Sequence[Option]) -> None:
     """Run a command on the words of the command line, print the line it returns, or what went wrong."""
+    mend_streams()
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(usage(program, summary, options))

@@ -398,7 +398,7 @@ class Pipeline(nn.Module):
         without hashes.
 
         Args:
-            folder: of the pipeline.
+            folder: of the pipeline, or of the run that saved it.
             device: where it goes.
             index: whether to read the index, if there is one: without it, or where FAISS is not installed, the search
                 is exact.
@@ -407,6 +407,8 @@ class Pipeline(nn.Module):
             InputError: a file is missing, damaged, or does not fit the others.
         """
         folder = Path(folder)
+        if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
+            folder = folder / "pipeline"
         for name in FILES:
             _check_own(folder / name)
         try:

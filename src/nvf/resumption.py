@@ -6,6 +6,7 @@ decisions.json. What lies between two fits, such as calibration, is computed aga
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,6 +113,17 @@ def requeued(place: str | None = None) -> Path | None:
         except InputError:
             continue
     return None
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove what was written for a run that never began to fit, and the folders that this leaves empty."""
+    if not {path.name for path in folder.iterdir()} <= {".hydra", "train.log", RECORD, LOCK, "checkpoints"}:
+        return  # the folder holds something else
+    if any(path.is_file() for path in folder.glob("checkpoints/**/*")):
+        return  # it did begin
+    shutil.rmtree(folder)
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def _circumstances(source: "Source") -> dict[str, Any]:

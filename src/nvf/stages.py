@@ -37,9 +37,6 @@ def build_source(config: Settings) -> Source:
     data.pop("budget_s", None)
     kind, source = data.pop("name"), queries.pop("name")
     stored = {name: data.pop(name) for name in ("dtype", "mapped")}
-    if data.get("dir", "") is None and (kind == "embeddings" or source == "recorded"):
-        holds = "corpus and queries" if kind == "embeddings" else "queries"
-        raise InputError(f"data.dir is not set; name the folder that holds your {holds}: data.dir=path/to/folder")
     if kind == "synthetic":
         memory = VectorMemory.synthetic(**data, **stored)
     elif kind == "clustered":

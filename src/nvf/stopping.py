@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,18 @@ def stop_when_asked() -> None:
         _handle(number, _stop)
     if in_slurm():
         _handle(signal.SIGUSR1, signal.SIG_IGN)  # it would kill the process
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Give a program that is not ours its own handlers back when the block ends."""
+    numbers = [*ASKS_TO_STOP, *([signal.SIGUSR1] if in_slurm() else [])]
+    theirs = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in theirs.items():
+            _handle(number, signal.SIG_DFL if handler is None else handler)
 
 
 def in_slurm() -> bool:

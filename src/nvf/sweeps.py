@@ -127,10 +127,10 @@ def threads(launcher: Mapping[str, Any]) -> int | None:
 
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
-    """Lightning starts the other processes of a run with the words of the command line, which are a whole sweep's.
+    """Lightning starts the other processes of a run with the words of the command line: a sweep's, or a program's.
 
     Raises:
-        InputError: a run of the sweep wants several processes, and no cluster starts them.
+        InputError: a run of the sweep or of the program wants several processes, and no cluster starts them.
     """
     trainer = config["trainer"]
     devices, nodes, strategy = (trainer.get(name) for name in ("devices", "num_nodes", "strategy"))
@@ -138,8 +138,9 @@ def refuse_local_ddp(config: Mapping[str, Any]) -> None:
     several = not one and not (devices in ("auto", -1, "-1") and trainer.get("accelerator") == "cpu")
     if (several or nodes not in (1, None) or "ddp" in str(strategy)) and "SLURM_NTASKS" not in os.environ:
         raise InputError(
-            f"trainer.devices={devices} in a sweep: each process of a run would repeat the whole sweep; give "
-            "trainer.devices=1 and run jobs side by side, hydra/launcher=parallel, or sweep with hydra/launcher=slurm"
+            f"trainer.devices={devices} in a sweep: each process of a run would repeat the whole sweep, or the program "
+            "that calls nvf.train.run; give trainer.devices=1 and run jobs side by side, hydra/launcher=parallel, or "
+            "sweep with hydra/launcher=slurm"
         )
 
 

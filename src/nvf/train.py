@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +20,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nvf import sweeps
+from nvf.console import follows, logged, mend_streams, quiet
 from nvf.errors import InputError, one_line
-from nvf.faults import check_place, explain
-from nvf.resumption import LOCK, RECORD, recorded, requeued
-from nvf.stopping import Stopped, command_to_resume, restarted, stop_when_asked
+from nvf.faults import explain
+from nvf.overrides import CONF, check_folder, composed, settle, usage, words_of
+from nvf.records import read_record
+from nvf.resumption import RECORD, recorded, remove_traces
+from nvf.stopping import Stopped, command_to_resume, handlers_kept, restarted, stop_when_asked
 from nvf.whole import written_whole
 
 if TYPE_CHECKING:
     from nvf.attention import SoftAttention
 
 START = time.perf_counter()
-HERE = Path(__file__).resolve()
-CARRIED = HERE.parent / "conf"  # in a wheel
-CONF = CARRIED if CARRIED.is_dir() else HERE.parents[2] / "conf"
 log = logging.getLogger("nvf")
 
 
@@ -49,6 +48,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     Returns:
         The objective for sweepers: Top-1 on validation of what was fitted last.
     """
+    check_folder(config)
     if follows():
         os.environ["TQDM_DISABLE"] = "1"  # which is read when it is imported
     # Imported here so that --help and a config error answer without importing torch.
@@ -172,11 +172,12 @@ def timed(seconds: dict[str, float | None], name: str) -> Iterator[None]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> float:
-    """Compose the configuration, run it, and turn what goes wrong into words and an exit status."""
+def job(cfg: DictConfig) -> float:
+    """A run, or a job of a sweep, from Hydra's configuration; what goes wrong becomes words and an exit status."""
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    settle(config, settings.runtime.cwd if settings.job.chdir else "")
     if sweep:
         config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
     try:
@@ -232,12 +233,18 @@ def _fail(words: str, folder: Path, sweep: bool) -> NoReturn:
         log.error("%s", words)
         raise CompactHydraException(f"error: {words}") from None
     remove_traces(folder)
-    print(f"error: {words}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(f"error: {words}")
 
 
-def entry() -> None:
-    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well."""
+def main() -> None:
+    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well.
+
+    In a notebook, whose command line is not ours, it is a run of the settings in conf/.
+    """
+    if "kernel_launcher" in sys.argv[0]:
+        run()
+        return
+    mend_streams()
     words = sys.argv[1:]
     if words in (["--help"], ["-h"]):
         print(usage())
@@ -246,15 +253,14 @@ def entry() -> None:
         # Only those say a mode; to ask the configuration for one, Hydra composes all of it once more.
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     stop_when_asked()
-    faulthandler.enable()  # what kills the process from within says where, such as a mapped file that is truncated
+    faulthandler.enable(2)  # what kills the process from within says where, such as a mapped file that is truncated
     logging.raiseExceptions = False  # a log that cannot be written is not worth a screen of tracebacks a line
     try:
         sys.argv[1:] = words_of(words)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
     try:
-        main()
+        job()
     except SystemExit as stop:
         if stop.code not in (130, 143):
             sweeps.finish()
@@ -262,101 +268,38 @@ def entry() -> None:
     sweeps.finish()
 
 
-def words_of(words: list[str]) -> list[str]:
-    """The words of the command line, with the folder to go on in, where there is one.
+def run(*words: str) -> dict[str, Any]:
+    """One run from Python, `nvf.train.run("data=clustered", "seed=1")`; its seconds count from here.
+
+    It may be called again and again, in a notebook or a thread too. What it says is printed where the program shows no
+    log of its own.
+
+    Returns:
+        What is in the run's results.json.
 
     Raises:
-        InputError: there is nothing to go on with, other settings than the run's own, or no place for a run.
+        InputError: whatever is wrong with the words, the settings or the user's files.
+        KeyboardInterrupt: it was stopped, and can go on.
     """
-    place = next(
-        (word.partition("=")[2] for word in words if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))), None
-    )
-    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), "false")
-    several = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
-    if any(word.startswith("-") and word not in ("-m", "--multirun") for word in words) or follows():
-        return words  # asks Hydra for something else; or the first process has seen to it
-    if resume.lower() == "true":
-        before = None if place else sweeps.earlier(words)
-        at = next(number for number, word in enumerate(words) if word.startswith("resume="))
-        return words if before is None else [*words[:at], f"hydra.sweep.dir={before}", *words[at:]]
-    if resume.lower() == "false" and not several and (folder := requeued(place)) is not None:
-        resume = str(folder)
-    elif resume.lower() == "false":
-        check_place(Path(place) if place and "${" not in place else Path("outputs"))
-        return words
-    others = [word for word in words if not word.startswith(("resume=", "hydra."))]
-    if others and requeued(place) is None:
-        raise InputError(
-            f"resume={resume} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
-        )
-    recorded(Path(resume))  # or there is nothing to go on with
-    return [f"resume={quoted(resume)}", f"hydra.run.dir={quoted(resume)}", "hydra.output_subdir=null"]
-
-
-def quoted(text: str) -> str:
-    """Text as a value in Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def usage() -> str:
-    """What `--help` prints: the choices and the settings as they stand in conf/."""
-
-    def names(group: Path) -> str:
-        return ", ".join(sorted(choice.stem for choice in group.glob("*.yaml")))
-
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    settings = (CONF / "config.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0]
-    return "\n".join(
-        [
-            "python -m nvf.train name=value ...              one run",
-            "python -m nvf.train -m name=value,value ...     a sweep: every combination, a table at the end",
-            "",
-            f"choices, each a file in {CONF}:",
-            *(f"  {group.name + '=':13}{names(group)}" for group in groups),
-            "",
-            "settings beside theirs, as attention.lr=1e-3 is one of theirs:",
-            *(f"  {line}" for line in settings.strip().splitlines()),
-            "",
-            f"jobs of a sweep side by side: hydra/launcher={names(CONF / 'hydra/launcher')}",
-            "a run's settings, composed: --cfg job; Hydra's own words: --hydra-help",
-        ]
-    )
-
-
-def follows() -> bool:
-    """Whether this process is one of several in a run, and not the first, which says what there is to say."""
-    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK"))
-
-
-def quiet() -> None:
-    """Keep the screen for what a user wants to know; Lightning sets its level when it is imported."""
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it has looked for fonts is no news
-    warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")  # its use of torch
-    for message in (
-        "does not have many workers",
-        "and your dataloader is not resumable",  # it goes on at the right step
-        "exists and is not empty",
-        "smaller than the logging interval",
-        "It is recommended to use `self.log.*sync_dist=True",  # our metrics add up over processes by themselves
-        "`broadcast_buffers` is deprecated",  # its successor is newer than the oldest torch that we run on
-    ):
-        warnings.filterwarnings("ignore", f".*{message}")
-
-
-def remove_traces(folder: Path) -> None:
-    """Remove what was written for a run that never began to fit, and the folders that this leaves empty."""
-    if not {path.name for path in folder.iterdir()} <= {".hydra", "train.log", RECORD, LOCK, "checkpoints"}:
-        return  # the folder holds something else
-    if any(path.is_file() for path in folder.glob("checkpoints/**/*")):
-        return  # it did begin
-    shutil.rmtree(folder)
-    if not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+    started = time.perf_counter()
+    config, folder, goes_on = composed(words)
+    if goes_on and sweeps.finished(folder, config) is not None:
+        return read_record(folder / "results.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with handlers_kept(), logged(folder / "train.log"):
+            train(config, folder, started, goes_on=goes_on)
+    except InputError:
+        remove_traces(folder)
+        raise
+    except Stopped as stop:
+        if stop.name != "SIGINT":
+            raise
+        raise KeyboardInterrupt(f'to go on: nvf.train.run("resume={folder}")') from None
+    return read_record(folder / "results.json")
 
 
 if __name__ == "__main__":
-    from nvf.train import entry  # under its name, so that other processes find what they are sent
+    from nvf.train import main  # under its name, so that other processes find what they are sent
 
-    entry()
+    main()

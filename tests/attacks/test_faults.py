@@ -17,9 +17,10 @@ import torch
 from conftest import command, compose_config, write_folder
 from nvf.errors import InputError
 from nvf.memory import VectorMemory
+from nvf.overrides import words_of
 from nvf.records import sealed
 from nvf.resumption import recorded
-from nvf.train import train, words_of
+from nvf.train import train
 
 Run = Callable[..., dict[str, Any]]
 SMALL = ["data.rows=60", "data.dim=8", "queries.val_samples=200", "queries.test_samples=200"]
@@ -209,8 +210,8 @@ def test_too_little_memory_is_told_with_what_to_lower(tmp_path: Path) -> None:
         "import resource, sys, torch, nvf.selection, nvf.evaluation\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, taken + 2**31))\n"
-        "from nvf.train import entry\n"
-        "entry()\n"
+        "from nvf.train import main\n"
+        "main()\n"
     )
     (tmp_path / "limited.py").write_text(script)
     words = [*WORDS, "attention.batch_size=4000000", "attention.hidden=512"]

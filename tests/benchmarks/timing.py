@@ -25,8 +25,9 @@ from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
 from nvf import fitting
+from nvf.console import quiet
 from nvf.options import Option, path, whole
-from nvf.train import CONF, quiet
+from nvf.train import CONF
 from nvf.whole import written_whole
 
 OUTPUTS = CONF.parent / "outputs" / "benchmarks"
