@@ -237,11 +237,8 @@ def _fail(words: str, folder: Path, sweep: bool) -> NoReturn:
 
 
 def main() -> None:
-    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well.
-
-    In a notebook, whose command line is not ours, it is a run of the settings in conf/.
-    """
-    if "kernel_launcher" in sys.argv[0]:
+    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well."""
+    if "kernel_launcher" in sys.argv[0]:  # a notebook's command line is not ours
         run()
         return
     mend_streams()
