@@ -1,14 +1,25 @@
 """What is fitted without gradient steps: the hub correction, against a loop over shares; the scores' temperature."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nvf.attention import SoftAttention, attention_loss
-from nvf.calibration import SHARES, answered, clearly_above, fit_hub_correction, fit_sharpness
+from nvf.calibration import (
+    SHARES,
+    answered,
+    clearly_above,
+    fit_hub_correction,
+    fit_sharpness,
+    fit_temperature,
+    quality,
+)
 from nvf.memory import VectorMemory, hubness
-from nvf.pipeline import Pipeline
+from nvf.pipeline import Pipeline, Retrieval
 from nvf.queries import Noisy, QueryBatch
+from nvf.reranker import reranker_loss
 from nvf.streams import stream
 
 
@@ -69,6 +80,46 @@ def test_clearly_above_counts_disagreements_alone() -> None:
     assert clearly_above(right, reference)
     assert not clearly_above(reference, right)
     assert not clearly_above(right, right)
+
+
+def test_clearly_above_pairs_graded_qualities() -> None:
+    reference = torch.rand(400, generator=torch.Generator().manual_seed(0))
+    differences = torch.tensor([0.3, -0.1]).repeat(200)  # their mean is 0.1, and its error 0.22 / sqrt(n)
+    assert clearly_above(reference[:24] + differences[:24], reference[:24])  # 2.19 errors
+    assert not clearly_above(reference[:16] + differences[:16], reference[:16])  # 1.79
+    assert not clearly_above(reference, reference + differences)
+
+
+def test_several_answers_are_judged_by_ndcg_and_one_by_top1(pipeline: Pipeline) -> None:
+    held_out = Noisy(pipeline.memory, sigma=0.3).sample(100, stream(0, "val"))
+    assert torch.equal(quality(pipeline, held_out), answered(pipeline, held_out))
+    padded = QueryBatch(held_out.queries, F.pad(held_out.targets, (0, 2), value=-1))
+    assert torch.equal(quality(pipeline, padded), answered(pipeline, held_out))
+    several = QueryBatch(held_out.queries, torch.cat([held_out.targets, (held_out.targets + 1) % 30], dim=-1))
+    for model in (pipeline, pipeline.attention):
+        found = quality(model, several)
+        with torch.no_grad():
+            scores = model(several.queries)
+        lists = (scores.ranking if isinstance(scores, Retrieval) else scores).argsort(dim=-1, descending=True)
+        for value, row, right in zip(found.tolist(), lists.tolist(), several.targets.tolist(), strict=True):
+            gain = sum(1 / math.log2(2 + place) for place, item in enumerate(row[:10]) if item in right)
+            assert value == pytest.approx(gain / (1 + 1 / math.log2(3)))
+
+
+@torch.no_grad()
+def test_temperatures_of_several_answers_are_the_best_of_a_grid(pipeline: Pipeline) -> None:
+    asked = Noisy(pipeline.memory, sigma=0.4).sample(300, stream(0, "val"))
+    batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 1) % 30], dim=-1))
+    batch.targets[::3, 1] = -1
+    fit_temperature(pipeline.attention, *batch)
+    cosines = pipeline.attention(batch.queries) / pipeline.attention.beta
+    losses = [float(attention_loss(beta * cosines, batch.targets)) for beta in torch.logspace(-1, 3, 401)]
+    assert float(attention_loss(pipeline.attention(batch.queries), batch.targets)) <= min(losses) + 1e-6
+    scores, rows = pipeline(batch.queries)[3], pipeline(batch.queries).candidates
+    labels = (rows.unsqueeze(-1) == batch.targets.unsqueeze(1)).any(dim=-1)
+    losses = [float(reranker_loss(factor * scores, labels)) for factor in torch.logspace(-2, 2, 401)]
+    fit_sharpness(pipeline, batch)
+    assert float(reranker_loss(pipeline(batch.queries).scores, labels)) <= min(losses) + 1e-6
 
 
 @pytest.mark.parametrize("model", ["pipeline", "weighing"])

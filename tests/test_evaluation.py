@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nvf.attention import SoftAttention
 from nvf.evaluation import against, calibration_error, evaluate
 from nvf.memory import VectorMemory
+from nvf.metrics import ndcg
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
 from nvf.report import remarks, table
@@ -34,7 +35,7 @@ def test_figures_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
         scores = {
             "exact": F.normalize(batch.queries, dim=-1) @ pipeline.memory.rows.T,
             "attention": pipeline.attention(batch.queries),
-            "pipeline": pipeline(batch.queries).log_probs,
+            "pipeline": pipeline(batch.queries).ranking,
         }
     found = {}
     for method, values in scores.items():
@@ -53,6 +54,31 @@ def test_figures_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
     assert found_against["wins"] == sum(p == 1 != e for p, e in pairs)
     assert found_against["losses"] == sum(p != 1 == e for p, e in pairs)
     assert answered.tolist() == [rank == 1 for rank in found["pipeline"]]
+
+
+@pytest.mark.parametrize("k", [4, 12])
+def test_no_list_loses_what_stage_one_has_and_all_figures_are_of_what_a_search_answers(
+    memory: VectorMemory, k: int
+) -> None:
+    torch.manual_seed(0)
+    model = Pipeline(SoftAttention(memory, beta=5.0), Reranker(8), k=k).eval()
+    model.reranker.sharpen(1000)  # certain of its choice, and wrong
+    asked = F.normalize(torch.randn(200, 8), dim=-1)
+    targets = (asked @ memory.rows.T).topk(8).indices
+    targets[::2, 5:] = -1
+    figures = evaluate(model, QueryBatch(asked, targets), k=k, oracle=None).figures
+    assert figures["pipeline"]["recall"] == figures["attention"]["recall"]
+    rows = model.search(asked, k=max(k, 10)).rows
+    right = (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
+    assert figures["pipeline"]["top1"]["value"] == pytest.approx(float(right[:, 0].double().mean()))
+    assert figures["pipeline"]["top5"]["value"] == pytest.approx(float(right[:, :5].any(dim=-1).double().mean()))
+    assert figures["pipeline"]["ndcg10"]["value"] == pytest.approx(float(ndcg(right[:, :10], targets).double().mean()))
+    share = right[:, :k].sum(dim=-1) / (targets >= 0).sum(dim=-1)
+    assert figures["pipeline"]["recall"]["value"] == pytest.approx(float(share.double().mean()))
+    with torch.no_grad():
+        best = model(asked).log_probs.max(dim=-1)
+    expected = calibration_error(best.values.exp(), right[:, 0] / (targets >= 0).sum(dim=-1))
+    assert figures["calibration_error"]["pipeline"] == pytest.approx(expected)
 
 
 def test_stage_one_alone_and_no_oracle_leave_nulls(pipeline: Pipeline, batch: QueryBatch) -> None:

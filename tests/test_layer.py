@@ -64,10 +64,10 @@ def test_what_does_not_fit_is_refused(
 
 def test_search_finds_what_the_layer_ranks_first(layer: Pipeline) -> None:
     with torch.no_grad():
-        best = layer(3 * asked(6)).log_probs.topk(4)
+        found = layer(3 * asked(6))
     hits = layer.search(3 * asked(6))
-    assert torch.equal(hits.rows, best.indices)
-    torch.testing.assert_close(hits.probabilities, best.values.exp())
+    assert torch.equal(hits.rows, found.ranking.topk(4).indices)
+    torch.testing.assert_close(hits.probabilities, found.log_probs.gather(-1, hits.rows).exp())
 
 
 @pytest.mark.parametrize("grad", [True, False])

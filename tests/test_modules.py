@@ -10,9 +10,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvf.attention import SoftAttention
+from nvf.calibration import quality
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
 from nvf.memory import VectorMemory, neighbours
+from nvf.metrics import ndcg_of
 from nvf.modules import AttentionModule, JointModule, RerankerModule, StageModule
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch, Recorded, Warped
@@ -225,6 +227,32 @@ def test_a_joint_step_is_the_sum_of_both_losses(memory: VectorMemory) -> None:
         ranks, covered = measured(None)
         assert torch.equal(covered, (found.candidates == place).any(dim=-1))
         assert torch.equal(ranks == 1, found.log_probs.argmax(dim=-1) == place[:, 0])
+
+
+@pytest.mark.parametrize("k", [4, 12])
+def test_every_stage_validates_the_ndcg_of_the_lists(memory: VectorMemory, k: int) -> None:
+    torch.manual_seed(0)
+    pipeline = Pipeline(SoftAttention(memory), Reranker(8), k=k).eval()
+    asked = Noisy(memory, sigma=0.4).sample(50, torch.Generator().manual_seed(0))
+    batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 3) % 30], dim=-1))
+    data = VectorDataModule(Recorded(memory, {"val": batch}), seed=0, batch_size=50, attention=pipeline.attention, k=k)
+    settings = {"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0}
+    expected, (candidates,) = quality(pipeline, batch), data.val_dataloader()
+    outside = ndcg_of(pipeline(batch.queries).ranking, batch.targets)
+    modules = {
+        "attention": (AttentionModule(pipeline.attention, lr=1e-3, schedule="constant", k=k), batch),
+        "reranker": (RerankerModule(pipeline, **settings), candidates),
+        "joint": (JointModule(pipeline, **settings), batch),
+    }
+    found = {name: module.eval().measure(given)[1](None)[2] for name, (module, given) in modules.items()}
+    torch.testing.assert_close(found["attention"], quality(pipeline.attention, batch))
+    torch.testing.assert_close(found["joint"], expected)
+    torch.testing.assert_close(outside, expected)
+    if k >= 10:
+        torch.testing.assert_close(found["reranker"], expected)
+    else:  # what lies outside the candidates, no reranker moves
+        assert (found["reranker"] <= expected + 1e-6).all()
+        assert (found["reranker"] < expected).any()
 
 
 def test_a_logged_query_is_no_evidence_for_itself(weighing: Pipeline) -> None:

@@ -70,17 +70,34 @@ def test_the_most_probable_row_is_the_rerankers_choice(seed: int, k: int, beta: 
     torch.testing.assert_close(found.log_probs.logsumexp(dim=-1), torch.zeros(6), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("certainty", [1, 300])  # a certain reranker leaves candidates behind rows outside
+@pytest.mark.parametrize("certainty", [1, 300])  # a certain reranker leaves candidates less probable than rows outside
 @pytest.mark.parametrize("k", [1, 4, 9, 30])
-def test_search_returns_the_most_probable_rows(pipeline: Pipeline, k: int, certainty: float) -> None:
-    with torch.no_grad():
-        pipeline.reranker.rest[-1].weight *= certainty
+@pytest.mark.parametrize("model", ["pipeline", "weighing"])
+@torch.no_grad()
+def test_a_list_has_the_candidates_first_then_the_rest_as_stage_one_has_them(
+    model: str, k: int, certainty: float, request: pytest.FixtureRequest
+) -> None:
+    pipeline: Pipeline = request.getfixturevalue(model)
+    pipeline.reranker.sharpen(certainty)
     asked = queries(50)
-    hits = pipeline.search(asked, k=k)
-    with torch.no_grad():
-        best = pipeline(asked).log_probs.exp().topk(k)
-    torch.testing.assert_close(hits.probabilities, best.values)
-    assert torch.equal(hits.rows, best.indices)
+    hits, found = pipeline.search(asked, k=k), pipeline(asked)
+    less_probable = False
+    for rows, probabilities, logits, log_probs in zip(*hits[:2], found.logits, found.log_probs, strict=True):
+        best = logits.argsort(descending=True).tolist()
+        candidates = sorted(best[:4], key=lambda row: -float(log_probs[row]))
+        assert rows.tolist() == [*candidates, *best[4:]][:k]
+        torch.testing.assert_close(probabilities, log_probs.exp()[rows])
+        less_probable |= bool((probabilities.diff() > 0).any())
+    assert less_probable or certainty == 1 or k <= 4
+    assert torch.equal(found.ranking.argsort(dim=-1, descending=True)[:, :k], hits.rows)
+
+
+def test_a_ranking_puts_equal_candidates_by_row_and_what_is_not_a_number_nowhere(pipeline: Pipeline) -> None:
+    logits, candidates = torch.tensor([[3e30, 1.0, 3e30, -2.0, 0.5]]), torch.tensor([[2, 0, 1]])
+    log_probs = torch.tensor([[-1.0, -9.0, -1.0, -8.0, -2.0]])
+    found = pipeline(queries())._replace(logits=logits, candidates=candidates, log_probs=log_probs)
+    assert found.ranking.argsort(dim=-1, descending=True).tolist() == [[0, 2, 1, 4, 3]]
+    assert found._replace(log_probs=log_probs * math.nan).ranking[0, candidates[0]].isnan().all()
 
 
 def test_search_crosses_blocks_of_queries_and_of_rows(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
@@ -296,9 +313,7 @@ def test_weighing_evidence_searches_saves_and_loads(weighing: Pipeline, tmp_path
     torch.testing.assert_close(log_probs.exp().sum(dim=-1), torch.ones(len(asked)))
     assert not torch.equal(log_probs, weighing.attention(asked).log_softmax(dim=-1))
     hits = weighing.search(asked, k=6)
-    best = log_probs.topk(6)
-    assert torch.equal(hits.rows, best.indices)
-    torch.testing.assert_close(hits.probabilities, best.values.exp())
+    torch.testing.assert_close(hits.probabilities, log_probs.gather(-1, hits.rows).exp())
     weighing.save(tmp_path / "pipeline")
     again = Pipeline.load(tmp_path / "pipeline").search(asked, k=6)
     assert torch.equal(again.rows, hits.rows)

@@ -1,6 +1,7 @@
 """The factored first layer is the plain one; the residual start is stage 1's order."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -76,11 +77,31 @@ def test_the_loss_counts_valid_samples_alone() -> None:
     labels = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]]).bool()
     loss = reranker_loss(scores, labels)
     shares = scores.softmax(dim=-1)
-    expected = -(shares[0, 1].log() + (shares[2, 0] + shares[2, 2]).log()) / 2
+    expected = -(shares[0, 1].log() + (shares[2, 0].log() + shares[2, 2].log()) / 2) / 2
     torch.testing.assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(loss, scores)
     assert gradient[[1, 3]].abs().max() == 0
     assert gradient[[0, 2]].abs().min() > 0
+
+
+def test_the_loss_of_several_right_candidates_wants_all_of_them() -> None:
+    scores, labels = torch.zeros(1, 5, requires_grad=True), torch.tensor([[True, False, True, False, True]])
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(reranker_loss(scores, labels), scores)
+        scores = (scores - 10 * gradient).detach().requires_grad_()
+    torch.testing.assert_close(scores.softmax(dim=-1), labels / 3, atol=0.01, rtol=0)
+    content = torch.tensor([[10.0, 0.0, 0.0, 0.0, 0.0]])  # with one of them
+    assert reranker_loss(content, labels) > 6 > 1.2 > reranker_loss(scores, labels)
+
+
+def test_one_right_candidate_has_the_bits_of_cross_entropy() -> None:
+    scores = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    place = torch.arange(50) % 7
+    labels = F.one_hot(place, 7).bool()
+    plain = (scores.logsumexp(dim=-1) - scores.masked_fill(~labels, -math.inf).logsumexp(dim=-1)).sum() / 50
+    ours = reranker_loss(scores, labels)
+    assert torch.equal(ours, plain)
+    assert torch.equal(*(torch.autograd.grad(loss, scores)[0] for loss in (ours, plain)))
 
 
 def test_a_batch_without_valid_samples_changes_nothing() -> None:

@@ -48,12 +48,37 @@ def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shi
     (chosen,) = [variant for variant in tried if variant["chosen"]]
     assert chosen["val_top1"] == max(variant["val_top1"] for variant in tried) == pytest.approx(val["attention"])
     assert chosen["epochs"] > 0
+    assert chosen["val_ndcg10"] is None
     assert results["test"]["seen_rows"]["exact"]["queries"] == 300
     assert results["test"]["unseen_rows"]["exact"] is None
     assert results["duplicates"] == {}
     assert (tmp_path / "run/checkpoints/attention/best.ckpt").is_file()
     again = Pipeline.load(tmp_path / "run/pipeline")
     assert again.search(np.load(shifted / "queries.npy")[:7], k=3).rows.shape == (7, 3)
+
+
+def test_ndcg_chooses_where_queries_have_several_answers(run: Run, tmp_path: Path) -> None:
+    """Exact search has a right row first for every query, and half of the right rows: Top-1 would never leave it."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "several"
+    folder.mkdir()
+    centres = rng.standard_normal((10, 16))
+    halves = np.stack([np.eye(16)[:10], centres], axis=1)  # of each class one half lies where its queries are
+    corpus = halves.repeat(4, axis=1).reshape(-1, 16) + 0.05 * rng.standard_normal((80, 16))
+    classes = rng.integers(10, size=600)
+    np.save(folder / "corpus.npy", corpus)
+    np.save(folder / "queries.npy", np.eye(16)[classes] + 0.05 * rng.standard_normal((600, 16)))
+    np.save(folder / "targets.npy", 8 * classes[:, None] + np.arange(8))
+    results = run("data=embeddings", f"data.dir={folder}", *SHORT, "k=10", "attention.lr=0.03")
+    val, tried = results["val"], results["selection"]
+    assert val["exact"]["top1"]["value"] == 1.0
+    assert val["attention"]["ndcg10"]["value"] > val["exact"]["ndcg10"]["value"] + 0.1
+    assert val["pipeline"]["ndcg10"]["value"] >= val["attention"]["ndcg10"]["value"]
+    (chosen,) = [variant for variant in tried if variant["chosen"]]
+    best = max(variant["val_ndcg10"] for variant in tried)
+    assert chosen["val_ndcg10"] == best == pytest.approx(val["attention"]["ndcg10"]["value"])
+    assert chosen["val_top1"] <= 1.0 == tried[0]["val_top1"]
+    assert results["test"]["pipeline"]["recall"] == results["test"]["attention"]["recall"]
 
 
 def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:

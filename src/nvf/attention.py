@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvf.crossentropy import check_targets, cross_entropy, sampled_cross_entropy
+from nvf.crossentropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy
 from nvf.errors import InputError, check_number
 from nvf.memo import Memo
 from nvf.memory import VectorMemory, check_k
@@ -194,7 +194,9 @@ def checked(queries: Tensor, dim: int) -> Tensor:
 
 
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log of the probability of the right rows, mean over the batch.
+    """-log of the probability of a right row, mean over each query's right rows and over the batch.
+
+    That is the cross-entropy to the uniform distribution over the right rows: it is least where all have their share.
 
     Args:
         logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.
@@ -202,5 +204,5 @@ def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.shape[1] == 1:
         return F.cross_entropy(logits, targets[:, 0])
-    right = logits.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -math.inf)
-    return (logits.logsumexp(dim=-1) - right.logsumexp(dim=-1)).mean()
+    right = mean_of(logits.gather(-1, targets.clamp(min=0)), targets >= 0)
+    return (logits.logsumexp(dim=-1) - right).mean()

@@ -1,18 +1,18 @@
 """What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from nvf.attention import SoftAttention
+from nvf.crossentropy import mean_of
 from nvf.memory import hubness
-from nvf.metrics import are_targets, target_ranks
+from nvf.metrics import are_targets, criterion, ndcg_of, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.products import inner_products
 from nvf.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
-from nvf.statistics import wins_and_losses
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
 FACTOR_RANGE = (0.01, 100.0)
@@ -33,7 +33,7 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
         scores = inner_products(attention.transformed(queries), attention.keys())  # (B, N)
-        right = scores.gather(-1, targets.clamp(min=0)).masked_fill(targets < 0, -math.inf)
+        right = mean_of(scores.gather(-1, targets.clamp(min=0)), targets >= 0).unsqueeze(-1)
         attention.log_beta.fill_(math.log(_best_factor(scores, right, BETA_RANGE)))
 
 
@@ -54,7 +54,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     if not right.any():
         return 1.0
     valid = right.any(dim=-1)
-    factor = _best_factor(of_all[valid], of_all.masked_fill(~right, -math.inf)[valid], FACTOR_RANGE)
+    factor = _best_factor(of_all[valid], mean_of(of_all, right)[valid].unsqueeze(-1), FACTOR_RANGE)
     pipeline.reranker.sharpen(factor)
     return factor
 
@@ -85,22 +85,34 @@ def _expected(scores: Tensor, factor: float) -> Tensor:
 
 @torch.no_grad()
 def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
-    """Which queries have a target at the highest attention, or probability, (B,) bool, in blocks."""
+    """Which queries have a target at the head of their list, (B,) bool, in blocks."""
+    return torch.cat([target_ranks(scores, targets) == 1 for scores, targets in _lists(model, batch)])
+
+
+@torch.no_grad()
+def quality(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
+    """How well each query is answered, (B,): by what `criterion` names, nDCG@10, or as `answered` has it."""
+    if criterion(batch.targets) == "top1":
+        return answered(model, batch)
+    return torch.cat([ndcg_of(scores, targets) for scores, targets in _lists(model, batch)])
+
+
+def _lists(model: SoftAttention | Pipeline, batch: QueryBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores in the order of each query's list, (b, N), and its targets, block after block."""
     model.eval()
-    found = []
     for queries, targets in score_blocks(batch, len(model.memory)):
-        scores = model(queries, answer=False).log_probs if isinstance(model, Pipeline) else model(queries)
-        found.append(target_ranks(scores, targets) == 1)
-    return torch.cat(found)
+        yield model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries), targets
 
 
-def clearly_above(answered: Tensor, reference: Tensor) -> bool:
-    """Whether wins over a reference exceed losses by CLEAR standard errors of their difference; both (B,) bool.
+def clearly_above(quality: Tensor, reference: Tensor) -> bool:
+    """Whether a quality, (B,), exceeds that of a reference by CLEAR standard errors of the paired difference.
 
-    Of several searches that are as good as the reference, one always looks better on a few queries.
+    If the two are alike, each query's difference is as likely to have the other sign, and their sum has the variance
+    sum d^2: of Top-1, wins and losses together. Of several searches that are as good as the reference, one always looks
+    better on a few queries.
     """
-    wins, losses = wins_and_losses(answered, reference)
-    return wins - losses > CLEAR * math.sqrt(wins + losses)
+    difference = quality.double() - reference.double()
+    return float(difference.sum()) > CLEAR * math.sqrt(float(difference.square().sum()))
 
 
 @torch.no_grad()
@@ -123,12 +135,12 @@ def fit_hub_correction(
     """
     attention.bias = None
     hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
-    right = []
+    found = []
     for share in shares:
         attention.bias = -share * hubs if share else None
-        right.append(answered(attention, held_out))
-    best = max(range(len(shares)), key=lambda place: int(right[place].sum()))  # the first of equals
-    if cautious and not clearly_above(right[best], right[0]):
+        found.append(quality(attention, held_out))
+    best = max(range(len(shares)), key=lambda place: float(found[place].double().sum()))  # the first of equals
+    if cautious and not clearly_above(found[best], found[0]):
         best = 0
     attention.bias = -shares[best] * hubs if shares[best] else None
     return shares[best]

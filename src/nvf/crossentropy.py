@@ -1,7 +1,8 @@
 """Stage 1's loss over a large memory: exact without ever holding (B, N) scores, or estimated from a sample of rows.
 
-Both are -log of the probability of the right rows, mean over the batch, where a row's probability is
-softmax(queries @ keys.T); the targets are (B, m) rows padded with -1, the queries scaled by the inverse temperature.
+Both are -log of the probability of a right row, mean over each query's right rows and over the batch, where a row's
+probability is softmax(queries @ keys.T): the cross-entropy to the uniform distribution over the right rows. The targets
+are (B, m) rows padded with -1, the queries scaled by the inverse temperature.
 """
 
 import math
@@ -18,7 +19,12 @@ from nvf.products import LOG2_E, RunningLogSumExp, may_look, products, score_blo
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
     """The exact loss, from queries (B, D), keys (N, D) of any float type, and targets (B, m)."""
     right = scores_of(queries, keys[targets.clamp(min=0)], targets)
-    return (logsumexp(queries, keys) - right.logsumexp(dim=-1)).mean()
+    return (logsumexp(queries, keys) - mean_of(right, targets >= 0)).mean()
+
+
+def mean_of(scores: Tensor, right: Tensor) -> Tensor:
+    """The mean of each query's right scores, (B,); both (B, m), at least one a query is right."""
+    return scores.masked_fill(~right, 0).sum(dim=-1) / right.sum(dim=-1)
 
 
 def check_targets(targets: Tensor, queries: int, rows: int) -> None:
@@ -128,7 +134,7 @@ def sampled_cross_entropy(
     stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # that each known row is in
     again = torch.zeros_like(scores).masked_fill(sample[stratum] == known, -math.inf)
     others = others.scatter_add(-1, stratum, again)
-    right = scores[:, : targets.shape[1]].logsumexp(dim=-1)
+    right = mean_of(scores[:, : targets.shape[1]], targets >= 0)
     return (torch.cat([scores, others], dim=-1).logsumexp(dim=-1) - right).mean()
 
 

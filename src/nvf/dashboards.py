@@ -205,7 +205,7 @@ def _heat_map(
     shown = QueryBatch(*(part[list(chosen)] for part in batch))
     maps: dict[str, list[np.ndarray]] = {}
     for queries, _ in score_blocks(shown, len(model.memory)):
-        for method, (scores, total) in scored(model, queries).items():
+        for method, (scores, total, _) in scored(model, queries).items():
             some = scores[:, torch.from_numpy(columns)] - total.unsqueeze(-1)
             maps.setdefault(method, []).append(some.exp().cpu().numpy())
     right = (looked.targets[chosen][:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nvf.attention import SoftAttention
 from nvf.errors import InputError, check_number
 from nvf.evidence import Evidence
-from nvf.metrics import are_targets
+from nvf.metrics import are_targets, criterion
 from nvf.queries import QueryBatch, Recorded, Source, blocks, score_blocks
 from nvf.streams import stream, stream_seed
 
@@ -28,6 +28,7 @@ class CandidateBatch(NamedTuple):
     labels: Tensor  # (B, k) bool, true where the candidate is a target
     valid: Tensor  # (B,) bool, true where any candidate is
     evidence: Tensor  # (B, k, F); F = 0 for a reranker that weighs none
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
 
 
 class LoggedBatch(NamedTuple):
@@ -133,6 +134,11 @@ class VectorDataModule(L.LightningDataModule):
         """The batch as it is: it was made there, and looking for what to move costs a tenth of a small step."""
         return batch
 
+    @property
+    def criterion(self) -> str:
+        """What chooses on validation queries, see `metrics.criterion`: a generated query has one target."""
+        return criterion(self.source.splits["val"].targets) if isinstance(self.source, Recorded) else "top1"
+
     def train_dataloader(self) -> DataLoader:
         batches = self._training_batches()
         sampler = _StepSampler(batches.steps, self.steps_done)
@@ -168,7 +174,7 @@ class VectorDataModule(L.LightningDataModule):
         else:
             evidence = self.evidence(attention, batch.queries, top, logged_as=logged_as)
         labels = are_targets(top.rows, batch.targets)
-        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence)
+        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence, batch.targets)
 
     def queries(self, split: str) -> QueryBatch:
         """A fixed set of queries: `val`, `test`, or a finite `train`."""

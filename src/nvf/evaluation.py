@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention
@@ -19,7 +18,7 @@ from nvf.queries import QueryBatch, score_blocks
 from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
-PROBABLE = ("attention", "pipeline")  # the methods whose scores are the logarithms of probabilities, but for a constant
+PROBABLE = ("attention", "pipeline")  # the methods that give rows probabilities
 BINS = 15  # of confidence, equally wide
 CALIBRATION_RESAMPLES = 200
 ALONE = {"sync_on_compute": False}  # the other processes of a run do not evaluate
@@ -66,26 +65,29 @@ def evaluate(
     last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
     for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
+        probable: dict[str, Tensor] = {}  # the logarithms of probabilities, but for a constant
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
         scores = {"exact": inner_products(F.normalize(queries, dim=-1), rows)}
         if oracle is not None and oracle is not rows:
             scores["oracle"] = inner_products(queries, oracle)
         if isinstance(model, Pipeline):
             found = model(queries, answer=False)
-            scores["attention"], scores["pipeline"], candidates = found.logits, found.log_probs, found.candidates
+            probable, candidates = {"attention": found.logits, "pipeline": found.log_probs}, found.candidates
+            scores |= {"attention": found.logits, "pipeline": found.ranking}
         else:
-            scores["attention"] = model(queries)
+            scores["attention"] = probable["attention"] = model(queries)
             candidates = first_topk(scores["attention"], k)
         ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
         first["coverage"].append(are_targets(candidates, targets).any(dim=-1))
         for method in ranks:
             first[method].append(ranks[method] == 1)
         for method in confidences:
-            confidences[method].append((scores[method].amax(dim=-1) - scores[method].logsumexp(dim=-1)).exp())
+            confidences[method].append((probable[method].amax(dim=-1) - probable[method].logsumexp(dim=-1)).exp())
 
     figures: dict[str, Any] = {method: counted[method].figures() if method in counted else None for method in METHODS}
     for name, of in (("seen_rows", True), ("unseen_rows", False)):
         figures[name] = None if seen is None else {method: counted[method].top1(of) for method in counted}
+    counts = (batch.targets >= 0).sum(dim=-1)
     answered = {method: torch.cat(parts) for method, parts in first.items() if parts}
     answered.setdefault("oracle", answered["exact"])
     right, covered = int((answered[last] & answered["coverage"]).sum()), int(answered["coverage"].sum())
@@ -96,7 +98,7 @@ def evaluate(
     closed = gap_closed(*ends) if reranked else None
     figures["gap_closed"], figures["gap_closed_interval"] = closed and closed["value"], closed
     figures["calibration_error"] = {
-        method: calibration_error(torch.cat(parts), answered[method]) for method, parts in confidences.items()
+        method: calibration_error(torch.cat(parts), answered[method] / counts) for method, parts in confidences.items()
     }
     return Evaluation(figures, against(answered[last], answered["exact"]), answered[last])
 
@@ -153,19 +155,23 @@ def _timed_search(pipeline: Pipeline, queries: Tensor) -> tuple[Tensor, float]:
     return rows[:, :1], len(queries) / (time.perf_counter() - start)
 
 
-def calibration_error(confidences: Tensor, answered: Tensor) -> Interval:
+def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
     """The expected calibration error of the first answers (arXiv 1706.04599), its error by the bootstrap over queries.
 
     Args:
         confidences: (B,), the probability of each query's most probable row.
-        answered: (B,) bool, whether that is right.
+        right: (B,), what that should be: 1 / m if it is one of the query's m right rows, which share the mass, else 0.
     """
-    confidences, right = confidences.nan_to_num(0).cpu(), answered.cpu().int()
-    value = binary_calibration_error(confidences, right, n_bins=BINS)
+    excess = confidences.nan_to_num(0).cpu().double() - right.cpu().double()
+    bins = (confidences.nan_to_num(0).cpu() * BINS).long().clamp(max=BINS - 1)
+
+    def error(drawn: Tensor) -> Tensor:
+        return excess.new_zeros(BINS).index_add(0, bins[drawn], excess[drawn]).abs().sum() / len(drawn)
+
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(CALIBRATION_RESAMPLES)]
-    found = torch.stack([binary_calibration_error(confidences[drawn], right[drawn], n_bins=BINS) for drawn in draws])
-    return mean_interval(float(value), float(found.std()), count=len(right))
+    spread = float(torch.stack([error(drawn) for drawn in draws]).std())
+    return mean_interval(float(error(torch.arange(len(right)))), spread, count=len(right))
 
 
 class _Counts(nn.Module):

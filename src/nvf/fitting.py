@@ -43,7 +43,7 @@ def fit(
     start_competes: bool,
     name: str | None = None,
 ) -> Fitted:
-    """Fit a module and leave the weights of its best validation Top-1 in it, frozen.
+    """Fit a module and leave the weights that validate best in it, by the Top-1 or nDCG@10 of `criterion`, frozen.
 
     Where the untrained start is a search that works, it is validated too and wins unless training beats or equals it:
     the weights are then of 0 epochs. So they are if the stage's `epochs` are 0.
@@ -58,10 +58,11 @@ def fit(
     checkpoints = folder / "checkpoints" / name
     saved = saved_progress(checkpoints)
     rewind(folder / name, {} if saved is None else saved[1].curves)
-    saving = SaveAsItGoes(checkpoints, every=config["save_every"])
+    monitor = f"val/{data.criterion}"
+    saving = SaveAsItGoes(checkpoints, every=config["save_every"], monitor=monitor)
     callbacks: list[Callback] = [StopOnNaN(stage, data), Describe(stage), saving]
     if settings["patience"] is not None:
-        callbacks.append(EarlyStopping("val/top1", mode="max", patience=settings["patience"]))
+        callbacks.append(EarlyStopping(monitor, mode="max", patience=settings["patience"]))
     logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
     trainer = _trainer(config, stage, checkpoints, callbacks, logger=logger)
     fitted, batches = _as_the_trainer_wants(trainer, module, data)
@@ -69,7 +70,7 @@ def fit(
     if saved is None:
         log.info("fitting %s", name)
         if start_competes or settings["epochs"] == 0:
-            score = trainer.validate(fitted, batches, verbose=False)[0]["val/top1"]
+            score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
             saving.progress = saving.progress._replace(start=score)
             save_whole(trainer, start)
         if settings["epochs"] == 0:
@@ -83,7 +84,7 @@ def fit(
         raise InputError(f"{stage}: nothing was validated, so that no weights can be chosen; leave validation on")
     start_score = float("-inf") if progress.start is None else progress.start
     if start_wins := start_score > progress.best:
-        log.info("%s: no epoch validates better than the untrained start (Top-1 %.1f)", name, 100 * start_score)
+        log.info("%s: no epoch validates better than the untrained start (%s %.1f)", name, monitor, 100 * start_score)
     if trainer.is_global_zero:
         if start_wins and start.exists():  # or a run that was stopped has done so already
             os.replace(start, best)

@@ -49,10 +49,10 @@ def look(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: 
         if oracle is not None:
             same = oracle is memory
             part["ranks"]["oracle"] = exact if same else target_ranks(inner_products(queries, oracle), targets)
-        for method, (scores, total) in scored(model, queries).items():
+        for method, (scores, total, ranking) in scored(model, queries).items():
             if method == "stage 1":
                 rows = first_topk(scores, k)
-            part["ranks"][method] = target_ranks(scores, targets)
+            part["ranks"][method] = target_ranks(ranking, targets)
             part["confidences"][method] = (scores.amax(dim=-1) - total).exp()
             part["probabilities"][method] = (scores.gather(-1, rows) - total.unsqueeze(-1)).exp()
         parts.append({**part, "rows": {"": rows}})
@@ -65,19 +65,19 @@ def look(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: 
     )
 
 
-def scored(model: SoftAttention | Pipeline, queries: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of stage 1, and of the pipeline if there is one: the rows' scores, (B, N), and their log-sum-exp, (B,).
+def scored(model: SoftAttention | Pipeline, queries: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of stage 1, and of the pipeline if there is one: the rows' scores, (B, N), their log-sum-exp, (B,), and ranking.
 
-    A row's probability is exp(score - log-sum-exp).
+    A row's probability is exp(score - log-sum-exp); the ranking, (B, N), is highest for the first of the list.
     """
     if isinstance(model, Pipeline):
         found = model(queries, answer=False)
         return {
-            "stage 1": (found.logits, found.logits.logsumexp(dim=-1)),
-            "pipeline": (found.log_probs, found.log_probs.new_zeros(len(queries))),
+            "stage 1": (found.logits, found.logits.logsumexp(dim=-1), found.logits),
+            "pipeline": (found.log_probs, found.log_probs.new_zeros(len(queries)), found.ranking),
         }
     logits = model(queries)
-    return {"stage 1": (logits, logits.logsumexp(dim=-1))}
+    return {"stage 1": (logits, logits.logsumexp(dim=-1), logits)}
 
 
 def exemplary(looked: Looked, count: int) -> list[int]:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from nvf.products import first_topk
+
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
 
@@ -55,6 +57,19 @@ def ndcg(found: Tensor, targets: Tensor) -> Tensor:
     ideal = discounts.cumsum(dim=0)  # of 1, 2, ... targets at the top
     count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
     return ((found * discounts).sum(dim=-1) / ideal[count - 1]).float()
+
+
+def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
+    """nDCG@10, (B,), of the rows in the order of their scores, (B, N), of equal ones the first."""
+    return ndcg(are_targets(first_topk(scores, min(DEEPEST, scores.shape[1])), targets), targets)
+
+
+def criterion(targets: Tensor) -> str:
+    """What chooses between models on validation queries with these targets, (B, m): `top1`, or `ndcg10`.
+
+    The second where any query has several right rows: Top-1 is content with one of them.
+    """
+    return "ndcg10" if bool(((targets >= 0).sum(dim=-1) > 1).any()) else "top1"
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -14,15 +15,16 @@ from nvf.data import LoggedBatch
 from nvf.errors import InputError, check_number
 from nvf.gradients import GradientLog, norms
 from nvf.memory import neighbours
-from nvf.metrics import RankCounts, are_targets, candidate_ranks, target_ranks
+from nvf.metrics import DEEPEST, RankCounts, are_targets, candidate_ranks, ndcg, ndcg_of, target_ranks
 from nvf.pipeline import Pipeline
+from nvf.products import first_topk
 from nvf.queries import QueryBatch, score_blocks
 from nvf.reranker import reranker_loss
 from nvf.streams import stream, stream_seed
 
 SCHEDULES = ("onecycle", "constant")
 RELAXATIONS = "[1, 0.1] anneals, null is exact"
-Measured = tuple[Tensor, Callable[[int | None], tuple[Tensor, Tensor]]]
+Measured = tuple[Tensor, Callable[[int | None], tuple[Tensor, ...]]]
 LOGGED = 128  # queries of a training batch whose ranks are logged: to rank all of them costs more than a step
 
 
@@ -47,12 +49,12 @@ class StageModule(L.LightningModule):
         check_number("warmup", warmup, above=0, below=1, remedy="0.3 is the default")
         self.lr, self.schedule, self.k, self.warmup = lr, schedule, k, warmup
         self.ranks = RankCounts()
-        self.coverage = MeanMetric()
+        self.coverage, self.ndcg = MeanMetric(), MeanMetric()
         self.gradients = GradientLog()
         self._queries: Tensor | None = None  # of a step whose gradients are looked at
 
     def measure(self, batch: Any) -> Measured:
-        """The loss, and how to get the first queries' ranks of their targets, and whether these are candidates."""
+        """The loss, and how to get of the first queries their targets' ranks, whether these are candidates, nDCG@10."""
         raise NotImplementedError
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -87,9 +89,10 @@ class StageModule(L.LightningModule):
 
     def validation_step(self, batch: Any, _: int) -> None:
         loss, measured = self.measure(batch)
-        ranks, covered = measured(None)
+        ranks, covered, ndcg = measured(None)
         self.ranks.update(ranks)
         self.coverage.update(covered.float())
+        self.ndcg.update(ndcg)
         self.log("val/loss", loss, batch_size=len(ranks), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -102,8 +105,9 @@ class StageModule(L.LightningModule):
         self.log("val/top1", self.ranks.share(1), prog_bar=True)
         self.log("val/top5", self.ranks.share(5))
         self.log("val/coverage", self.coverage.compute())
-        self.ranks.reset()
-        self.coverage.reset()
+        self.log("val/ndcg10", self.ndcg.compute())
+        for metric in (self.ranks, self.coverage, self.ndcg):
+            metric.reset()
 
     def configure_optimizers(self) -> Any:
         rates = self.learning_rates()
@@ -184,15 +188,14 @@ class AttentionModule(StageModule):
     def measure(self, batch: QueryBatch) -> Measured:
         if not self.training:  # validation batches are as small as all their scores ask for
             logits = self.model(batch.queries)
-            ranks = target_ranks(logits, batch.targets)
-            return attention_loss(logits, batch.targets), lambda _: (ranks, ranks <= self.k)
+            return attention_loss(logits, batch.targets), lambda _: self._found(logits, batch.targets)
 
-        def found(count: int | None) -> tuple[Tensor, Tensor]:
+        @torch.no_grad()
+        def found(count: int | None) -> tuple[Tensor, ...]:
             first = QueryBatch(batch.queries[:count], batch.targets[:count])
-            with torch.no_grad():
-                blocks = score_blocks(first, len(self.model.memory))
-                ranks = torch.cat([target_ranks(self.model(queries), targets) for queries, targets in blocks])
-            return ranks, ranks <= self.k
+            blocks = score_blocks(first, len(self.model.memory))
+            parts = [self._found(self.model(queries), targets) for queries, targets in blocks]
+            return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets), found
@@ -203,6 +206,10 @@ class AttentionModule(StageModule):
             first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
             hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard), found
+
+    def _found(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ranks = target_ranks(logits, targets)
+        return ranks, ranks <= self.k, ndcg_of(logits, targets)
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(self.model.parameters()), self.lr)]
@@ -235,8 +242,11 @@ class RerankerModule(StageModule):
     def measure(self, batch: Any) -> Measured:  # a CandidateBatch
         scores = self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
 
-        def found(count: int | None) -> tuple[Tensor, Tensor]:
-            return candidate_ranks(scores[:count], batch.labels[:count]), batch.valid[:count]
+        def found(count: int | None) -> tuple[Tensor, ...]:
+            labels, targets = batch.labels[:count], batch.targets[:count]
+            gains = labels.gather(-1, first_topk(scores[:count], self.k))[:, :DEEPEST]
+            gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # of fewer candidates: no reranker moves the rest
+            return candidate_ranks(scores[:count], labels), batch.valid[:count], ndcg(gains, targets)
 
         return reranker_loss(scores, batch.labels), found
 
@@ -301,16 +311,16 @@ class JointModule(RerankerModule):
         relaxation, logged_as = self.temperature, batch.logged_as if isinstance(batch, LoggedBatch) else None
         ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
 
-        def found(count: int | None) -> tuple[Tensor, Tensor]:
-            ranks, covered = [], []
+        @torch.no_grad()
+        def found(count: int | None) -> tuple[Tensor, ...]:
+            parts = []
             first = type(batch)(*(part[:count].detach() for part in batch))
             for block in score_blocks(first, len(self.model.memory)):
                 places = block.logged_as if isinstance(block, LoggedBatch) else None
-                with torch.no_grad():
-                    said = self.model(block.queries, logged_as=places, relaxation=relaxation, answer=False)
-                ranks.append(target_ranks(said.log_probs, block.targets))
-                covered.append(are_targets(said.candidates, block.targets).any(dim=-1))
-            return torch.cat(ranks), torch.cat(covered)
+                said = self.model(block.queries, logged_as=places, relaxation=relaxation, answer=False)
+                ranking, covered = said.ranking, are_targets(said.candidates, block.targets).any(dim=-1)
+                parts.append((target_ranks(ranking, block.targets), covered, ndcg_of(ranking, block.targets)))
+            return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
         return ours + self.attention_weight * attention, found
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nvf.archives import DAMAGE, fill, read_tensors
 from nvf.attention import FLOATS, SoftAttention, checked
-from nvf.crossentropy import check_targets, logsumexp, scores_of
+from nvf.crossentropy import check_targets, logsumexp, mean_of, scores_of
 from nvf.distribution import exact, relaxed, shared_out
 from nvf.errors import InputError, check_number, one_line
 from nvf.evidence import FEATURES, Evidence
@@ -55,9 +55,18 @@ class Retrieval(NamedTuple):
     scores: Tensor  # (B, k), the reranker's
     answer: Tensor | None  # (B, D), the soft-retrieved vector: the memory's rows, weighed by their probabilities
 
+    @property
+    def ranking(self) -> Tensor:
+        """Scores, (B, N), in whose order `search` lists the rows: the candidates above stage 1's logits of the rest."""
+        candidates, log_probs = listed(self.candidates, self.log_probs.gather(-1, self.candidates))
+        first = self.logits.amax(dim=-1, keepdim=True)
+        places = torch.arange(candidates.shape[-1], 0, -1, device=first.device)
+        above = first + (1 + first.abs()) * places  # apart, whatever the logits' size
+        return self.logits.scatter(-1, candidates, above.masked_fill(log_probs.isnan(), math.nan))
+
 
 class Hits(NamedTuple):
-    """The k most probable rows of each query, best first: numpy arrays for numpy queries, tensors for tensors."""
+    """A list of k rows for each query, best first: numpy arrays for numpy queries, tensors for tensors."""
 
     rows: Any  # (B, k) int64, numbered as the vectors were given; of equal vectors the first
     probabilities: Any  # (B, k) float32
@@ -249,8 +258,7 @@ class Pipeline(nn.Module):
         same = targets.unsqueeze(-1) == rows.unsqueeze(1)  # (B, m, w)
         alone = scored + torch.arange(targets.shape[1], device=rows.device)
         right = log_probs.gather(-1, same.int().argmax(dim=-1).where(same.any(dim=-1), alone))
-        right = right.masked_fill(targets < 0, -math.inf)
-        return -right.logsumexp(dim=-1).mean(), (total - of_targets.logsumexp(dim=-1)).mean()
+        return -mean_of(right, targets >= 0).mean(), (total - mean_of(of_targets, targets >= 0)).mean()
 
     def rerank(self, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
         """The reranker's scores of stage 1's best rows, of which the first k are the candidates."""
@@ -267,12 +275,17 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
-        """The k most probable rows, their probabilities and ids, in blocks that never hold (B, N).
+        """A list of k rows for each query, with their probabilities and ids, in blocks that never hold (B, N).
+
+        The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first of all
+        is the reranker's choice, and where it is wrong about the rest, no row that stage 1 has among its best is lost
+        to one that the reranker never saw. In each of the two parts probabilities descend. They are those of `forward`:
+        a candidate of which the reranker thinks little may be less probable than a row of the second part.
 
         Of equal probabilities the smallest rows come first; on a CPU equal rows among the candidates are equally
         probable, unless evidence tells them apart. The first k of more are the answer to k.
 
-        With an index they are the most probable of those it finds. What they have of the whole is then an estimate,
+        With an index they are the best of those it finds. What they have of the whole is then an estimate,
         see `approximate_topk`; the order among them does not depend on it, but for an `EvidenceReranker`, which weighs
         stage 1's probabilities too.
 
@@ -323,9 +336,7 @@ class Pipeline(nn.Module):
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = unit(queries).to(self.attention.log_beta)
-        # A candidate may lose its probability to the reranker, so the k most probable rows are among the k + self.k
-        # that stage 1 likes best.
-        top = self._best(queries, min(self.k + k, len(self.memory)))
+        top = self._best(queries, max(k, self.k))
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self._alike(self.rerank(queries, candidates), candidates)
@@ -333,11 +344,10 @@ class Pipeline(nn.Module):
         total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
         log_attention = top.scores - total.unsqueeze(-1)
         inside = shared_out(log_attention[:, : self.k], scores)
-        log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)
-        rows, order = top.rows.sort(dim=-1)  # so that of equal probabilities the smallest rows come first
-        log_probs = log_probs.gather(-1, order)
-        best = first_topk(log_probs, k)
-        return rows.gather(-1, best), log_probs.gather(-1, best).exp().clamp(max=1).float()
+        rows, inside = listed(candidates.rows, inside)
+        rows = torch.cat([rows, top.rows[:, self.k :]], dim=-1)[:, :k]
+        log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)[:, :k]
+        return rows, log_probs.exp().clamp(max=1).float()
 
     def _alike(self, scores: Tensor, top: TopK) -> Tensor:
         """The scores, in which equal candidates have the first one's: alone, their last bits differ."""
@@ -437,6 +447,14 @@ class Pipeline(nn.Module):
         except DAMAGE as fault:
             raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
         return pipeline.to(device)
+
+
+def listed(candidates: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates and their log-probabilities, (B, k), the most probable first; of equals the smallest row."""
+    rows, order = candidates.sort(dim=-1)
+    log_probs = log_probs.gather(-1, order)
+    best = first_topk(log_probs, rows.shape[-1])
+    return rows.gather(-1, best), log_probs.gather(-1, best)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -51,7 +51,8 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
         name = "stage 1, by validation" if variant["chosen"] else ""
-        lines.append(_entry(name, f"{percent(variant['val_top1']):>5}  {_describe(variant)}"))
+        score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]  # what chose
+        lines.append(_entry(name, f"{percent(score):>5}  {_describe(variant)}"))
     return "\n".join(lines)
 
 

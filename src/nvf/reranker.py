@@ -1,6 +1,5 @@
 """Stage 2, foveal vision: a small network compares the query with each candidate, or weighs evidence about it."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -181,13 +180,15 @@ def _check_network(hidden: Sequence[int], dropout: float) -> None:
 
 
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """-log of the probability of the right candidates, mean over the valid samples; zero if none is valid.
+    """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
+
+    As with `attention_loss`, the target shares its mass among the right candidates, so that all of them are wanted.
 
     Args:
         scores: (B, k).
         labels: (B, k) bool, true where the candidate is a target; a sample is valid if any is.
     """
     valid = labels.any(dim=-1)
-    right = scores.masked_fill(~(labels | ~valid.unsqueeze(-1)), -math.inf)  # invalid rows: all, a loss of zero
-    losses = scores.logsumexp(dim=-1) - right.logsumexp(dim=-1)
+    right = scores.masked_fill(~labels, 0).sum(dim=-1) / labels.sum(dim=-1).clamp(min=1)
+    losses = (scores.logsumexp(dim=-1) - right).where(valid, 0)
     return losses.sum() / valid.sum().clamp(min=1)

@@ -27,7 +27,7 @@ REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning's Slurm plugin saves; the last ch
 class Progress(NamedTuple):
     """What a checkpoint says of its fit beside what Lightning keeps there."""
 
-    best: float | None  # validation Top-1 so far
+    best: float | None  # of validation so far, by what chooses
     start: float | None  # that of the untrained start, if it competes
     stopped: bool  # early: no epoch follows
     curves: dict[str, int]  # bytes of the event files
@@ -35,7 +35,7 @@ class Progress(NamedTuple):
 
 
 class SaveAsItGoes(Checkpoint):
-    """Keeps the weights of the best validation Top-1 in best.ckpt, and in last.ckpt the whole state of the fit.
+    """Keeps the weights that validate best in best.ckpt, and in last.ckpt the whole state of the fit.
 
     That is saved between two steps, some 20 seconds after the last time, and at the end of an epoch, after its
     validation; so a fit that is killed loses 20 seconds and at worst a validation. Where a signal asks the run to stop,
@@ -44,13 +44,13 @@ class SaveAsItGoes(Checkpoint):
     Args:
         folder: for the checkpoints.
         every: steps between two of them, in place of 20 seconds.
-        start: the validation Top-1 of the untrained start, if it competes.
+        monitor: the logged metric that is highest where validation is best.
     """
 
-    def __init__(self, folder: Path, *, every: int | None, start: float | None = None) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, *, every: int | None, monitor: str = "val/top1") -> None:
+        self.folder, self.every, self.monitor = folder, every, monitor
         self.signals = Deferred()
-        self.progress = Progress(None, start, False, {}, [])
+        self.progress = Progress(None, None, False, {}, [])
         self._saved = time.monotonic()
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class SaveAsItGoes(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        score = float(trainer.callback_metrics["val/top1"])
+        score = float(trainer.callback_metrics[self.monitor])
         if self.progress.best is None or score > self.progress.best:
             self.progress = self.progress._replace(best=score)
             self._save(trainer, BEST)

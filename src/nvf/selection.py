@@ -10,9 +10,10 @@ import torch
 
 from nvf.attention import SoftAttention
 from nvf.cache import Kept, opened
-from nvf.calibration import answered, clearly_above, fit_hub_correction, fit_sharpness, fit_temperature
+from nvf.calibration import answered, clearly_above, fit_hub_correction, fit_sharpness, fit_temperature, quality
 from nvf.data import Fold, VectorDataModule
 from nvf.fitting import fit, fit_blindly
+from nvf.metrics import criterion
 from nvf.modules import JointModule, StageModule
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, Recorded, Source
@@ -47,8 +48,8 @@ class Chosen(NamedTuple):
     config: Settings  # its own, of the variant that was chosen
     epochs: int  # of training
     hub_share: float  # of the rows' hubness that its bias subtracts
-    answered: torch.Tensor  # which validation queries it answers, (B,) bool
-    tried: list[dict[str, Any]]  # every variant with its validation Top-1
+    quality: torch.Tensor  # with which it answers the validation queries, (B,)
+    tried: list[dict[str, Any]]  # every variant with its validation Top-1, and nDCG@10 where that chooses
     gradients: dict[str, Any] | None  # in its training; None where there was none
     fitted_by: dict[str, Any] | None = None  # the run that this one reuses it from, and its seconds
 
@@ -56,7 +57,7 @@ class Chosen(NamedTuple):
 def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
     """The stage 1 that validates best of the configured variants, or the one that a checkpoint names.
 
-    Each has the weights of its best validation Top-1; then its hubs are corrected, if that is asked for, and its
+    Each has the weights that validate best; then its hubs are corrected, if that is asked for, and its
     temperature is fitted, on validation queries both. A variant that is not clearly above exact search gives way to the
     first. What an earlier run has fitted so already is taken from the cache.
     """
@@ -93,7 +94,7 @@ def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
     return Chosen(
         kept.attention,
         variant,
-        answered=answered(kept.attention, held_out),
+        quality=quality(kept.attention, held_out),
         **{name: about[name] for name in ("epochs", "hub_share", "tried", "gradients", "fitted_by")},
     )
 
@@ -110,9 +111,10 @@ def _fit_variants(config: Settings, source: Source, folder: Path, held_out: Quer
         )
         chosen = _calibrated(variant, source, held_out, module.attention, epochs)._replace(gradients=gradients)
         fitted.append((chosen, checkpoints / name / "best.ckpt"))
-    exact = answered(SoftAttention(source.memory, transform="identity"), held_out)
-    clear = [pair for pair in fitted if clearly_above(pair[0].answered, exact)]
-    chosen, checkpoint = max(clear or fitted[:1], key=lambda pair: int(pair[0].answered.sum()))  # the first of equals
+    exact = quality(SoftAttention(source.memory, transform="identity"), held_out)
+    clear = [pair for pair in fitted if clearly_above(pair[0].quality, exact)]
+    best = max(float(chosen.quality.double().sum()) for chosen, _ in clear or fitted[:1])
+    chosen, checkpoint = next(pair for pair in clear or fitted if float(pair[0].quality.double().sum()) == best)
     if several:
         shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
     return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
@@ -121,7 +123,7 @@ def _fit_variants(config: Settings, source: Source, folder: Path, held_out: Quer
 def fit_reranker(
     config: Settings, source: Source, chosen: Chosen, folder: Path
 ) -> tuple[Pipeline, dict[str, Any] | None]:
-    """Both stages: behind stage 1 a reranker with the weights of its best validation Top-1, or one from a checkpoint.
+    """Both stages: behind stage 1 a reranker with the weights that validate best, or one from a checkpoint.
 
     Its scores are scaled to be right about validation queries.
 
@@ -156,17 +158,17 @@ class Joint(NamedTuple):
 
 
 def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path) -> Joint:
-    """Fit both stages together from where they are, and leave the weights of the best validation Top-1 in them.
+    """Fit both stages together from where they are, and leave the weights that validate best in them.
 
     On recorded queries, which are few and can be learned by heart, the start goes on unless those are clearly above it.
     """
     held_out = fixed_queries(config, source, "val")
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
-    before = answered(pipeline, held_out)
+    before = quality(pipeline, held_out)
     module, data = joint_stage(config, source, pipeline)
     affordable = decided(folder, "joint training", lambda: _affordable(config, module, data))
     epochs, gradients = fit(affordable, "joint", module, data, folder, start_competes=True)
-    kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(answered(pipeline, held_out), before))
+    kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(quality(pipeline, held_out), before))
     if kept:
         fit_sharpness(pipeline, held_out)
     else:
@@ -247,11 +249,12 @@ def _calibrated(
 def _chosen(
     variant: Settings, held_out: QueryBatch, attention: SoftAttention, epochs: int, share: float = 0.0
 ) -> Chosen:
-    right = answered(attention, held_out)
-    about = {name: variant["attention"][name] for name in ("transform", "keys")}
-    score = float(right.double().mean())
-    about = {**about, "hub_share": share, "epochs": epochs, "val_top1": score, "chosen": True}
-    return Chosen(attention, variant, epochs, share, right, [about], None)
+    found, about = quality(attention, held_out), {name: variant["attention"][name] for name in ("transform", "keys")}
+    ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
+    top1 = float((found if ndcg is None else answered(attention, held_out)).double().mean())
+    scores = {"val_top1": top1, "val_ndcg10": ndcg}
+    about = {**about, "hub_share": share, "epochs": epochs, **scores, "chosen": True}
+    return Chosen(attention, variant, epochs, share, found, [about], None)
 
 
 def _affordable(config: Settings, module: JointModule, data: VectorDataModule) -> Settings:

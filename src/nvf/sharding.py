@@ -16,9 +16,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils.data import DataLoader
 
 from nvf.attention import SoftAttention
+from nvf.crossentropy import mean_of
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
 from nvf.memory import VectorMemory, check_k
+from nvf.metrics import DEEPEST, are_targets, ndcg
 from nvf.modules import AttentionModule, Measured
 from nvf.products import TopK, blockwise_topk, inner_products
 from nvf.queries import QueryBatch
@@ -137,8 +139,7 @@ def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
         return loss.to_local()
     mesh = logits.device_mesh
     right = _whole(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
-    right = right.masked_fill(targets < 0, -math.inf)
-    return (_total(logits.to_local().logsumexp(dim=-1), mesh) - right.logsumexp(dim=-1)).mean()
+    return (_total(logits.to_local().logsumexp(dim=-1), mesh) - mean_of(right, targets >= 0)).mean()
 
 
 @torch.no_grad()
@@ -187,9 +188,10 @@ class ShardedAttentionModule(AttentionModule):
     def measure(self, batch: QueryBatch) -> Measured:
         logits = self.model(batch.queries)
 
-        def found(count: int | None) -> tuple[Tensor, Tensor]:
+        def found(count: int | None) -> tuple[Tensor, ...]:
             ranks = sharded_ranks(logits, batch.targets)[:count]
-            return ranks, ranks <= self.k
+            first = self.model.candidates(batch.queries[:count], min(DEEPEST, len(self.model.memory))).rows
+            return ranks, ranks <= self.k, ndcg(are_targets(first, batch.targets[:count]), batch.targets[:count])
 
         return sharded_loss(logits, batch.targets), found
 

@@ -46,7 +46,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         goes_on: with what a run of these settings left in the folder when it was stopped, however that was.
 
     Returns:
-        The objective for sweepers: Top-1 on validation of what was fitted last.
+        The objective for sweepers, on validation of what was fitted last: Top-1, or nDCG@10 of several right rows.
     """
     check_folder(config)
     if follows():
@@ -59,6 +59,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.evaluation import against, evaluate, evaluate_index
     from nvf.gradients import audit_gradients
     from nvf.index import build_index, check_index
+    from nvf.metrics import criterion
     from nvf.pipeline import Pipeline
     from nvf.processes import agreed, part_processes, start_processes
     from nvf.queries import fingerprint
@@ -160,7 +161,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     for line in remarks(results):
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, folder)
-    return (val_found.figures["pipeline"] or val_found.figures["attention"])["top1"]["value"]
+    return (val_found.figures["pipeline"] or val_found.figures["attention"])[criterion(val.targets)]["value"]
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_a_pipeline_is_one_distribution_and_searches_it(
     assert hits.rows.dtype == torch.int64
     assert hits.probabilities.dtype == torch.float32
     assert hits.rows.shape == hits.probabilities.shape == (batch, k)
-    assert (hits.probabilities.diff(dim=-1) <= 0).all()
+    assert all((part.diff(dim=-1) <= 0).all() for part in hits.probabilities.tensor_split([pipeline.k], dim=-1))
     assert (hits.probabilities.double().sum(dim=-1) <= 1 + 10 * rounding).all()
     assert all(len(set(some)) == k for some in hits.rows.tolist())
     error = (hits.probabilities.log() - found.log_probs.gather(-1, hits.rows)).abs()
