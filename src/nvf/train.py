@@ -85,9 +85,10 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     training: dict[str, Any] = {}  # the gradients in it
+    cut: dict[str, Any] = {}  # what the limits left out
     with timed(seconds, "attention"):
         chosen = fit_attention(config, source, folder)
-        training["attention"] = chosen.gradients
+        training["attention"], cut["attention"] = chosen.gradients, chosen.cut
     model: SoftAttention | Pipeline = chosen.attention
     if "reranker" in config["stage"]["fit"]:
         with timed(seconds, "reranker"):
@@ -102,7 +103,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
                 before = evaluate(model, test, **known, title="before joint training")
         with timed(seconds, "joint"):
             assert isinstance(model, Pipeline)
-            training["joint"], kept = fit_joint(config, source, model, folder)
+            training["joint"], kept, cut["joint"] = fit_joint(config, source, model, folder)
     part_processes()
     if rank:
         return math.nan  # the first process evaluates and saves what all of them have fitted
@@ -134,6 +135,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "joint": joint,
         "selection": chosen.tried,
         "attention_fitted_by": chosen.fitted_by,
+        "cut": {stage: what for stage, what in cut.items() if what is not None},
         "duplicates": getattr(source, "duplicates", None),
         "index": index,
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
