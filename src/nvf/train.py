@@ -57,6 +57,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.computing import set_up_torch
     from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
     from nvf.evaluation import against, evaluate, evaluate_index
+    from nvf.fitting import check_trainer
     from nvf.gradients import audit_gradients
     from nvf.index import build_index, check_index
     from nvf.pipeline import Pipeline
@@ -72,6 +73,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     quiet()
     set_up_torch(threads=config["threads"], deterministic=config["deterministic"])
     check_dashboards(config["dashboards"])
+    check_trainer(config["trainer"])
     source = build_source(config)
     check(config, source)
     check_index(config["index"], rows=len(source.memory), fits=config["stage"]["fit"])
