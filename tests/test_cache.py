@@ -15,6 +15,7 @@ import torch
 
 from conftest import SMALL, SMALL_STEPS, compose_config, write_folder
 from nvf import InputError, Pipeline, cache, selection
+from nvf.records import write_record
 from nvf.stages import build_source
 
 Run = Callable[..., dict[str, Any]]
@@ -58,6 +59,7 @@ def test_the_key_is_of_all_that_stage_1_depends_on_and_of_nothing_else(
 ) -> None:
     base = key()
     same = ["reranker.lr=1e-2", "reranker.seed=3", "reranker=mlp", "k=3", "threads=1", "cache=elsewhere", "stage=joint"]
+    same += ["save_every=1"]
     assert {key(word) for word in same} == {base}
     others = [
         "attention.lr=2e-2",
@@ -87,13 +89,47 @@ def test_the_key_is_of_the_users_queries_not_of_their_folder(tmp_path: Path) -> 
 
 
 def test_a_reused_stage_1_leaves_the_folds_that_are_asked_for(tmp_path: Path, folder: Path) -> None:
-    words = ["data=embeddings", f"data.dir={folder}", "data.budget_s=null", "attention.epochs=1"]
+    words = ["data=embeddings", f"data.dir={folder}", "attention.epochs=1"]
     words += [f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false"]
     for folds in (3, 2):
         config = compose_config(*words, f"reranker.folds={folds}")
         chosen = selection.fit_attention(config, build_source(config), tmp_path / str(folds))
         assert chosen.config["reranker"]["folds"] == folds
     assert chosen.fitted_by is not None
+
+
+def test_a_deterministic_run_does_not_reuse_what_two_threads_fitted(run: Run, tmp_path: Path) -> None:
+    words = [*SMALL, *SMALL_STEPS, "stage=attention", f"cache={tmp_path / 'cache'}"]
+    try:
+        for number, own in enumerate(["threads=2", "deterministic=true", "threads=1", "deterministic=true"]):
+            results = run(*words, own, folder=tmp_path / str(number))
+            assert (results["attention_fitted_by"] is None) == (number < 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+
+
+def test_how_often_a_fit_is_saved_changes_no_bits(run: Run, tmp_path: Path) -> None:
+    often, never = (run(*SMALL, *SMALL_STEPS, f"save_every={n}", folder=tmp_path / str(n)) for n in (1, 1000))
+    assert without_time(often) == without_time(never)
+    weights = [(tmp_path / n / "pipeline/weights.safetensors").read_bytes() for n in ("1", "1000")]
+    assert weights[0] == weights[1]
+
+
+def test_what_a_clock_has_cut_is_reused_where_it_cuts_the_same(tmp_path: Path, folder: Path) -> None:
+    words = ["data=embeddings", f"data.dir={folder}", "attention=linear", "reranker.folds=null", "data.budget_s=10"]
+    config = compose_config(*words, f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false")
+    reused = []
+    for name, seconds in {"slow": 5.0, "fast": 2.5, "as slow": 4.0}.items():
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name / "decisions.json", {"seconds an epoch of attention takes": seconds})
+        chosen = selection.fit_attention(config, build_source(config), tmp_path / name)
+        assert chosen.cut is not None
+        assert chosen.cut["kept"]["epochs"] == int(0.65 * 10 / seconds)
+        reused.append(chosen.fitted_by and Path(chosen.fitted_by["folder"]).name)
+    assert reused == [None, None, "slow"]
+    again = selection.fit_attention(config, build_source(config), tmp_path / "slow")  # a run that goes on: its own fit
+    assert again.fitted_by is None
 
 
 def test_a_damaged_entry_is_fitted_anew(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

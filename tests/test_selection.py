@@ -1,5 +1,6 @@
-"""Which stage 1 goes on: variants, the time budget, folds; a run on recorded queries from end to end."""
+"""Which stage 1 goes on: variants, limits, folds; a run on recorded queries from end to end."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import torch
 
 from conftest import compose_config, write_folder
 from nvf import InputError, Pipeline, selection
-from nvf.selection import cross_fit, fit_attention, plan
-from nvf.stages import attention_stage, build_source
+from nvf.limits import SHARE, plan
+from nvf.memory import VectorMemory
+from nvf.queries import QueryBatch, Recorded
+from nvf.records import write_record
+from nvf.selection import cross_fit, fit_attention
+from nvf.stages import attention_stage, build_source, variants
 
 Run = Callable[..., dict[str, Any]]
 SHORT = ["attention.epochs=3", "reranker.epochs=3", "k=5", "trainer.enable_progress_bar=false"]
@@ -98,22 +103,63 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def test_a_budget_costs_epochs_then_variants_and_folds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(budget: float | None) -> list[tuple[str, int, int | None]]:
-        given = "null" if budget is None else budget
-        config = compose_config("data=embeddings", f"data.dir={folder}", f"data.budget_s={given}")
-        several = [(v["attention"], v["reranker"]["folds"]) for v in plan(config, build_source(config))]
-        return [(f"{attention['transform']}-{attention['keys']}", attention["epochs"], n) for attention, n in several]
+@pytest.mark.parametrize(("limit", "price"), [("work", 50 * 320 * 8), ("budget_s", 10.0)])
+def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Path, limit: str, price: float) -> None:
+    write_record(tmp_path / "decisions.json", {"seconds an epoch of attention takes": 10.0})  # as a run that goes on
 
-    monkeypatch.setattr(selection, "_epoch_seconds", lambda *_: 10.0)
-    whole = 10 / selection.SHARE  # of the budget, an epoch
+    def planned(allowed: float | None) -> tuple[list[tuple[str, int]], int | None, bool]:
+        words = ["data=embeddings", f"data.dir={folder}", "data.work=null"]
+        config = compose_config(*words, f"data.{limit}={'null' if allowed is None else allowed}")
+        plan_, cut = plan(config, build_source(config), tmp_path)
+        several = [variant["attention"] for variant in variants(plan_)]
+        names = [(f"{attention['transform']}-{attention['keys']}", attention["epochs"]) for attention in several]
+        assert cut is None or cut["by"] == f"data.{limit}={allowed:g}"
+        return names, plan_["reranker"]["folds"], cut is not None
+
+    whole = price / SHARE  # of the limit, an epoch
     # Two variants, and three folds of which each lacks a third of the queries: four fits.
-    every = [("identity-frozen", 0, 3), ("linear-frozen", 14, 3), ("linear-learned", 14, 3)]
-    assert planned(None) == planned(14 * 4 * whole + 1) == every
-    assert planned(5 * 4 * whole + 1) == [(name, min(epochs, 5), 3) for name, epochs, _ in every]
-    assert planned(4 * 2 * whole + 1) == [("identity-frozen", 0, 2), ("linear-learned", 4, 2)]
-    assert planned(5 * whole + 1) == [("identity-frozen", 0, None), ("linear-frozen", 5, None)]
-    assert planned(1.0) == [("identity-frozen", 0, None), ("linear-frozen", 1, None)]
+    every = [("identity-frozen", 0), ("linear-frozen", 14), ("linear-learned", 14)]
+    assert planned(None) == planned(14.1 * 4 * whole) == (every, 3, False)
+    assert planned(5.1 * 4 * whole) == ([(name, min(epochs, 5)) for name, epochs in every], 3, True)
+    assert planned(4.1 * 2 * whole) == ([("identity-frozen", 0), ("linear-learned", 4)], 2, True)
+    assert planned(5.1 * whole) == ([("identity-frozen", 0), ("linear-frozen", 5)], None, True)
+    assert planned(0.1 * whole) == ([("identity-frozen", 0), ("linear-frozen", 1)], None, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "kept"),
+    [
+        (2_067, 2_716, None),
+        (6_168, 15_080, None),
+        (200_000, 40_000, {"variants": 2, "epochs": 1, "folds": None}),
+    ],
+)
+def test_the_default_plan_is_a_matter_of_sizes(
+    tmp_path: Path, rows: int, queries: int, kept: dict[str, Any] | None
+) -> None:
+    config = compose_config("data=embeddings")
+    config["data"]["work"] *= 8 / 384  # vectors as narrow as here, for those of these sizes that take some minutes
+    memory = VectorMemory.synthetic(rows=rows, dim=8, seed=0)
+    batch = QueryBatch(memory.rows[torch.arange(queries) % rows], (torch.arange(queries) % rows)[:, None])
+    planned, cut = plan(config, Recorded(memory, dict.fromkeys(("train", "val", "test"), batch)), tmp_path)
+    assert (cut and cut["kept"]) == kept
+    assert [variant["attention"]["epochs"] for variant in variants(planned)] == (
+        [0, 14, 14] if kept is None else [0, 1]
+    )
+    assert list(tmp_path.iterdir()) == []  # nothing was decided by a clock
+
+
+def test_what_a_limit_cuts_is_recorded_and_shown(run: Run, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nvf")
+    price = 50 * 320 * 8 / SHARE
+    limited = run(
+        "data=embeddings", f"data.dir={folder}", *SHORT, f"data.work={2.1 * 2 * price}", "+trainer.max_epochs=2"
+    )
+    kept, asked = {"epochs": 2, "variants": 2, "folds": 2}, {"epochs": 2, "variants": 3, "folds": 3}
+    assert limited["cut"] == {"attention": {"by": f"data.work={2.1 * 2 * price:g}", "kept": kept, "asked": asked}}
+    assert len(limited["selection"]) == 2
+    assert limited["selection"][1]["epochs"] <= 2
+    assert "stage 1 was cut           to 2 of 2 epochs, 2 of 3 variants, 2 of 3 folds, by data.work=" in caplog.text
 
 
 def test_what_is_not_clearly_above_exact_search_gives_way(
@@ -158,6 +204,8 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path, monkeypatch: pytest.M
     ("overrides", "message"),
     [
         (["data.budget_s=0"], "data.budget_s=0 is not a number above 0"),
+        (["data.work=much"], "data.work=much is not a number above 0"),
+        (["attention.variants=[{epochs: -1}]"], "attention.variants.epochs=-1 is not a whole number of at least 0"),
         (["reranker.folds=1"], "reranker.folds=1 is not a whole number of at least 2"),
         (["attention.variants=[]"], "attention.variants=.* is no list of settings"),
         (["attention.variants=[{lr: 1}]"], "attention.variants names lr; it may name transform"),

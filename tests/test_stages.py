@@ -178,20 +178,25 @@ def test_joint_training_of_recorded_queries_gives_way_unless_it_is_clearly_bette
         assert (results["test"] == results["joint"]["before"]) == (not clear)
 
 
-def test_joint_training_keeps_to_the_time_budget(
-    run: Run, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("allowed", "epochs"), [(5, 1), (3, 0)])
+def test_joint_training_keeps_to_the_limits(
+    run: Run, folder: Path, caplog: pytest.LogCaptureFixture, allowed: int, epochs: int
 ) -> None:
     caplog.set_level(logging.INFO, "nvf")
-    monkeypatch.setattr("nvf.selection._epoch_seconds", lambda *_: 4.0)
     few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
-    results = run(*few, "stage=joint", "data.budget_s=10")
-    assert "an epoch of joint training takes some 4 s: 0 epochs keep to data.budget_s=10" in caplog.text
-    assert not results["joint"]["kept"]
+    results = run(*few, "stage=joint", "reranker.folds=null", f"data.work={allowed * 50 * 320 * 8}")
+    by = f"data.work={allowed * 50 * 320 * 8:g}"
+    assert results["cut"] == {"joint": {"by": by, "kept": {"epochs": epochs}, "asked": {"epochs": 3}}}
+    assert f"joint training was cut    to {epochs or 'no'} of 3 epochs, by {by}" in caplog.text
+    assert epochs or not results["joint"]["kept"]
 
 
 def test_relaxed_joint_training_is_timed_before_it_has_a_trainer(run: Run, folder: Path) -> None:
     few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
-    results = run(*few, "stage=joint", "joint=relaxed", "joint.epochs=1", "trainer.log_every_n_steps=1")
+    results = run(
+        *few, "stage=joint", "joint=relaxed", "joint.epochs=1", "trainer.log_every_n_steps=1", "data.budget_s=1e6"
+    )
+    assert results["cut"] == {}
     assert results["gradients"]["training"]["joint"]["steps"] > 0
 
 

@@ -97,6 +97,45 @@ def test_a_sweep_leaves_whole_runs_and_one_tree(tmp_path: Path) -> None:
         assert (run / "pipeline/config.json").is_file()
 
 
+TRAINER = {
+    True: [  # which of them work
+        *("precision=bf16-mixed", "precision=16-mixed", "limit_val_batches=1", "limit_train_batches=2"),
+        *("max_steps=2", "max_steps=4", "max_steps=-1", "min_steps=8", "min_epochs=3", "max_epochs=null"),
+        *("check_val_every_n_epoch=2", "check_val_every_n_epoch=9", "val_check_interval=0.5"),
+        *("accumulate_grad_batches=2", "gradient_clip_val=0.5", "fast_dev_run=true", "detect_anomaly=true"),
+    ],
+    False: [
+        *("precision=64-true", "precision=bf16-true", "precision=16-true", "precision=transformer-engine"),
+        *(
+            "limit_val_batches=0",
+            "limit_val_batches=0.01",
+            "limit_train_batches=0",
+            "limit_train_batches=0.5",
+            "max_steps=0",
+            "max_epochs=-1",
+        ),
+        *("overfit_batches=1", "max_time=00:00:10:00", "val_check_interval=100", "log_every_n_steps=0"),
+        *("accumulate_grad_batches=0", "check_val_every_n_epoch=0", "enable_checkpointing=false", "barebones=true"),
+        *("logger=false", "callbacks=[]", "foo=1", "gradient_clip_val=1 trainer.precision=bf16-mixed"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("word", "works"), [(word, works) for works, words in TRAINER.items() for word in words])
+def test_the_trainers_settings_work_or_are_refused_before_the_fit(
+    run: Run, tmp_path: Path, word: str, works: bool
+) -> None:
+    write_folder(tmp_path / "f", queries=100)
+    small = ["data=embeddings", f"data.dir={tmp_path / 'f'}", "attention=linear", "attention.epochs=2"]
+    words = [*small, "reranker.epochs=2", "reranker.folds=2", *f"++trainer.{word}".split()]
+    if works:
+        assert run(*words)["val"]["pipeline"]["top1"]["value"] > 0
+    else:
+        with pytest.raises(InputError, match=word.partition("=")[0]):
+            run(*words)
+        assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
 BAD_SETTINGS = [
     (["k=0"], "k=0 is not a whole number of at least 1; 5 is the default"),
     (["k=many"], "k=many is not a whole number"),

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from nvf.archives import DAMAGE, fill, read_tensors
 from nvf.attention import SoftAttention
+from nvf.computing import arithmetic
 from nvf.errors import InputError, one_line
 from nvf.memory import VectorMemory
 from nvf.queries import Recorded, Source, fingerprint
@@ -25,7 +25,7 @@ from nvf.whole import written_whole
 log = logging.getLogger("nvf")
 Settings = Mapping[str, Any]
 OFF = (None, False, "off")
-UNUSED = ("enable_progress_bar", "enable_model_summary", "logger")  # of the trainer's settings: nothing rests on them
+UNUSED = ("enable_progress_bar", "enable_model_summary")  # of the trainer's settings: nothing rests on them
 LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
 
 
@@ -56,8 +56,9 @@ class Entry:
             for part in LEFT_BY_A_FIT:
                 if any(path.is_symlink() for path in (self.path / part, *(self.path / part).rglob("*"))):
                     raise ValueError(f"there are links in {part}")
+                shutil.rmtree(folder / part, ignore_errors=True)  # what a fit that was stopped at once has left
                 if (self.path / part).is_dir():
-                    shutil.copytree(self.path / part, folder / part, dirs_exist_ok=True)
+                    shutil.copytree(self.path / part, folder / part)
         except DAMAGE as fault:
             log.warning("%s is damaged (%s); stage 1 is fitted anew", self.path, one_line(fault))
             return None
@@ -117,10 +118,9 @@ def opened(config: Settings, source: Source) -> Iterator[Entry | None]:
 def stage_key(config: Settings, source: Source) -> str:
     """The hash of everything that a fitted stage 1 depends on: 32 hexadecimal digits.
 
-    That is the memory's content, the queries (the user's own by content), stage 1's settings and seeds, the trainer's,
-    what the time budget divides up, and the code: ours, torch's and lightning's.
+    That is the memory's content, the queries (the user's own by content), stage 1's settings and seeds as the limits
+    leave them (see `nvf.limits.plan`), the trainer's, our code, and whatever else changes the bits.
     """
-    budget = config["data"].get("budget_s")
     rests_on = {
         "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
         "queries": config["queries"],
@@ -129,8 +129,8 @@ def stage_key(config: Settings, source: Source) -> str:
         else None,
         "attention": config["attention"],
         "trainer": {name: value for name, value in config["trainer"].items() if name not in UNUSED},
-        "budget": None if budget is None else [budget, config["reranker"]["folds"], config["stage"]["fit"]],
-        "code": [code_hash(), version("torch"), version("lightning")],
+        "code": code_hash(),
+        "arithmetic": arithmetic(),
     }
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -122,7 +122,8 @@ def read_run(path: Path, metric: str) -> Run:
         "oracle": _method(test, "oracle", metric),
     }
     memory, queries = (found.get(name) for name in ("memory", "queries"))
-    flat = flatten(config)
+    cut = _mapping({"cut": {}} | found, "cut")  # the same settings may have another effect where a clock cuts it
+    flat = flatten(config) | flatten(cut, "cut.")
     seeds = {name: value for name, value in flat.items() if name == "seed" or name.endswith(".seed")}
     return Run(
         path=path,

@@ -2,13 +2,19 @@
 
 import logging
 import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from nvf.errors import InputError, check_number
+from nvf.results import versions
 
 log = logging.getLogger("nvf")
 ALL = torch.get_num_threads()  # before a run has set another number, which is none of the next one's
+TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")  # environment variables
 
 
 def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
@@ -33,3 +39,24 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
     # Nothing of ours reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(ALL if threads is None else threads)
+
+
+def arithmetic() -> dict[str, Any]:
+    """Everything beside settings, data and our code that a result's last bits depend on, as JSON values.
+
+    Libraries choose their routines by the processor and by their own environment variables.
+    """
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    cuda = torch.cuda.is_available()
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted({*names})],
+        "devices": [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())] if cuda else [],
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNED_BY)},
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "versions": versions(),
+    }

@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,7 @@ from nvf.archives import read_archive
 from nvf.checkpoints import Describe
 from nvf.data import VectorDataModule
 from nvf.divergence import StopOnNaN
-from nvf.errors import InputError
+from nvf.errors import InputError, check_number
 from nvf.faults import fitting_in_memory
 from nvf.modules import AttentionModule, StageModule
 from nvf.processes import SHARDED, refusal
@@ -24,6 +25,16 @@ from nvf.saving import BEST, LAST, PlainFiles, Progress, SaveAsItGoes, rewind, s
 from nvf.stages import Settings
 
 log = logging.getLogger("nvf")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
+# What a run sets itself.
+OURS = (
+    *("barebones", "callbacks", "default_root_dir", "enable_checkpointing", "inference_mode", "logger"),
+    *("num_sanity_val_steps", "plugins", "use_distributed_sampler"),
+)
+COUNTS = (
+    *("max_epochs", "max_steps", "log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"),
+    *("limit_train_batches", "limit_val_batches"),  # a share of a small stage's may be none
+)
 
 
 class Fitted(NamedTuple):
@@ -62,7 +73,7 @@ def fit(
     saving = SaveAsItGoes(checkpoints, every=config["save_every"], monitor=monitor)
     callbacks: list[Callback] = [StopOnNaN(stage, data), Describe(stage), saving]
     if settings["patience"] is not None:
-        callbacks.append(EarlyStopping(monitor, mode="max", patience=settings["patience"]))
+        callbacks.append(EarlyStopping(monitor, mode="max", patience=settings["patience"], strict=False))
     logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
     trainer = _trainer(config, stage, checkpoints, callbacks, logger=logger)
     fitted, batches = _as_the_trainer_wants(trainer, module, data)
@@ -79,12 +90,13 @@ def fit(
             module.requires_grad_(False)
             return Fitted(0, module.gradients.summary())
     _train(config, stage, trainer, fitted, batches, data, saving, saved)
-    progress = saving.progress
-    if progress.best is None:
-        raise InputError(f"{stage}: nothing was validated, so that no weights can be chosen; leave validation on")
-    start_score = float("-inf") if progress.start is None else progress.start
-    if start_wins := start_score > progress.best:
+    reached, start_score = saving.progress.best, saving.progress.start
+    if unseen := reached is None:  # training ended before its first validation, as trainer.max_steps may have it
+        reached = trainer.validate(fitted, batches, verbose=False)[0][monitor]
+    if start_wins := start_score is not None and start_score > reached:
         log.info("%s: no epoch validates better than the untrained start (%s %.1f)", name, monitor, 100 * start_score)
+    elif unseen:
+        save_whole(trainer, best)
     if trainer.is_global_zero:
         if start_wins and start.exists():  # or a run that was stopped has done so already
             os.replace(start, best)
@@ -93,7 +105,8 @@ def fit(
     checkpoint = read_archive(best)
     module.load_state_dict(checkpoint["state_dict"])
     module.requires_grad_(False)
-    return Fitted(0 if start_wins else checkpoint["epoch"] + 1, fitted.gradients.summary())
+    epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
+    return Fitted(0 if start_wins else epochs, fitted.gradients.summary())
 
 
 def fit_blindly(
@@ -165,10 +178,11 @@ def _trainer(config: Settings, stage: str, checkpoints: Path, callbacks: list[Ca
     strategy = config["trainer"].get("strategy", "auto")
     if strategy in ("auto", "ddp", SHARDED):
         strategy = _strategy(strategy)
+    epochs = config["trainer"].get("max_epochs") or config[stage]["epochs"]
     try:
         return L.Trainer(
             plugins=[PlainFiles()],
-            **{"max_epochs": config[stage]["epochs"], **config["trainer"], **arguments, "strategy": strategy},
+            **{**config["trainer"], "max_epochs": epochs, **arguments, "strategy": strategy},
             default_root_dir=checkpoints,  # where Lightning's Slurm plugin saves, and finds what it saved
             callbacks=callbacks,
             use_distributed_sampler=False,  # the datamodule deals the batches to the ranks
@@ -177,6 +191,41 @@ def _trainer(config: Settings, stage: str, checkpoints: Path, callbacks: list[Ca
         )
     except (MisconfigurationException, TypeError, ValueError) as fault:
         raise refusal(fault) from None
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """Refuse those of the trainer's settings with which a fit cannot end well, before any begins.
+
+    Raises:
+        InputError: one of them, by name.
+    """
+
+    def refuse(name: str, remedy: str) -> NoReturn:
+        raise InputError(f"trainer.{name}={settings[name]} is of no use here; {remedy}")
+
+    precision = str(settings.get("precision", "32-true"))
+    if precision not in PRECISIONS:
+        refuse("precision", f"choose one of {', '.join(PRECISIONS[:3])}: memory and queries are float32 in every fit")
+    for name in OURS:
+        if name in settings:
+            refuse(name, "leave it out: a run sets it itself")
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in COUNTS:
+        if name in given and (name, given[name]) != ("max_steps", -1):
+            whole = given[name] != 1  # 1.0 is all batches
+            check_number(f"trainer.{name}", given[name], minimum=1, whole=whole, remedy="raise it, or leave it out")
+    if "max_time" in given:
+        refuse("max_time", "leave it out and lower the stages' epochs: one seed gives one result, whatever the clock")
+    if given.get("overfit_batches"):
+        refuse("overfit_batches", "trainer.limit_train_batches trains on as few")
+    if given.get("gradient_clip_val") and "32" not in precision:
+        refuse(
+            "gradient_clip_val", f"choose trainer.precision=32-true, not {precision}, where fused Adam does not clip"
+        )
+    if (interval := given.get("val_check_interval")) is not None:
+        check_number("trainer.val_check_interval", interval, above=0, remedy="a share of an epoch, as 0.5, is one")
+        if interval > 1 and settings.get("check_val_every_n_epoch", 1) is not None:
+            refuse("val_check_interval", "give a share of an epoch, as 0.5: stages have their own numbers of batches")
 
 
 def _strategy(name: str) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nvf.evaluation import ceiling
 from nvf.gradients import failures
+from nvf.limits import described
 from nvf.options import two_digits
 from nvf.statistics import METRICS, in_percent, p_text, percent
 
@@ -46,6 +47,9 @@ def table(results: Mapping[str, Any], queries: int) -> str:
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
         if figures.get(group) and figures[group]["exact"] is not None:
             lines.append(_entry(name, _by_method(figures[group])))
+    for stage, cut in results.get("cut", {}).items():
+        name = "stage 1" if stage == "attention" else "joint training"
+        lines.append(_entry(f"{name} was cut", f"to {described(cut)}"))
     if (by := results.get("attention_fitted_by")) is not None:
         lines.append(_entry("stage 1", f"reused, as {by['folder']} fitted it in {by['seconds']:.0f} s"))
     tried = results.get("selection", [])

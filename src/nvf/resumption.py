@@ -1,7 +1,7 @@
 """What lets a run go on where it stopped: its settings, what it decided by the clock, and that no other is at it.
 
 A run's folder holds run.json, written before the first stage is fitted; each stage's last.ckpt, see `nvf.saving`; and
-decisions.json. What lies between two fits, such as calibration, is computed again.
+decisions.json, where a time limit is set. What lies between two fits, such as calibration, is computed again.
 """
 
 import logging
@@ -71,7 +71,7 @@ def begin(folder: Path, config: Mapping[str, Any], source: "Source", *, goes_on:
             raise InputError(
                 f"resume={folder}: its {what} are no longer those that it began with; bring them back, or start anew"
             )
-    for what in ("code", "versions", "threads"):
+    for what in now:
         if before.get(what) != now[what]:
             log.warning("%s has other %s than the run began with: its figures may differ in the end", folder, what)
     for left in folder.glob("events.out.tfevents.*"):  # written at the end of a run, and again
@@ -83,22 +83,13 @@ def decided(folder: Path, name: str, decide: Callable[[], T]) -> T:
     """What was decided by the clock, a JSON value: once, by the first process, and not anew by a run that goes on."""
     from nvf.processes import agreed, is_first
 
-    decisions = _decisions(folder)
+    path = folder / DECISIONS
+    decisions = _read(path) if path.is_file() else {}
     value = agreed(decisions[name] if name in decisions else decide())
     if name not in decisions and is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        write_record(folder / DECISIONS, {**decisions, name: value})
+        write_record(path, {**decisions, name: value})
     return value
-
-
-def has_decided(folder: Path, name: str) -> bool:
-    """Whether that was decided already."""
-    return name in _decisions(folder)
-
-
-def _decisions(folder: Path) -> dict[str, Any]:
-    path = folder / DECISIONS
-    return _read(path) if path.is_file() else {}
 
 
 def requeued(place: str | None = None) -> Path | None:
@@ -128,19 +119,16 @@ def remove_traces(folder: Path) -> None:
 
 def _circumstances(source: "Source") -> dict[str, Any]:
     """What the figures rest on beside the settings."""
-    import torch
-
     from nvf.cache import code_hash
+    from nvf.computing import arithmetic
     from nvf.queries import Recorded, fingerprint
-    from nvf.results import versions
 
     splits = source.splits if isinstance(source, Recorded) else {}
     return {
         "memory": source.memory.fingerprint,
         "queries": {split: fingerprint(batch) for split, batch in splits.items()},
         "code": code_hash(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+        **arithmetic(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Which stage 1 a run goes on with, chosen on validation queries within a time budget; stage 2; both together."""
+"""Which stage 1 a run goes on with, chosen on validation queries; stage 2; both together."""
 
 import logging
 import shutil
@@ -11,14 +11,14 @@ import torch
 from nvf.attention import SoftAttention
 from nvf.cache import Kept, opened
 from nvf.calibration import answered, clearly_above, fit_hub_correction, fit_sharpness, fit_temperature, quality
-from nvf.data import Fold, VectorDataModule
+from nvf.data import Fold
 from nvf.fitting import fit, fit_blindly
+from nvf.limits import Cut, plan, plan_joint
 from nvf.metrics import criterion
-from nvf.modules import JointModule, StageModule
 from nvf.pipeline import Pipeline
 from nvf.queries import QueryBatch, Recorded, Source
 from nvf.reranker import EvidenceReranker
-from nvf.resumption import decided, has_decided
+from nvf.saving import LAST
 from nvf.stages import (
     Settings,
     attention_stage,
@@ -34,11 +34,7 @@ from nvf.stages import (
 from nvf.streams import stream
 
 log = logging.getLogger("nvf")
-SHARE = 0.65  # of the time budget for stage 1 in all its variants and folds
-JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
-PLAN = "stage 1"  # the name of its decision
 FOLDS = "folds"  # their checkpoints are of no use once the run is done
-FEWEST_EPOCHS = 3  # or something less costly is tried
 
 
 class Chosen(NamedTuple):
@@ -52,6 +48,7 @@ class Chosen(NamedTuple):
     tried: list[dict[str, Any]]  # every variant with its validation Top-1, and nDCG@10 where that chooses
     gradients: dict[str, Any] | None  # in its training; None where there was none
     fitted_by: dict[str, Any] | None = None  # the run that this one reuses it from, and its seconds
+    cut: Cut | None = None  # by the limits on what a run may take
 
 
 def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
@@ -71,29 +68,28 @@ def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
     if "attention" not in stages(config):
         variant = variants(config)[-1]
         return _chosen(variant, held_out, attention_stage(variant, source)[0].attention, 0)
+    config, cut = plan(config, source, folder)
     with opened(config, source) as entry:
-        begun = has_decided(folder, PLAN)  # by a run that goes on: it fits stage 1 itself
+        begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that goes on fits stage 1 itself
         if entry is not None and not begun and (kept := entry.read(source.memory, folder)) is not None:
-            return _reused(config, held_out, kept)
+            return _reused(config, held_out, kept)._replace(cut=cut)
         started = time.perf_counter()
         chosen = _fit_variants(config, source, folder, held_out)
         if entry is not None:
-            settings = {"attention": chosen.config["attention"], "folds": chosen.config["reranker"]["folds"]}
             about = {name: getattr(chosen, name) for name in ("epochs", "hub_share", "tried", "gradients")}
             by = {"folder": str(folder), "seconds": time.perf_counter() - started}
-            entry.write(Kept(chosen.attention, {**settings, **about, "fitted_by": by}), folder)
-    return chosen
+            entry.write(
+                Kept(chosen.attention, {"attention": chosen.config["attention"], **about, "fitted_by": by}), folder
+            )
+    return chosen._replace(cut=cut)
 
 
 def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
     about = kept.about
     log.info("stage 1: as %s fitted it", about["fitted_by"]["folder"])
-    variant = {**config, "attention": about["attention"]}
-    if config["data"].get("budget_s") is not None:  # it may have left fewer folds than were asked for, see `plan`
-        variant["reranker"] = {**config["reranker"], "folds": about["folds"]}
     return Chosen(
         kept.attention,
-        variant,
+        {**config, "attention": about["attention"]},
         quality=quality(kept.attention, held_out),
         **{name: about[name] for name in ("epochs", "hub_share", "tried", "gradients", "fitted_by")},
     )
@@ -102,7 +98,7 @@ def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
 def _fit_variants(config: Settings, source: Source, folder: Path, held_out: QueryBatch) -> Chosen:
     checkpoints = folder / "checkpoints" / "attention"
     fitted, several = [], len(variants(config)) > 1
-    for variant in decided(folder, PLAN, lambda: plan(config, source)):
+    for variant in variants(config):
         module, data = attention_stage(variant, source)
         name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
         starts_well = module.attention.transform.starts_at_exact_search
@@ -155,6 +151,7 @@ class Joint(NamedTuple):
 
     gradients: dict[str, Any]  # in training
     kept: bool  # whether its weights are, or those from before it
+    cut: Cut | None  # by the limits on what a run may take
 
 
 def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path) -> Joint:
@@ -166,15 +163,15 @@ def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = quality(pipeline, held_out)
     module, data = joint_stage(config, source, pipeline)
-    affordable = decided(folder, "joint training", lambda: _affordable(config, module, data))
-    epochs, gradients = fit(affordable, "joint", module, data, folder, start_competes=True)
+    config, cut = plan_joint(config, module, data, folder)
+    epochs, gradients = fit(config, "joint", module, data, folder, start_competes=True)
     kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(quality(pipeline, held_out), before))
     if kept:
         fit_sharpness(pipeline, held_out)
     else:
         log.info("joint training is not clearly better on validation queries: both stages stay as they were")
         pipeline.load_state_dict(start)
-    return Joint(gradients, kept)
+    return Joint(gradients, kept, cut)
 
 
 def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[Fold]:
@@ -201,40 +198,6 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
     return folds
 
 
-def plan(config: Settings, source: Source) -> list[Settings]:
-    """The variants that the time budget allows for, each with the epochs and the folds that it allows for.
-
-    With less and less time: all variants with all folds; the last variant and two folds; the simplest and no folds,
-    which it needs the least. Variants that are not trained cost nothing and stay.
-    """
-    budget, given = config["data"].get("budget_s"), variants(config)
-    if budget is None:
-        return given
-    wanted = config["reranker"]["folds"] if "reranker" in config["stage"]["fit"] else None
-    free, trained = ([v for v in given if (v["attention"]["epochs"] > 0) is costs] for costs in (False, True))
-    seconds = _epoch_seconds(*attention_stage(given[-1], source))
-    for several, folds in ((trained, wanted), (trained[-1:], wanted and 2), (trained[:1], None)):
-        fits = len(several) + (folds or 1) - 1  # each of n folds lacks an nth of the queries
-        epochs = int(SHARE * budget / (seconds * max(1, fits)))
-        if epochs >= FEWEST_EPOCHS:
-            break
-    epochs = max(1, epochs)
-    if folds != wanted or any(variant["attention"]["epochs"] > epochs for variant in several):
-        log.info(
-            "an epoch of stage 1 takes some %.0f s: %d of %d variants, %d epochs at most and %s folds keep to "
-            "data.budget_s=%g",
-            *(seconds, len(free) + len(several), len(given), epochs, folds or "no", budget),
-        )
-    return [
-        {
-            **variant,
-            "attention": {**variant["attention"], "epochs": min(epochs, variant["attention"]["epochs"])},
-            "reranker": {**variant["reranker"], "folds": folds},
-        }
-        for variant in (*free, *several)
-    ]
-
-
 def _calibrated(
     variant: Settings, source: Source, held_out: QueryBatch, attention: SoftAttention, epochs: int
 ) -> Chosen:
@@ -255,30 +218,3 @@ def _chosen(
     scores = {"val_top1": top1, "val_ndcg10": ndcg}
     about = {**about, "hub_share": share, "epochs": epochs, **scores, "chosen": True}
     return Chosen(attention, variant, epochs, share, found, [about], None)
-
-
-def _affordable(config: Settings, module: JointModule, data: VectorDataModule) -> Settings:
-    """The settings with the epochs of joint training that the time budget allows for, none if need be."""
-    budget, settings = config["data"].get("budget_s"), config["joint"]
-    if budget is None:
-        return config
-    seconds = _epoch_seconds(module, data)
-    epochs = int(JOINT_SHARE * budget / seconds)
-    if epochs >= settings["epochs"]:
-        return config
-    log.info(
-        "an epoch of joint training takes some %.0f s: %d epochs keep to data.budget_s=%g", seconds, epochs, budget
-    )
-    return {**config, "joint": {**settings, "epochs": epochs}}
-
-
-def _epoch_seconds(module: StageModule, data: VectorDataModule) -> float:
-    """What an epoch of training takes here, from two steps after one to warm up."""
-    batches = data.train_dataloader()
-    batch = next(iter(batches))
-    for step in range(3):
-        if step == 1:
-            started = time.perf_counter()
-        module.measure(batch)[0].backward()
-    module.zero_grad()
-    return (time.perf_counter() - started) / 2 * len(batches)

@@ -24,6 +24,7 @@ log = logging.getLogger("nvf")
 Settings = Mapping[str, Any]
 FEWEST_STEPS = 8  # an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
+LIMITS = ("work", "budget_s")  # of `data`, on what a run may take
 VARIES = ("transform", "hidden", "keys", "epochs")
 
 
@@ -34,7 +35,8 @@ def build_source(config: Settings) -> Source:
         InputError: whatever is wrong with the settings or the user's files.
     """
     data, queries = dict(config["data"]), dict(config["queries"])
-    data.pop("budget_s", None)
+    for limit in LIMITS:
+        data.pop(limit, None)
     kind, source = data.pop("name"), queries.pop("name")
     stored = {name: data.pop(name) for name in ("dtype", "mapped")}
     if kind == "synthetic":
@@ -136,13 +138,17 @@ def check(config: Settings, source: Source) -> None:
     fits = stages(config)
     for stage in fits:
         for name in ("epochs", "patience"):
-            if (value := config[stage][name]) is not None:
+            if (value := config[stage][name]) is not None or name == "epochs":
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (every := config["save_every"]) is not None:
         check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
-    if (budget := config["data"].get("budget_s")) is not None:
-        check_number("data.budget_s", budget, above=0, remedy="480 is the default, null sets no limit")
+    for limit in LIMITS:
+        if (value := config["data"].get(limit)) is not None:
+            check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
     for variant in variants(config):
+        check_number(
+            "attention.variants.epochs", variant["attention"]["epochs"], minimum=0, whole=True, remedy="raise it"
+        )
         module, _ = attention_stage(variant, source)
     attention = module.attention
     if config["attention_checkpoint"] is not None or config["reranker_checkpoint"] is not None:

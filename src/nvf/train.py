@@ -57,6 +57,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.computing import set_up_torch
     from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
     from nvf.evaluation import against, evaluate, evaluate_index
+    from nvf.fitting import check_trainer
     from nvf.gradients import audit_gradients
     from nvf.index import build_index, check_index
     from nvf.metrics import criterion
@@ -73,6 +74,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     quiet()
     set_up_torch(threads=config["threads"], deterministic=config["deterministic"])
     check_dashboards(config["dashboards"])
+    check_trainer(config["trainer"])
     source = build_source(config)
     check(config, source)
     check_index(config["index"], rows=len(source.memory), fits=config["stage"]["fit"])
@@ -86,9 +88,10 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     training: dict[str, Any] = {}  # the gradients in it
+    cut: dict[str, Any] = {}  # what the limits left out
     with timed(seconds, "attention"):
         chosen = fit_attention(config, source, folder)
-        training["attention"] = chosen.gradients
+        training["attention"], cut["attention"] = chosen.gradients, chosen.cut
     model: SoftAttention | Pipeline = chosen.attention
     if "reranker" in config["stage"]["fit"]:
         with timed(seconds, "reranker"):
@@ -103,7 +106,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
                 before = evaluate(model, test, **known, title="before joint training")
         with timed(seconds, "joint"):
             assert isinstance(model, Pipeline)
-            training["joint"], kept = fit_joint(config, source, model, folder)
+            training["joint"], kept, cut["joint"] = fit_joint(config, source, model, folder)
     part_processes()
     if rank:
         return math.nan  # the first process evaluates and saves what all of them have fitted
@@ -137,6 +140,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "joint": joint,
         "selection": chosen.tried,
         "attention_fitted_by": chosen.fitted_by,
+        "cut": {stage: what for stage, what in cut.items() if what is not None},
         "duplicates": getattr(source, "duplicates", None),
         "merged": {"rows": source.memory.given - len(source.memory), "queries": getattr(source, "merged", 0)},
         "collection_distance": source.memory.distance,

@@ -36,7 +36,7 @@ from nvf.index import build_index
 from nvf.memory import VectorMemory, unit
 from nvf.pipeline import Pipeline
 from nvf.reranker import EvidenceReranker, Reranker
-from nvf.resumption import has_decided, recorded
+from nvf.resumption import decided, recorded
 from nvf.saving import saved_progress
 from nvf.sweeps import earlier
 from seals import reseal
@@ -101,7 +101,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "run/results.json": lambda path: _figures(path.parent),
     "run/answered.npy": lambda path: _answered(path.parent),
     "run/run.json": lambda path: recorded(path.parent),
-    "run/decisions.json": lambda path: has_decided(path.parent, "x"),
+    "run/decisions.json": lambda path: decided(path.parent, "x", lambda: None),
     "sweeps/day/time/sweep.json": lambda path: earlier(ASKED, path.parents[2]),
 }
 # What has no hash, or none that is checked yet: a damaged figure is a figure.

@@ -19,7 +19,8 @@ from nvf.errors import InputError
 from nvf.memory import VectorMemory
 from nvf.overrides import words_of
 from nvf.records import sealed
-from nvf.resumption import recorded
+from nvf.resumption import begin, recorded
+from nvf.stages import build_source
 from nvf.train import train
 
 Run = Callable[..., dict[str, Any]]
@@ -248,3 +249,22 @@ def test_deterministic_runs_find_the_same_on_any_number_of_threads(run: Run, tmp
         assert first[what] == other[what]
     weights = [(tmp_path / name / "pipeline/weights.safetensors").read_bytes() for name in (str(threads), "3")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_that_goes_on_under_other_arithmetic_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = compose_config(*SMALL)
+    source = build_source(config)
+    begin(tmp_path, config, source, goes_on=False).release()
+    begin(tmp_path, config, source, goes_on=True).release()
+    assert not caplog.records
+    try:
+        torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        begin(tmp_path, config, source, goes_on=True).release()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    changed = [record.args[1] for record in caplog.records if isinstance(record.args, tuple)]
+    assert changed == ["threads", "deterministic"]

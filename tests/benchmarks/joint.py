@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     folders = [path for path in given.get("data.dir", "").split(",") if path]
     settings = {
         **GENERATED,
-        **{Path(path).name: ["data=embeddings", f"data.dir={path}", "data.budget_s=null"] for path in folders},
+        **{Path(path).name: ["data=embeddings", f"data.dir={path}", "data.work=null"] for path in folders},
     }
     only, home = given.get("only"), Path(given.get("folder", "outputs/joint")).resolve()
     print("| " + " | ".join(TITLES) + " |\n" + "|---" * len(TITLES) + "|")
