@@ -151,9 +151,10 @@ def show(
             shown = {method: ranks for method, ranks in looked.ranks.items() if method != "oracle"}
             images["3 ranks"] = figures.draw_ranks(shown, rows)
         if settings["reliability"]:
+            shares = 1 / (looked.targets >= 0).sum(axis=1)  # that several right rows have of the probability
             images["4 reliability"] = figures.draw_reliability(
                 {
-                    method: figures.reliability(confidences, looked.ranks[method] == 1, BINS)
+                    method: figures.reliability(confidences, (looked.ranks[method] == 1) * shares, BINS)
                     for method, confidences in looked.confidences.items()
                 }
             )

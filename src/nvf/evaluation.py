@@ -122,10 +122,10 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
     """
     index, keys, k = pipeline.index, pipeline.attention.keys(), pipeline.k
     assert index is not None
-    shares, asked = [], min(2 * k, len(keys))  # as many as the search asks for
+    shares = []
     for block in queries.split(QUERY_BLOCK):
         projected = pipeline.attention.project(block)
-        found = approximate_topk(index, projected, keys, asked).scores[:, :k]
+        found = approximate_topk(index, projected, keys, k).scores
         worst = blockwise_topk(projected, keys, k).scores[:, -1:]
         alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
         shares.append((found >= worst - alike).float().mean(dim=-1))
@@ -162,8 +162,9 @@ def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
         confidences: (B,), the probability of each query's most probable row.
         right: (B,), what that should be: 1 / m if it is one of the query's m right rows, which share the mass, else 0.
     """
-    excess = confidences.nan_to_num(0).cpu().double() - right.cpu().double()
-    bins = (confidences.nan_to_num(0).cpu() * BINS).long().clamp(max=BINS - 1)
+    confidences = confidences.nan_to_num(0).cpu()
+    excess = confidences.double() - right.cpu().double()
+    bins = (confidences * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # that hold their upper ends
 
     def error(drawn: Tensor) -> Tensor:
         return excess.new_zeros(BINS).index_add(0, bins[drawn], excess[drawn]).abs().sum() / len(drawn)

@@ -65,7 +65,7 @@ def reliability(confidences: np.ndarray, answered: np.ndarray, bins: int) -> Rel
 
     Args:
         confidences: (B,).
-        answered: (B,) bool.
+        answered: (B,), 1 where the answer is right, or its share of several right ones.
         bins: how many.
     """
     place = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)

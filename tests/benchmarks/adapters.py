@@ -90,7 +90,7 @@ def nvf_rows(config: dict[str, Any], test: QueryBatch) -> list[Row]:
     chosen = next(_described(variant) for variant in results["selection"] if variant["chosen"])
     methods: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "attention": (pipeline.attention, chosen),
-        "pipeline": (lambda queries: pipeline(queries).log_probs, f"k = {pipeline.k}"),
+        "pipeline": (lambda queries: pipeline(queries).ranking, f"k = {pipeline.k}"),
     }
     seconds = results["seconds"]["attention"], results["seconds"]["attention"] + results["seconds"]["reranker"]
     return [
