@@ -47,7 +47,6 @@ def by_loop(
     distinct: dict[tuple[float, ...], set[int]] = {}
     for vector, targets in zip(*log, strict=True):
         distinct.setdefault(tuple(vector.tolist()), set()).update(t for t in targets.tolist() if t >= 0)
-    whole = list(distinct)
     if leave_out:
         distinct.pop(tuple(query.tolist()))
     centre = candidates.mean(dim=0)
@@ -59,7 +58,7 @@ def by_loop(
             for vector, targets in distinct.items()
             if row in targets
         ]
-        bank = torch.tensor(whole) @ rows[row]
+        bank = torch.tensor(list(distinct)) @ rows[row]
         others = sorted((float(rows[row] @ other) for i, other in enumerate(rows) if i != row), reverse=True)
         features.append(
             [
@@ -93,6 +92,19 @@ def test_features_equal_a_loop(
     for i, query in enumerate(queries):
         one = TopK(top.scores[i], top.rows[i], top.logsumexp[i])
         torch.testing.assert_close(found[i], by_loop(attention, log, query, one, leave_out), rtol=1e-3, atol=1e-4)
+
+
+def test_a_query_that_makes_up_all_of_a_rows_hubness_is_left_out_exactly() -> None:
+    memory = VectorMemory(torch.eye(8))
+    queries = torch.cat([torch.eye(8), F.normalize(torch.eye(8) - 0.9, dim=-1)])  # what is left is e-12 of the sum
+    targets = torch.arange(8).repeat(2).unsqueeze(-1)
+    evidence, attention = Evidence.gather(memory, queries, targets), SoftAttention(memory, transform="identity")
+    top = attention.candidates(queries, 8, logsumexp=True)
+    found = evidence(attention, queries, top, logged_as=evidence.logged)[..., FEATURES.index("hubness")]
+    for i in range(16):
+        rest = Evidence.gather(memory, *(torch.cat([part[:i], part[i + 1 :]]) for part in (queries, targets)))
+        exact = (20 * rest.queries.double() @ memory.rows.double().T).exp().mean(dim=0).log() / 20
+        torch.testing.assert_close(found[i].double(), exact[top.rows[i]], rtol=0, atol=1e-5)
 
 
 def test_a_long_log_of_a_row_is_sampled_evenly_and_counted_whole(memory: VectorMemory) -> None:

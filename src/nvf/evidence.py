@@ -1,5 +1,7 @@
 """What frozen vectors and a log of answered queries say of a candidate, beyond stage 1's logit."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +68,7 @@ class Evidence(nn.Module):
         self.register_buffer("starts", starts, persistent=False)  # of each row's pairs, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # known while the log's own queries are at hand
         self.slots = min(LOGGED, int(starts.diff().max()))
-        self._moved = Memo()
+        self._moved, self._alone = Memo(), Memo()
 
     @classmethod
     def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor) -> "Evidence":
@@ -118,14 +120,15 @@ class Evidence(nn.Module):
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
         centre = rows[:, :k].mean(dim=1, keepdim=True)
         local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
+        cosine = (rows @ queries.unsqueeze(-1)).squeeze(-1)
         features = {
             "logit": top.scores,
             "log_probability": top.scores - top.logsumexp.unsqueeze(-1),
-            "cosine": (rows @ queries.unsqueeze(-1)).squeeze(-1),
+            "cosine": cosine,
             "log_count": count.log1p(),
             "nearest": nearest,
             "support": support,
-            "hubness": self.hubness[top.rows],
+            "hubness": self._hubness(top.rows, cosine.detach(), logged_as),
             "density": self.density[top.rows],
             "local_cosine": local.sum(dim=-1),
             "crowding": (rows @ centre.transpose(1, 2)).squeeze(-1),
@@ -166,6 +169,32 @@ class Evidence(nn.Module):
         similarity = similarity.masked_fill(~known, 0.0)
         mass = (SHARPNESS * similarity).exp().where(known, 0.0).sum(dim=-1)
         return count, similarity.amax(dim=-1), (mass * count / compared.clamp(min=1)).log1p()
+
+    def _hubness(self, rows: Tensor, cosine: Tensor, logged_as: Tensor | None) -> Tensor:
+        """The hubness of rows, (B, k), among the logged queries without the one that asks.
+
+        The sum over the log loses that query's share of it, exp(SHARPNESS cosine). Only the query nearest to a row can
+        have more than half; for that one, whose subtraction would cancel, the sum over the others is kept.
+        """
+        hubs, count = self.hubness[rows], len(self.queries)
+        if logged_as is None or count == 1:  # of an empty log nothing could be said
+            return hubs
+        nearest, rest = self._alone(self._without_nearest, [self.queries, self.memory.rows])
+        share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
+        others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
+        asks = logged_as.unsqueeze(-1)
+        return rest[rows].where(nearest[rows] == asks, others).where(asks >= 0, hubs)
+
+    @torch.no_grad()
+    def _without_nearest(self) -> tuple[Tensor, Tensor]:
+        """Of each row, the place of the logged query nearest to it, and its hubness among the others, (N,) each."""
+        places, rest, count = [], [], len(self.queries)
+        for rows in torch.arange(len(self.hubness), device=self.hubness.device).split(max(1, SCORE_BLOCK // count)):
+            scores = SHARPNESS * (self.memory.take(rows) @ self.queries.T)
+            places.append(scores.argmax(dim=-1))
+            others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
+            rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
+        return torch.cat(places), torch.cat(rest)
 
 
 def _density(rows: Tensor) -> Tensor:
