@@ -3,10 +3,12 @@
     corpus.npy                                                  (N, D) float16/32/64
     ids.json                                                    if the rows have ids: a list of integers or strings
     queries.npy, targets.npy                                    (n, D), and (n,) or (n, m) int rows padded with -1
+    times.npy                                                   optional, (n,) numbers: when each query was asked
     or {train,val,test}_queries.npy, {train,val,test}_targets.npy
 
     corpus.parquet                                              columns id, integer or string, and vector
-    queries.parquet                                             columns vector and targets, an id or a list of ids
+    queries.parquet                                             columns vector and targets, an id or a list of ids,
+                                                                and a time, if data.columns.time names it
     or {train,val,test}_queries.parquet
 
 Every fault raises an InputError that names the file, the row where there is one, and the remedy.
@@ -28,7 +30,8 @@ from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS, deal, repeats
 
 PARTS = {"npy": ("queries.npy", "targets.npy"), "parquet": ("queries.parquet",)}
-COLUMNS = {"id": "id", "vector": "vector", "targets": "targets"}
+TIMES = "times.npy"
+COLUMNS: Mapping[str, Any] = {"id": "id", "vector": "vector", "targets": "targets", "time": None}
 log = logging.getLogger("nvf")
 
 
@@ -56,7 +59,7 @@ def read_recorded(
     columns: Mapping[str, str] = COLUMNS,
     by_id: bool = False,
 ) -> Recorded:
-    """The queries of a folder: the user's splits, or 80/10/10 by seed with identical queries kept together.
+    """The queries of a folder: the user's splits, or 80/10/10 by time or by seed, identical queries kept together.
 
     Args:
         by_id: the memory is not from this folder, so that targets.npy holds ids, as .parquet files always do, and
@@ -72,8 +75,14 @@ def read_recorded(
     def read(prefix: str) -> QueryBatch:
         return _read_pair(folder, prefix, kind, memory, columns, by_id)
 
+    column = columns.get("time") if kind == "parquet" else None
     if not names or names[0] in PARTS[kind]:
-        return Recorded(memory, deal(read(""), folder / PARTS[kind][0], seed))
+        pair = read("")
+        times = _read_times(folder, kind, column, len(pair.queries))
+        return Recorded(memory, deal(pair, folder / PARTS[kind][0], seed, times))
+    if column is not None or (folder / TIMES).exists():
+        given = f"data.columns.time={column}" if column is not None else folder / TIMES
+        raise InputError(f"{given} splits queries, but {folder} holds splits, {names[0]}; keep one of them")
     splits = {split: read(f"{split}_") for split in SPLITS}
     duplicates = repeats(splits)
     if duplicates:
@@ -124,6 +133,25 @@ def _read_pair(
     if (lonely := (rows < 0).all(axis=1)).any():
         raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")
     return QueryBatch(unit(queries), torch.from_numpy(_once(rows)))
+
+
+def _read_times(folder: Path, kind: str, column: str | None, count: int) -> np.ndarray | None:
+    """When each query was asked, (n,), numbers or dates; None where the folder does not say."""
+    if column is not None:
+        from nvf.parquet import read_times  # needs pyarrow, which is an extra
+
+        name, times = f"{folder / PARTS[kind][0]}: column {column!r}", read_times(folder / PARTS[kind][0], column)
+    elif (path := folder / TIMES).exists():
+        name, times = str(path), npy.ArrayFile(path, "when each query was asked").read()
+    else:
+        return None
+    if times.dtype.kind not in "iufM" or times.shape != (count,):
+        raise InputError(
+            f"{name}: shape {times.shape} and type {times.dtype} for {count} queries; give one number a query, (n,)"
+        )
+    if (wrong := ~np.isfinite(times)).any():
+        raise InputError(f"{name}: row {wrong.argmax()} is {times[wrong.argmax()]}; correct or remove this query")
+    return times
 
 
 def _once(rows: np.ndarray) -> np.ndarray:

@@ -16,15 +16,22 @@ SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
 
 
-def deal(pair: QueryBatch, path: Path, seed: int) -> dict[str, QueryBatch]:
+def deal(pair: QueryBatch, path: Path, seed: int, times: np.ndarray | None = None) -> dict[str, QueryBatch]:
     """Shuffle the distinct queries by seed, then deal whole groups of identical ones to the three splits.
+
+    Where `times`, (n,), say when each query was asked, the groups go by the first time of each instead, so that
+    training comes before validation and this before the test; the shuffle decides between equal times.
 
     Raises:
         InputError: too few distinct queries for three splits; names `path`, the file that holds them.
     """
     distinct, group = np.unique(pair.queries.numpy(), axis=0, return_inverse=True)
     places = np.random.default_rng(stream_seed(seed, "split")).permutation(len(distinct))
-    order = places[group.reshape(-1)]  # of each query, the place of its group in the shuffle
+    if times is not None:
+        by_time = np.lexsort((places[group.reshape(-1)], times))
+        _, first = np.unique(group.reshape(-1)[by_time], return_index=True)
+        places = first.argsort().argsort()
+    order = places[group.reshape(-1)]  # of each query, the place of its group
     by_place = np.argsort(order, kind="stable")
     share_before = np.searchsorted(np.sort(order), order) / len(order)  # of the queries, those in earlier groups
     bounds = np.cumsum(SHARES)
