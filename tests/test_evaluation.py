@@ -206,3 +206,8 @@ def test_remarks_say_what_went_wrong() -> None:
     assert line.startswith("Stage 1 (60.0) is below exact search (70.0): try attention=linear")
     (line,) = remarks(results(0.7, 0.7, 0.6, 0.65, 0.9))
     assert line.endswith("no method can beat it.")
+    law = {"dispersion": 0.2, "asked_again": 1.5, "ignored": ["log_count", "support"]}
+    (line,) = remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": law})
+    assert "dispersion 0.20, asked again 1.50" in line
+    assert "log_count, support" in line
+    assert remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": {**law, "ignored": []}}) == []

@@ -10,6 +10,7 @@ import torch
 
 from conftest import compose_config, write_folder
 from nvf import InputError, Pipeline, selection
+from nvf.memory import unit
 from nvf.selection import cross_fit, fit_attention, plan
 from nvf.stages import attention_stage, build_source
 
@@ -54,6 +55,21 @@ def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shi
     assert (tmp_path / "run/checkpoints/attention/best.ckpt").is_file()
     again = Pipeline.load(tmp_path / "run/pipeline")
     assert again.search(np.load(shifted / "queries.npy")[:7], k=3).rows.shape == (7, 3)
+
+
+def test_a_log_that_is_no_guide_does_not_pull_logged_items_down(run: Run, tmp_path: Path) -> None:
+    """Each of 800 items is asked once, some twice: of dealt queries, few ask for what is in the log."""
+    rng, folder = np.random.default_rng(0), tmp_path / "once"
+    folder.mkdir()
+    corpus = unit(torch.from_numpy(rng.standard_normal((800, 16)))).numpy()
+    targets = np.concatenate([np.arange(800), np.flatnonzero(rng.random(800) < 0.15)])
+    np.save(folder / "corpus.npy", corpus)
+    np.save(folder / "queries.npy", corpus[targets] + 0.275 * rng.standard_normal((len(targets), 16)))
+    np.save(folder / "targets.npy", targets)
+    results = run("data=embeddings", f"data.dir={folder}", *SHORT, "attention=identity")
+    assert results["log"]["ignored"] == ["log_count", "support", "nearest"]
+    asked_before = results["test"]["seen_rows"]
+    assert asked_before["pipeline"]["top1"]["value"] >= asked_before["attention"]["top1"]["value"]
 
 
 def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:

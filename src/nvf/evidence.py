@@ -1,6 +1,7 @@
 """What frozen vectors and a log of answered queries say of a candidate, beyond stage 1's logit."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ FEATURES = (
     "local_cosine",  # of query and row, both seen from the mean of the candidates
     "crowding",  # mean cosine of the row to the candidates
 )
+COUNTS = ("log_count", "support")  # grow with the number of queries that a row has in the log
+OF_THE_LOG = (*COUNTS, "nearest")  # tell as well whether it has any
+CLEAR = 2.0  # standard errors
 SHARPNESS = 20.0  # inverse temperature of similarities: that at which stage 1 starts
 LOGGED = 16  # logged queries of a row that are compared, evenly spaced over the log where there are more
 NEIGHBOURS = 10
@@ -95,6 +99,29 @@ class Evidence(nn.Module):
         first = torch.zeros(1, dtype=torch.int64, device=memory.rows.device)
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
+
+    def law(self) -> dict[str, Any]:
+        """How the logged queries are spread over the rows, and the features that a reranker must `ignore` for it.
+
+        Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
+        these rates, and a query that is left out of its own log finds the counts that a new query will find. Then two
+        figures are at least 1, and 1 for equal rates: the `dispersion`, variance over mean, of the number of other
+        queries that a query's item has; and `asked_again`, how often an item with logged queries is asked once more,
+        over how often one without is asked. Where a fixed number of queries an item is dealt to log and test, the fewer
+        an item has in the one, the more it has in the other, and no new query will confirm what is learned of that. So
+        what depends on counts is ignored if the dispersion is below 1 by more than CLEAR standard errors (those for
+        equal rates), and all that tells logged rows from others if `asked_again` is.
+        """
+        n = self.starts.diff().double()
+        total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
+        others = float((n * (n - 1)).sum()) / total  # of a query's item, on average
+        dispersion = 1 - others + float((n * (n - 1) * (n - 2)).sum()) / (total * others) if others else 1.0
+        # A half is added to each number, so that there is a logarithm where one is zero.
+        again = math.log((total - once + 0.5) / (once + several + 0.5) * (never + 0.5) / (once + 0.5))
+        ignored: tuple[str, ...] = COUNTS if 1 - dispersion > CLEAR * math.sqrt((6 + 2 * others) / total) else ()
+        if -again > CLEAR * math.sqrt(sum(1 / (rows + 0.5) for rows in (never, once, several))):
+            ignored = OF_THE_LOG
+        return {"dispersion": dispersion, "asked_again": math.exp(again), "ignored": [*ignored]}
 
     def forward(
         self,

@@ -135,6 +135,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "selection": chosen.tried,
         "attention_fitted_by": chosen.fitted_by,
         "duplicates": getattr(source, "duplicates", None),
+        "log": model.evidence.law() if isinstance(model, Pipeline) and model.evidence is not None else None,
         "index": index,
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},
