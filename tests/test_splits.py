@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.embeddings import read_memory, read_recorded
+from nvf.embeddings import COLUMNS, read_memory, read_recorded
 from nvf.errors import InputError
 from nvf.memory import unit
 from nvf.queries import QueryBatch
@@ -153,3 +153,8 @@ def test_times_beside_splits_of_ones_own_are_refused(folder: Path) -> None:
     write_times(folder, np.arange(400))
     with pytest.raises(InputError, match=r"times\.npy splits queries"):
         read_recorded(folder, read_memory(folder), seed=0)
+
+
+def test_a_column_of_times_in_a_folder_without_columns_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.columns\.time=asked names a column of \.parquet"):
+        read_recorded(folder, read_memory(folder), seed=0, columns={**COLUMNS, "time": "asked"})

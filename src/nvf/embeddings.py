@@ -75,7 +75,7 @@ def read_recorded(
     def read(prefix: str) -> QueryBatch:
         return _read_pair(folder, prefix, kind, memory, columns, by_id)
 
-    column = columns.get("time") if kind == "parquet" else None
+    column = columns.get("time")
     if not names or names[0] in PARTS[kind]:
         pair = read("")
         times = _read_times(folder, kind, column, len(pair.queries))
@@ -137,6 +137,8 @@ def _read_pair(
 
 def _read_times(folder: Path, kind: str, column: str | None, count: int) -> np.ndarray | None:
     """When each query was asked, (n,), numbers or dates; None where the folder does not say."""
+    if column is not None and kind == "npy":
+        raise InputError(f"data.columns.time={column} names a column of .parquet files; write {folder / TIMES} instead")
     if column is not None:
         from nvf.parquet import read_times  # needs pyarrow, which is an extra
 

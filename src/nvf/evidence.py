@@ -101,7 +101,7 @@ class Evidence(nn.Module):
         return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
 
     def law(self) -> dict[str, Any]:
-        """How the logged queries are spread over the rows, and the features that a reranker must `ignore` for it.
+        """How the logged queries are spread over the rows, and the features that a reranker has to ignore for it.
 
         Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
         these rates, and a query that is left out of its own log finds the counts that a new query will find. Then two
