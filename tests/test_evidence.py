@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,6 @@ def by_loop(
     distinct: dict[tuple[float, ...], set[int]] = {}
     for vector, targets in zip(*log, strict=True):
         distinct.setdefault(tuple(vector.tolist()), set()).update(t for t in targets.tolist() if t >= 0)
-    whole = list(distinct)
     if leave_out:
         distinct.pop(tuple(query.tolist()))
     centre = candidates.mean(dim=0)
@@ -59,7 +59,7 @@ def by_loop(
             for vector, targets in distinct.items()
             if row in targets
         ]
-        bank = torch.tensor(whole) @ rows[row]
+        bank = torch.tensor(list(distinct)) @ rows[row]
         others = sorted((float(rows[row] @ other) for i, other in enumerate(rows) if i != row), reverse=True)
         features.append(
             [
@@ -93,6 +93,19 @@ def test_features_equal_a_loop(
     for i, query in enumerate(queries):
         one = TopK(top.scores[i], top.rows[i], top.logsumexp[i])
         torch.testing.assert_close(found[i], by_loop(attention, log, query, one, leave_out), rtol=1e-3, atol=1e-4)
+
+
+def test_a_query_that_makes_up_all_of_a_rows_hubness_is_left_out_exactly() -> None:
+    memory = VectorMemory(torch.eye(8))
+    queries = torch.cat([torch.eye(8), F.normalize(torch.eye(8) - 0.9, dim=-1)])  # what is left is e-12 of the sum
+    targets = torch.arange(8).repeat(2).unsqueeze(-1)
+    evidence, attention = Evidence.gather(memory, queries, targets), SoftAttention(memory, transform="identity")
+    top = attention.candidates(queries, 8, logsumexp=True)
+    found = evidence(attention, queries, top, logged_as=evidence.logged)[..., FEATURES.index("hubness")]
+    for i in range(16):
+        rest = Evidence.gather(memory, *(torch.cat([part[:i], part[i + 1 :]]) for part in (queries, targets)))
+        exact = (20 * rest.queries.double() @ memory.rows.double().T).exp().mean(dim=0).log() / 20
+        torch.testing.assert_close(found[i].double(), exact[top.rows[i]], rtol=0, atol=1e-5)
 
 
 def test_a_long_log_of_a_row_is_sampled_evenly_and_counted_whole(memory: VectorMemory) -> None:
@@ -177,3 +190,59 @@ def test_a_log_that_does_not_fit_is_refused(memory: VectorMemory, change: dict) 
     }
     with pytest.raises(InputError, match="does not fit the memory"):
         Evidence(memory, **{**parts, **change})
+
+
+def counts_of(law: str, rng: np.random.Generator, rows: int = 600) -> np.ndarray:
+    """How often each of the rows is in a log of some kind."""
+    if law == "equal rates":
+        return rng.poisson(2.5, rows)
+    if law == "hardly ever":
+        return rng.poisson(0.05, rows)
+    if law == "rates of their own":
+        return rng.poisson(rng.gamma(1.0, 3.0, rows))
+    if law == "some are never asked":
+        return rng.poisson(2.5, rows) * (np.arange(rows) < 200)
+    if law == "five each, dealt":
+        return rng.binomial(5, 0.8, rows)
+    if law == "three each of some, dealt":
+        return rng.binomial(3, 0.8, rows) * (np.arange(rows) < 200)
+    return rng.binomial(1, 0.8, rows) + (rng.random(rows) < 0.05)  # answered once, hardly ever again
+
+
+@pytest.mark.parametrize(
+    ("law", "ignored"),
+    [
+        ("equal rates", []),
+        ("hardly ever", []),
+        ("rates of their own", []),
+        ("some are never asked", []),
+        ("five each, dealt", ["log_count", "support"]),
+        ("three each of some, dealt", ["log_count", "support"]),
+        ("answered once", ["log_count", "support", "nearest"]),
+    ],
+)
+def test_the_law_of_the_counts_says_what_they_can_tell(law: str, ignored: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    memory = VectorMemory.synthetic(rows=600, dim=4, seed=0)
+    kept = 0
+    for _ in range(20):
+        counts = counts_of(law, rng)
+        targets = torch.from_numpy(np.repeat(np.arange(600), counts)).unsqueeze(-1)
+        queries = F.normalize(torch.from_numpy(rng.standard_normal((len(targets), 4))).float(), dim=-1)
+        found = Evidence.gather(memory, queries, targets).law()
+        others = np.repeat(counts, counts) - 1  # of each query's item
+        assert found["dispersion"] == pytest.approx(others.var() / others.mean() if others.any() else 1.0)
+        again = others[others > 0].size / (counts > 0).sum() * (counts == 0).sum() / (counts == 1).sum()
+        assert law != "equal rates" or found["asked_again"] == pytest.approx(again, rel=0.03)
+        kept += found["ignored"] == ignored
+    assert kept >= 17  # one in twenty strays by two standard errors
+
+
+def test_what_the_log_has_none_of_is_no_figure(memory: VectorMemory) -> None:
+    every = torch.arange(30).unsqueeze(-1)
+    assert Evidence.of_one(memory).law()["ignored"] == []
+    assert Evidence.gather(memory, unit_queries(30, 0), every).law() == {
+        "dispersion": 1.0,
+        "asked_again": pytest.approx(0.5 / 30.5 * 0.5 / 30.5),
+        "ignored": ["log_count", "support", "nearest"],
+    }

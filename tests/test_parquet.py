@@ -369,3 +369,35 @@ def test_a_run_on_parquet_equals_the_run_on_npy(
     assert hits.ids is not None
     assert hits.ids.tolist() == [[f"item {row}" for row in rows] for rows in hits.rows.tolist()]
     assert len(json.loads((tmp_path / "run/pipeline/ids.json").read_text())) == 50
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float32(), pa.timestamp("us", tz="UTC"), pa.date32()])
+def test_a_column_of_times_splits_as_times_npy_does(folder: Path, tables: Path, kind: Any) -> None:
+    order = np.random.default_rng(1).permutation(400)
+    np.save(folder / "times.npy", order)
+    table = pq.read_table(tables / "queries.parquet")
+    times = pa.array(order.astype(np.int32 if kind == pa.date32() else np.int64)).cast(kind)
+    pq.write_table(table.append_column("asked", times), tables / "queries.parquet")
+    expected, found = read(folder)[1], read(tables, time="asked")[1]
+    for split in SPLITS:
+        assert torch.equal(found.splits[split].queries, expected.splits[split].queries)
+    assert not torch.equal(
+        read(tables)[1].splits["test"].queries, expected.splits["test"].queries
+    )  # unless it is named
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["monday"] * 400, "column 'asked': shape .* type object"),
+        ([0.0, float("nan")] * 200, "column 'asked': row 1 is nan"),
+        ([0, None] * 200, "row 1: column 'asked' is null"),
+    ],
+)
+def test_a_column_that_says_no_times_is_refused(tables: Path, values: list[Any], message: str) -> None:
+    table = pq.read_table(tables / "queries.parquet")
+    pq.write_table(table.append_column("asked", pa.array(values)), tables / "queries.parquet")
+    with pytest.raises(InputError, match=message):
+        read(tables, time="asked")
+    with pytest.raises(InputError, match=r"name one of them with data\.columns\.time="):
+        read(tables, time="absent")

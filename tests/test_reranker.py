@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nvf.errors import InputError
+from nvf.evidence import FEATURES
 from nvf.reranker import RERANKERS, EvidenceReranker, Reranker, reranker_loss
 
 
@@ -143,3 +144,22 @@ def test_weighing_evidence_starts_at_stage_one_and_ignores_scale() -> None:
     x[2] = 0
     expected = logits[3, 2] + x @ reranker.weight + reranker.network(x)
     torch.testing.assert_close(reranker(logits, evidence)[3, 2], expected.squeeze(), rtol=1e-4, atol=1e-4)
+
+
+def test_ignored_evidence_changes_no_score_and_no_weight() -> None:
+    torch.manual_seed(0)
+    evidence, logits = torch.randn(40, 6, len(FEATURES)), torch.randn(40, 6)
+    reranker = EvidenceReranker(len(FEATURES), hidden=(8, 8)).eval()
+    reranker.standardise(evidence, ["log_count", "nearest"])
+    with torch.no_grad():
+        for parameter in reranker.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    places = [FEATURES.index("log_count"), FEATURES.index("nearest")]
+    other = evidence.clone()
+    other[..., places] = 100 * torch.randn(40, 6, 2)
+    scores = reranker(logits, other)
+    assert torch.equal(scores, reranker(logits, evidence))
+    scores.square().sum().backward()
+    assert (reranker.weight.grad[places].abs() < 1e-20).all()  # which Adam's epsilon swallows
+    assert (reranker.network[0].weight.grad[:, places].abs() < 1e-20).all()
+    assert all(tensor.isfinite().all() for tensor in reranker.state_dict().values())  # or it could not be saved

@@ -12,7 +12,7 @@ import torch
 from conftest import compose_config, write_folder
 from nvf import InputError, Pipeline, selection
 from nvf.limits import SHARE, plan
-from nvf.memory import VectorMemory
+from nvf.memory import VectorMemory, unit
 from nvf.queries import QueryBatch, Recorded
 from nvf.records import write_record
 from nvf.selection import cross_fit, fit_attention
@@ -84,6 +84,21 @@ def test_ndcg_chooses_where_queries_have_several_answers(run: Run, tmp_path: Pat
     assert chosen["val_ndcg10"] == best == pytest.approx(val["attention"]["ndcg10"]["value"])
     assert chosen["val_top1"] <= 1.0 == tried[0]["val_top1"]
     assert results["test"]["pipeline"]["recall"] == results["test"]["attention"]["recall"]
+
+
+def test_a_log_that_is_no_guide_does_not_pull_logged_items_down(run: Run, tmp_path: Path) -> None:
+    """Each of 800 items is asked once, some twice: of dealt queries, few ask for what is in the log."""
+    rng, folder = np.random.default_rng(0), tmp_path / "once"
+    folder.mkdir()
+    corpus = unit(torch.from_numpy(rng.standard_normal((800, 16)))).numpy()
+    targets = np.concatenate([np.arange(800), np.flatnonzero(rng.random(800) < 0.15)])
+    np.save(folder / "corpus.npy", corpus)
+    np.save(folder / "queries.npy", corpus[targets] + 0.275 * rng.standard_normal((len(targets), 16)))
+    np.save(folder / "targets.npy", targets)
+    results = run("data=embeddings", f"data.dir={folder}", *SHORT, "attention=identity")
+    assert results["log"]["ignored"] == ["log_count", "support", "nearest"]
+    asked_before = results["test"]["seen_rows"]
+    assert asked_before["pipeline"]["top1"]["value"] >= asked_before["attention"]["top1"]["value"]
 
 
 def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:

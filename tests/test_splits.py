@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.embeddings import read_memory, read_recorded
+from nvf.embeddings import COLUMNS, read_memory, read_recorded
+from nvf.errors import InputError
 from nvf.memory import unit
 from nvf.queries import QueryBatch
 from nvf.splits import SPLITS, repeats
@@ -87,3 +88,73 @@ def test_a_length_does_not_make_a_query_another(folder: Path) -> None:
 
 def test_a_folder_without_splits_shares_nothing(folder: Path) -> None:
     assert read_recorded(folder, read_memory(folder), seed=0).duplicates == {}
+
+
+def write_times(folder: Path, times: np.ndarray) -> None:
+    np.save(folder / "times.npy", times)
+
+
+def asked_at(folder: Path, seed: int = 0) -> dict[str, list[int]]:
+    """The places, in the folder, of each split's queries."""
+    splits = read_recorded(folder, read_memory(folder), seed=seed).splits
+    given = unit(torch.from_numpy(np.load(folder / "queries.npy")))
+    return {name: (split.queries @ given.T).argmax(dim=-1).tolist() for name, split in splits.items()}
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float64, "datetime64[s]"])
+def test_times_put_the_oldest_into_train_and_the_newest_into_test(folder: Path, kind: type | str) -> None:
+    order = np.random.default_rng(1).permutation(400)
+    write_times(folder, (order + 2**60 if kind is np.int64 else order).astype(kind))  # float64 has not all of these
+    found = asked_at(folder)
+    for name, (start, end) in {"train": (0, 320), "val": (320, 360), "test": (360, 400)}.items():
+        assert sorted(order[found[name]]) == list(range(start, end))
+
+
+def test_identical_queries_go_where_the_first_of_them_was_asked(folder: Path) -> None:
+    queries = np.load(folder / "queries.npy")
+    queries[390] = queries[5]
+    np.save(folder / "queries.npy", queries)
+    write_times(folder, np.arange(400))
+    found = read_recorded(folder, read_memory(folder), seed=0)
+    assert found.duplicates == {}
+    same = unit(torch.from_numpy(queries[5:6]))[0]
+    assert {name: int((split.queries == same).all(dim=-1).sum()) for name, split in found.splits.items()} == {
+        "train": 2,
+        "val": 0,
+        "test": 0,
+    }
+
+
+def test_equal_times_are_dealt_by_seed(folder: Path) -> None:
+    write_times(folder, np.zeros(400))
+    assert asked_at(folder) == asked_at(folder)
+    assert sorted(asked_at(folder)["test"]) != sorted(asked_at(folder, seed=1)["test"])
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (np.arange(399), r"times\.npy: shape \(399,\)"),
+        (np.arange(800).reshape(400, 2), r"times\.npy: shape \(400, 2\)"),
+        (np.array(["2026-01-01"] * 400), r"times\.npy: shape .* type <U10"),
+        (np.where(np.arange(400) == 7, np.nan, 1.0), r"times\.npy: row 7 is nan"),
+        (np.where(np.arange(400) == 7, np.inf, 1.0), r"times\.npy: row 7 is inf"),
+        (np.where(np.arange(400) == 7, np.datetime64("NaT"), np.datetime64(0, "s")), r"times\.npy: row 7 is NaT"),
+    ],
+)
+def test_times_that_say_nothing_are_refused(folder: Path, times: np.ndarray, message: str) -> None:
+    write_times(folder, times)
+    with pytest.raises(InputError, match=message):
+        read_recorded(folder, read_memory(folder), seed=0)
+
+
+def test_times_beside_splits_of_ones_own_are_refused(folder: Path) -> None:
+    write_splits(folder, (slice(300), slice(300, 350), slice(350, 400)))
+    write_times(folder, np.arange(400))
+    with pytest.raises(InputError, match=r"times\.npy splits queries"):
+        read_recorded(folder, read_memory(folder), seed=0)
+
+
+def test_a_column_of_times_in_a_folder_without_columns_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.columns\.time=asked names a column of \.parquet"):
+        read_recorded(folder, read_memory(folder), seed=0, columns={**COLUMNS, "time": "asked"})

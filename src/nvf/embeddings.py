@@ -3,10 +3,12 @@
     corpus.npy                                                  (N, D) float16/32/64
     ids.json                                                    if the rows have ids: a list of integers or strings
     queries.npy, targets.npy                                    (n, D), and (n,) or (n, m) int rows padded with -1
+    times.npy                                                   optional, (n,) numbers: when each query was asked
     or {train,val,test}_queries.npy, {train,val,test}_targets.npy
 
     corpus.parquet                                              columns id, integer or string, and vector
-    queries.parquet                                             columns vector and targets, an id or a list of ids
+    queries.parquet                                             columns vector and targets, an id or a list of ids,
+                                                                and a time, if data.columns.time names it
     or {train,val,test}_queries.parquet
 
 Every fault raises an InputError that names the file, the row where there is one, and the remedy.
@@ -28,7 +30,8 @@ from nvf.queries import QueryBatch, Recorded
 from nvf.splits import SPLITS, deal, merge, repeats
 
 PARTS = {"npy": ("queries.npy", "targets.npy"), "parquet": ("queries.parquet",)}
-COLUMNS = {"id": "id", "vector": "vector", "targets": "targets"}
+TIMES = "times.npy"
+COLUMNS: Mapping[str, Any] = {"id": "id", "vector": "vector", "targets": "targets", "time": None}
 log = logging.getLogger("nvf")
 
 
@@ -57,7 +60,7 @@ def read_recorded(
     columns: Mapping[str, str] = COLUMNS,
     by_id: bool = False,
 ) -> Recorded:
-    """The queries of a folder, in which identical ones are one: the user's splits, or 80/10/10 by seed.
+    """The queries of a folder, in which identical ones are one: the user's splits, or 80/10/10 by time or by seed.
 
     Args:
         by_id: the memory is not from this folder, so that targets.npy holds ids, as .parquet files always do, and
@@ -70,16 +73,22 @@ def read_recorded(
     if corpus not in (None, kind):
         raise InputError(f"{folder} holds corpus.{corpus}, but {names[0]}; give both as .npy or both as .parquet")
 
-    whole = not names or names[0] in PARTS[kind]
+    whole, column = not names or names[0] in PARTS[kind], columns.get("time")
+    if not whole and (column is not None or (folder / TIMES).exists()):
+        named = f"data.columns.time={column}" if column is not None else folder / TIMES
+        raise InputError(f"{named} splits queries, but {folder} holds splits, {names[0]}; keep one of them")
     prefixes = [""] if whole else [f"{split}_" for split in SPLITS]
     given = [_read_pair(folder, prefix, kind, memory, columns, by_id) for prefix in prefixes]
-    read = [merge(batch) for batch in given]
-    merged = sum(len(lines.queries) - len(batch.queries) for lines, batch in zip(given, read, strict=True))
+    if whole:
+        times = _read_times(folder, kind, column, len(given[0].queries))
+        splits = deal(given[0], folder / PARTS[kind][0], seed, times)
+    else:
+        splits = {split: merge(batch)[0] for split, batch in zip(SPLITS, given, strict=True)}
+    merged = sum(len(batch.queries) for batch in given) - sum(len(batch.queries) for batch in splits.values())
     if merged:
         log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
     if whole:
-        return Recorded(memory, deal(read[0], folder / PARTS[kind][0], seed), merged=merged)
-    splits = dict(zip(SPLITS, read, strict=True))
+        return Recorded(memory, splits, merged=merged)
     duplicates = repeats(splits)
     if duplicates:
         log.warning("%s: %s", folder, _warn_of(duplicates, splits))
@@ -136,6 +145,27 @@ def _read_pair(
     if (lonely := (rows < 0).all(axis=1)).any():
         raise InputError(f"{targets_path}: row {lonely.argmax()} has no target; give it one or remove this query")
     return QueryBatch(unit(queries), torch.from_numpy(_once(rows)))
+
+
+def _read_times(folder: Path, kind: str, column: str | None, count: int) -> np.ndarray | None:
+    """When each query was asked, (n,), numbers or dates; None where the folder does not say."""
+    if column is not None and kind == "npy":
+        raise InputError(f"data.columns.time={column} names a column of .parquet files; write {folder / TIMES} instead")
+    if column is not None:
+        from nvf.parquet import read_times  # needs pyarrow, which is an extra
+
+        name, times = f"{folder / PARTS[kind][0]}: column {column!r}", read_times(folder / PARTS[kind][0], column)
+    elif (path := folder / TIMES).exists():
+        name, times = str(path), npy.ArrayFile(path, "when each query was asked").read()
+    else:
+        return None
+    if times.dtype.kind not in "iufM" or times.shape != (count,):
+        raise InputError(
+            f"{name}: shape {times.shape} and type {times.dtype} for {count} queries; give one number a query, (n,)"
+        )
+    if (wrong := ~np.isfinite(times)).any():
+        raise InputError(f"{name}: row {wrong.argmax()} is {times[wrong.argmax()]}; correct or remove this query")
+    return times
 
 
 def _once(rows: np.ndarray) -> np.ndarray:

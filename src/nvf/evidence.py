@@ -1,5 +1,8 @@
 """What frozen vectors and a log of answered queries say of a candidate, beyond stage 1's logit."""
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ FEATURES = (
     "local_cosine",  # of query and row, both seen from the mean of the candidates
     "crowding",  # mean cosine of the row to the candidates
 )
+COUNTS = ("log_count", "support")  # grow with the number of queries that a row has in the log
+OF_THE_LOG = (*COUNTS, "nearest")  # tell as well whether it has any
+CLEAR = 2.0  # standard errors
 SHARPNESS = 20.0  # inverse temperature of similarities: that at which stage 1 starts
 LOGGED = 16  # logged queries of a row that are compared, evenly spaced over the log where there are more
 NEIGHBOURS = 10
@@ -66,7 +72,7 @@ class Evidence(nn.Module):
         self.register_buffer("starts", starts, persistent=False)  # of each row's pairs, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # known while the log's own queries are at hand
         self.slots = min(LOGGED, int(starts.diff().max()))
-        self._moved = Memo()
+        self._moved, self._alone = Memo(), Memo()
 
     @classmethod
     def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor) -> "Evidence":
@@ -94,6 +100,29 @@ class Evidence(nn.Module):
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
 
+    def law(self) -> dict[str, Any]:
+        """How the logged queries are spread over the rows, and the features that a reranker has to ignore for it.
+
+        Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
+        these rates, and a query that is left out of its own log finds the counts that a new query will find. Then two
+        figures are at least 1, and 1 for equal rates: the `dispersion`, variance over mean, of the number of other
+        queries that a query's item has; and `asked_again`, how often an item with logged queries is asked once more,
+        over how often one without is asked. Where a fixed number of queries an item is dealt to log and test, the fewer
+        an item has in the one, the more it has in the other, and no new query will confirm what is learned of that. So
+        what depends on counts is ignored if the dispersion is below 1 by more than CLEAR standard errors (those for
+        equal rates), and all that tells logged rows from others if `asked_again` is.
+        """
+        n = self.starts.diff().double()
+        total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
+        others = float((n * (n - 1)).sum()) / total  # of a query's item, on average
+        dispersion = 1 - others + float((n * (n - 1) * (n - 2)).sum()) / (total * others) if others else 1.0
+        # A half is added to each number, so that there is a logarithm where one is zero.
+        again = math.log((total - once + 0.5) / (once + several + 0.5) * (never + 0.5) / (once + 0.5))
+        ignored: tuple[str, ...] = COUNTS if 1 - dispersion > CLEAR * math.sqrt((6 + 2 * others) / total) else ()
+        if -again > CLEAR * math.sqrt(sum(1 / (rows + 0.5) for rows in (never, once, several))):
+            ignored = OF_THE_LOG
+        return {"dispersion": dispersion, "asked_again": math.exp(again), "ignored": [*ignored]}
+
     def forward(
         self,
         attention: SoftAttention,
@@ -118,14 +147,15 @@ class Evidence(nn.Module):
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
         centre = rows[:, :k].mean(dim=1, keepdim=True)
         local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
+        cosine = (rows @ queries.unsqueeze(-1)).squeeze(-1)
         features = {
             "logit": top.scores,
             "log_probability": top.scores - top.logsumexp.unsqueeze(-1),
-            "cosine": (rows @ queries.unsqueeze(-1)).squeeze(-1),
+            "cosine": cosine,
             "log_count": count.log1p(),
             "nearest": nearest,
             "support": support,
-            "hubness": self.hubness[top.rows],
+            "hubness": self._hubness(top.rows, cosine.detach(), logged_as),
             "density": self.density[top.rows],
             "local_cosine": local.sum(dim=-1),
             "crowding": (rows @ centre.transpose(1, 2)).squeeze(-1),
@@ -166,6 +196,32 @@ class Evidence(nn.Module):
         similarity = similarity.masked_fill(~known, 0.0)
         mass = (SHARPNESS * similarity).exp().where(known, 0.0).sum(dim=-1)
         return count, similarity.amax(dim=-1), (mass * count / compared.clamp(min=1)).log1p()
+
+    def _hubness(self, rows: Tensor, cosine: Tensor, logged_as: Tensor | None) -> Tensor:
+        """The hubness of rows, (B, k), among the logged queries without the one that asks.
+
+        The sum over the log loses that query's share of it, exp(SHARPNESS cosine). Only the query nearest to a row can
+        have more than half; for that one, whose subtraction would cancel, the sum over the others is kept.
+        """
+        hubs, count = self.hubness[rows], len(self.queries)
+        if logged_as is None or count == 1:  # of an empty log nothing could be said
+            return hubs
+        nearest, rest = self._alone(self._without_nearest, [self.queries, self.memory.rows])
+        share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
+        others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
+        asks = logged_as.unsqueeze(-1)
+        return rest[rows].where(nearest[rows] == asks, others).where(asks >= 0, hubs)
+
+    @torch.no_grad()
+    def _without_nearest(self) -> tuple[Tensor, Tensor]:
+        """Of each row, the place of the logged query nearest to it, and its hubness among the others, (N,) each."""
+        places, rest, count = [], [], len(self.queries)
+        for rows in torch.arange(len(self.hubness), device=self.hubness.device).split(max(1, SCORE_BLOCK // count)):
+            scores = SHARPNESS * (self.memory.take(rows) @ self.queries.T)
+            places.append(scores.argmax(dim=-1))
+            others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
+            rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
+        return torch.cat(places), torch.cat(rest)
 
 
 def _density(rows: Tensor) -> Tensor:

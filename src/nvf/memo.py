@@ -1,10 +1,12 @@
 """A value that depends on frozen tensors, kept until one of them changes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class Memo:
@@ -15,9 +17,9 @@ class Memo:
 
     def __init__(self) -> None:
         self._sources: list[tuple[Tensor, int, torch.device]] = []
-        self._value: Tensor | None = None
+        self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+    def __call__(self, compute: Callable[[], Value], sources: Sequence[Tensor]) -> Value:
         """The value of `compute()`, which depends on nothing that ever changes but `sources`."""
         if _fleeting(sources):
             return compute()
@@ -25,7 +27,8 @@ class Memo:
             self._value = compute()
             # The tensors themselves are held: an id may return once its tensor is gone.
             self._sources = [(source, source._version, source.device) for source in sources]
-        return self._value
+        value: Value = self._value
+        return value
 
     def _unchanged(self, sources: Sequence[Tensor]) -> bool:
         return len(sources) == len(self._sources) and all(

@@ -54,6 +54,12 @@ def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.nda
         return vectors, _ids(_flatten(targets, counts, path, name), path, name), counts
 
 
+def read_times(path: Path, column: str) -> np.ndarray:
+    """When each query was asked, (n,), of the column's own type."""
+    with _named(path):
+        return _column(_read(path, {"time": column}, "time"), path, column).to_numpy()
+
+
 def vector_blocks(path: Path, column: str, size: int) -> Iterator[np.ndarray]:
     """The vectors of a column, (b, D), at most so many at a time; NaN, infinite values and zeros are not looked for."""
     start, claimed, dim = 0, 0, None

@@ -73,6 +73,13 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             else "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr."
         )
         lines.append(f"{below}: {remedy}")
+    if (law := results.get("log")) and law["ignored"]:
+        lines.append(
+            "Queries are spread over items more evenly than by chance, which has 1 or more (dispersion "
+            f"{law['dispersion']:.2f}, asked again {law['asked_again']:.2f}): how often an item is in the log tells "
+            "how the queries were dealt, not what will be asked. "
+            f"The reranker ignores {', '.join(law['ignored'])}."
+        )
     gradients = results.get("gradients")
     if gradients and not gradients["finite"]:
         lines.append("A gradient is not finite: lower the learning rates.")

@@ -12,6 +12,7 @@ from nvf.evidence import FEATURES
 from nvf.memo import is_transformed
 
 RERANKERS = ("mlp", "residual")
+UNSEEN = 1e30  # the scale of a feature that is to be ignored; saved weights must be finite
 
 
 class Reranker(nn.Module):
@@ -150,12 +151,13 @@ class EvidenceReranker(nn.Module):
         self.register_buffer("scale", torch.ones(features))
         self.settings = {"kind": "evidence", "hidden": [*hidden], "dropout": dropout}
 
-    def standardise(self, evidence: Tensor) -> None:
-        """Take mean and deviation from the training candidates' evidence, (n, k, F)."""
+    def standardise(self, evidence: Tensor, ignored: Sequence[str] = ()) -> None:
+        """Take mean and deviation from the training candidates' evidence, (n, k, F); ignored features become zero."""
         flat = evidence.flatten(0, 1)
         deviation = flat.std(dim=0, correction=0)
         self.mean.copy_(flat.mean(dim=0))
         self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
+        self.scale[[FEATURES.index(name) for name in ignored]] = UNSEEN
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:

@@ -138,7 +138,9 @@ def fit_reranker(
         module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
         pipeline = module.model
         if isinstance(pipeline.reranker, EvidenceReranker):
-            pipeline.reranker.standardise(data.samples_of("train").evidence)  # type: ignore[union-attr]
+            assert evidence is not None
+            samples = data.samples_of("train")
+            pipeline.reranker.standardise(samples.evidence, evidence.law()["ignored"])  # type: ignore[union-attr]
         if "reranker" in stages(config):
             starts_well = pipeline.reranker.starts_at_stage_one
             gradients = fit(config, "reranker", module, data, folder, start_competes=starts_well).gradients

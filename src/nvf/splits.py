@@ -17,27 +17,30 @@ SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
 
 
-def deal(pair: QueryBatch, path: Path, seed: int) -> dict[str, QueryBatch]:
-    """Shuffle the distinct queries by seed, then deal whole groups of identical ones to the three splits.
+def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = None) -> dict[str, QueryBatch]:
+    """Merge identical queries, shuffle them by seed, and deal them to the three splits.
+
+    Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
+    repeated query counts as of its first time, and the shuffle decides between equal times.
 
     Raises:
         InputError: too few distinct queries for three splits; names `path`, the file that holds them.
     """
-    distinct, group = np.unique(pair.queries.numpy(), axis=0, return_inverse=True)
-    places = np.random.default_rng(stream_seed(seed, "split")).permutation(len(distinct))
-    order = places[group.reshape(-1)]  # of each query, the place of its group in the shuffle
-    by_place = np.argsort(order, kind="stable")
-    share_before = np.searchsorted(np.sort(order), order) / len(order)  # of the queries, those in earlier groups
-    bounds = np.cumsum(SHARES)
-    which = np.searchsorted(bounds[:-1], share_before, side="right")
+    if times is not None:
+        by_time = np.argsort(times, kind="stable")
+        batch, times = QueryBatch(*(part[by_time] for part in batch)), times[by_time]
+    distinct, first = merge(batch)
+    shuffled = np.random.default_rng(stream_seed(seed, "split")).permutation(len(first))
+    order = shuffled if times is None else np.lexsort((shuffled, times[first]))
+    ends = np.ceil(np.cumsum(SHARES) * len(first) - 1e-9).astype(int)
     splits = {
-        name: QueryBatch(*(part[torch.from_numpy(by_place[which[by_place] == i])] for part in pair))
-        for i, name in enumerate(SPLITS)
+        name: QueryBatch(*(part[order[start:end]] for part in distinct))
+        for name, start, end in zip(SPLITS, (0, *ends), ends, strict=False)
     }
     for name, split in splits.items():
         if len(split.queries) == 0:
             raise InputError(
-                f"{path}: {len(distinct)} distinct queries leave the {name} split empty; "
+                f"{path}: {len(first)} distinct queries leave the {name} split empty; "
                 f"record at least 10, or give the splits as train_{path.name} and so on"
             )
     return splits
@@ -53,12 +56,17 @@ def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
     return {pair: count for pair, count in counts.items() if count}
 
 
-def merge(batch: QueryBatch) -> QueryBatch:
-    """Each different query once, where it first stands, with the targets of all queries that equal it in every bit."""
+def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
+    """Each different query once, with the targets of all queries that equal it in every bit.
+
+    Returns:
+        The different queries in the order of their first lines, and the places of these, (n,).
+    """
     query = alike(row_hashes(batch.queries))
     first = np.unique(query, return_index=True)[1]
     if len(first) == len(query):
-        return batch
+        return batch, first
     place, column = np.nonzero(batch.targets.numpy() >= 0)
     pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
-    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0]))))
+    merged = QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0]))))
+    return merged, first

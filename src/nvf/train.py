@@ -144,6 +144,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         "duplicates": getattr(source, "duplicates", None),
         "merged": {"rows": source.memory.given - len(source.memory), "queries": getattr(source, "merged", 0)},
         "collection_distance": source.memory.distance,
+        "log": model.evidence.law() if isinstance(model, Pipeline) and model.evidence is not None else None,
         "index": index,
         "gradients": {**gradients, "training": {stage: norms for stage, norms in training.items() if norms}},
         "seconds": {**seconds, "total": total},
