@@ -224,7 +224,7 @@ def test_a_joint_step_is_the_sum_of_both_losses(memory: VectorMemory) -> None:
     for weight in (0.0, 0.3):
         loss, measured = JointModule(pipeline, attention_weight=weight, **settings).eval().measure(batch)
         torch.testing.assert_close(loss, joint + weight * alone)
-        ranks, covered = measured(None)
+        ranks, covered, _ = measured(None)
         assert torch.equal(covered, (found.candidates == place).any(dim=-1))
         assert torch.equal(ranks == 1, found.log_probs.argmax(dim=-1) == place[:, 0])
 
