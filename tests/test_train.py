@@ -43,7 +43,8 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
         overrides += ["data=embeddings", f"data.dir={folder}"]
     if choice == "data/qdrant":
         to_collection(folder, tmp_path / "storage")
-        overrides += [f"data.path={tmp_path / 'storage'}", "data.collection=items", f"data.dir={folder}"]
+        storage = tmp_path / "storage"
+        overrides += [f"data.path={storage}", "data.collection=items", f"data.dir={folder}", "data.distance=cosine"]
     shortened = SMALL_STEPS if group == "trainer" else ["trainer=debug"]
     results = run(*overrides, *shortened)
     assert results["config"][group if group != "experiment" else "seed"] is not None
