@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.index import approximate_topk
+from nvf.memory import unit
 from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks, wins_and_losses
 from nvf.pipeline import Pipeline
 from nvf.products import QUERY_BLOCK, blockwise_topk, first_topk, inner_products
@@ -74,7 +74,7 @@ def evaluate(
     model.eval()
     for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
-        scores = {"exact": inner_products(F.normalize(queries, dim=-1), rows)}
+        scores = {"exact": inner_products(unit(queries), rows)}
         if oracle is not None and oracle is not rows:
             scores["oracle"] = inner_products(queries, oracle)
         if isinstance(model, Pipeline):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from nvf.attention import SoftAttention
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
-from nvf.memory import VectorMemory, check_k
+from nvf.memory import VectorMemory, check_k, unit
 from nvf.modules import AttentionModule, Measured
 from nvf.products import TopK, blockwise_topk, inner_products
 from nvf.queries import QueryBatch
@@ -71,7 +71,7 @@ class ShardedMemory(VectorMemory):
     def search(self, queries: Tensor, k: int) -> TopK:
         check_k(k, len(self))
         assert isinstance(self.rows, DTensor)
-        return sharded_topk(F.normalize(queries, dim=-1), self.rows, k)
+        return sharded_topk(unit(queries), self.rows, k)
 
 
 class ShardedAttention(SoftAttention):
