@@ -6,11 +6,15 @@ import math
 import pytest
 import torch
 
-from nvf.attention import attention_loss
+from nvf.attention import SoftAttention, attention_loss
 from nvf.gradients import PARTS, GradientLog, audit_gradients, failures, norms
 from nvf.pipeline import Pipeline
 from nvf.queries import Noisy, QueryBatch
+from nvf.report import remarks
+from nvf.reranker import Reranker
 from nvf.streams import stream
+
+NO_FIGURES = {method: {"top1": {"value": 1.0}} for method in ("exact", "oracle", "attention", "pipeline")}
 
 
 @pytest.fixture
@@ -36,6 +40,24 @@ def test_the_audit_sees_every_gradient_and_leaves_no_trace(pipeline: Pipeline, b
     assert not audit["finite"]
     assert audit["query"] is audit["temperature"] is None
     json.dumps(audit, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("certain", "certain"), ("one", "no audited answer depends on it"), ("zero", "untrained start")],
+)
+def test_the_reason_for_a_vanished_gradient_is_true(pipeline: Pipeline, case: str, reason: str) -> None:
+    held_out = QueryBatch(pipeline.memory.rows, torch.arange(30).unsqueeze(-1))
+    model = Pipeline(SoftAttention(pipeline.memory, transform="identity"), Reranker(8, kind="residual"), k=4)
+    if case == "certain":
+        model.reranker.sharpen(1e4)
+    elif case == "one":
+        model = Pipeline(model.attention, pipeline.reranker, k=1)
+    audit = audit_gradients(model, held_out)
+    results = {"test": NO_FIGURES, "gradients": {**audit, "training": {}}}
+    (line,) = [line for line in remarks(results) if line.startswith("No gradient reaches reranker")]
+    assert reason in line
+    assert ("untrained" in line) == (case == "zero")
 
 
 def test_each_part_has_the_norm_of_all_its_parameters(weighing: Pipeline, batch: QueryBatch) -> None:

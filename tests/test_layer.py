@@ -1,15 +1,21 @@
 """A pipeline as a layer: any leading shape, torch.func, torch.compile, autocast, frozen or trainable."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from nvf.attention import attention_loss
+from nvf.attention import SoftAttention, attention_loss
 from nvf.errors import InputError
+from nvf.evidence import FEATURES, Evidence
+from nvf.memory import VectorMemory, unit
 from nvf.pipeline import Pipeline, Retrieval
+from nvf.reranker import EvidenceReranker, Reranker
 
 
 @pytest.fixture(params=["residual", "evidence"])
@@ -68,6 +74,67 @@ def test_search_finds_what_the_layer_ranks_first(layer: Pipeline) -> None:
     hits = layer.search(3 * asked(6))
     assert torch.equal(hits.rows, found.ranking.topk(4).indices)
     torch.testing.assert_close(hits.probabilities, found.log_probs.gather(-1, hits.rows).exp())
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(2, 6), length=st.floats(1e-2, 1e2))
+@settings(max_examples=50, deadline=None)
+@torch.no_grad()
+def test_search_and_layer_take_the_same_candidates_among_exact_ties(seed: int, k: int, length: float) -> None:
+    rows = torch.tensor([row for row in product((-1.0, 0.0, 1.0), repeat=4) if any(row)])
+    asked = torch.randint(-9, 10, (200, 4), generator=torch.Generator().manual_seed(seed)).float()
+    asked = length * asked[asked.any(dim=-1)]
+    cosines = (unit(asked.double(), torch.float64) @ unit(rows.double(), torch.float64).T).sort(dim=-1).values
+    asked = asked[cosines[:, -1] - cosines[:, -1 - k] > 1e-6]  # else a row outside is as probable as all candidates
+    assume(len(asked))
+    pipeline = Pipeline(SoftAttention(VectorMemory(rows), transform="identity"), Reranker(4, kind="residual"), k=k)
+    pipeline.reranker.evidence.zero_()  # all candidates score alike: they are the k most probable rows
+    hits = pipeline.search(asked)
+    assert torch.equal(hits.rows.sort(dim=-1).values, pipeline.eval()(asked).candidates.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e30])
+def test_memory_and_attention_take_queries_of_extreme_length(layer: Pipeline, length: float) -> None:
+    expected = layer.memory.search(asked(6), 4)
+    torch.testing.assert_close(layer.memory.search(length * asked(6), 4), expected)
+    attention = SoftAttention(layer.memory, transform="identity")
+    torch.testing.assert_close(attention(length * asked(6)), attention(asked(6)))
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["mlp", "residual", "evidence"])
+def test_every_float_type_of_weights_searches_and_learns(
+    kind: str, default: torch.dtype, cast: torch.dtype, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    vectors, log, queries = torch.randn(30, 8), unit(torch.randn(40, 8)), torch.randn(20, 8)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        memory, evidence, reranker = VectorMemory(vectors), None, None
+        if kind == "evidence":
+            evidence, reranker = (
+                Evidence.gather(memory, log, torch.arange(40)[:, None] % 30),
+                EvidenceReranker(len(FEATURES)),
+            )
+        attention = SoftAttention(memory, transform="linear")
+        pipeline = Pipeline(attention, reranker or Reranker(8, kind=kind), k=30, evidence=evidence).eval()
+        expected = pipeline.search(queries)  # all rows are candidates: rounding chooses none
+        assert expected.probabilities.dtype == torch.float32
+        pipeline.to(cast)
+        found = pipeline(queries)
+        sum(pipeline.loss(queries, found.candidates[:, :1])).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in pipeline.attention.parameters())
+        hits = pipeline.search(queries)
+        near = 0.1 if cast.itemsize == 2 else 1e-5
+        by_row = torch.zeros(20, 30).scatter(-1, hits.rows, hits.probabilities.to(default))
+        torch.testing.assert_close(
+            by_row.gather(-1, expected.rows), expected.probabilities.to(default), atol=near, rtol=0
+        )
+        pipeline.save(tmp_path / "pipeline")
+        assert Pipeline.load(tmp_path / "pipeline").search(queries).rows.shape == (20, 30)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -147,6 +147,29 @@ def test_bad_searches_are_refused(pipeline: Pipeline, asked: torch.Tensor, k: in
         pipeline.search(asked, k)
 
 
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_numbers(whole: type, tmp_path: Path) -> None:
+    memory = VectorMemory.synthetic(rows=whole(30), dim=whole(8), seed=whole(0))
+    attention = SoftAttention(memory, hidden=whole(8), beta=np.float32(5))
+    pipeline = Pipeline(attention, Reranker(8, hidden=(whole(16), whole(8)), dropout=np.float32(0.1)), k=whole(4))
+    assert pipeline.search(queries(), k=whole(3)).rows.tolist() == pipeline.search(queries(), k=3).rows.tolist()
+    assert memory.search(queries(), whole(3)).rows.tolist() == memory.search(queries(), 3).rows.tolist()
+    pipeline.save(tmp_path / "pipeline")
+    assert Pipeline.load(tmp_path / "pipeline").k == 4
+    for wrong in (np.bool_(True), np.float32(3), whole(0), whole(31)):
+        with pytest.raises(InputError, match=f"k={wrong}"):
+            pipeline.search(queries(), k=wrong)
+    with pytest.raises(InputError, match=r"attention\.beta=inf"):
+        SoftAttention(memory, beta=np.float32("inf"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there_is_named(pipeline: Pipeline, tmp_path: Path, device: str) -> None:
+    pipeline.save(tmp_path / "pipeline")
+    with pytest.raises(InputError, match=f"device={device}"):
+        Pipeline.load(tmp_path / "pipeline", device)
+
+
 def test_k_is_checked(memory: VectorMemory) -> None:
     with pytest.raises(InputError, match="k=31 exceeds the memory's 30 rows; lower k"):
         Pipeline(SoftAttention(memory), Reranker(8), k=31)

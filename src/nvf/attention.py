@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nvf.crossentropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy
 from nvf.errors import InputError, check_number
 from nvf.memo import Memo
-from nvf.memory import VectorMemory, check_k
+from nvf.memory import VectorMemory, check_k, unit
 from nvf.products import TopK, blockwise_topk, inner_products, weighted_sum
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
@@ -98,6 +98,7 @@ class SoftAttention(nn.Module):
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
         self.register_buffer("bias", nothing if biased else None)
+        hidden = None if hidden is None else int(hidden)
         self._settings = {"transform": transform, "hidden": hidden, "normalize": normalize, "keys": keys}
         self._keys = Memo()
 
@@ -133,7 +134,7 @@ class SoftAttention(nn.Module):
     def moved(self, queries: Tensor) -> Tensor:
         """z, (B, D)."""
         moved = self.transform(checked(queries, self.memory.dim).to(self.log_beta.dtype))
-        return F.normalize(moved, dim=-1) if self.normalize else moved
+        return unit(moved, moved.dtype) if self.normalize else moved
 
     def transformed(self, queries: Tensor) -> Tensor:
         """What is compared with the keys: z, (B, D); with a bias [z, 1], (B, D + 1)."""

@@ -11,7 +11,6 @@ from nvf.crossentropy import mean_of
 from nvf.memory import hubness
 from nvf.metrics import are_targets, criterion, ndcg_of, target_ranks
 from nvf.pipeline import Pipeline
-from nvf.products import inner_products
 from nvf.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
 
 BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
@@ -25,24 +24,25 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
     """Set beta to the minimum of the loss over held-out queries, which orders no row anew.
 
     Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
-    outside the candidates depends on both. The loss is convex in beta, so bisection on the sign of its slope finds the
-    minimum within BETA_RANGE. As many queries are used as keep the scores few, at least FEWEST_QUERIES.
+    outside the candidates depends on both. The minimum, see `_best_factor`, is sought within BETA_RANGE. As many
+    queries are used as keep the scores few, at least FEWEST_QUERIES.
     """
     rows = len(attention.memory)
     count = max(FEWEST_QUERIES, min(256, SCORES // rows), ALL_SCORES // rows)
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
-        scores = inner_products(attention.transformed(queries), attention.keys())  # (B, N)
-        right = mean_of(scores.gather(-1, targets.clamp(min=0)), targets >= 0).unsqueeze(-1)
-        attention.log_beta.fill_(math.log(_best_factor(scores, right, BETA_RANGE)))
+        logits, beta = attention(queries), float(attention.beta)  # (B, N)
+        right = mean_of(logits.gather(-1, targets.clamp(min=0)), targets >= 0).unsqueeze(-1)
+        factor = _best_factor(logits, right, (BETA_RANGE[0] / beta, BETA_RANGE[1] / beta))
+        attention.log_beta.add_(math.log(factor))
 
 
 @torch.no_grad()
 def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; returns the factor.
 
-    Temperature scaling (arXiv 1706.04599) of the share that each candidate gets; it changes no Top-1. Convex, as in
-    `fit_temperature`; queries whose target is no candidate say nothing of it.
+    Temperature scaling (arXiv 1706.04599) of the share that each candidate gets; it changes no Top-1. Queries whose
+    target is no candidate say nothing of it.
     """
     pipeline.eval()
     scores, labels = [], []
@@ -60,27 +60,34 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
 
 
 def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> float:
-    """The factor f of least mean logsumexp(f scores) - logsumexp(f right), by bisection on the sign of its slope.
+    """The most probable factor f, by bisection on the sign of the slope of its loss in log f.
 
-    The slope is the difference of the expected scores. In f the loss is convex: a difference of a log-sum-exp and one
-    of some of its terms, as cross-entropy is.
+    The loss is the sum over queries of logsumexp(f scores) - logsumexp(f right), plus (log f)^2 / 2: a normal prior of
+    deviation 1 on log f. Where all held-out queries are answered right, the sum alone is least at infinity; as a weak
+    prior does in logistic regression (doi 10.1214/08-AOAS191), this one leaves f at what so many queries support.
+
+    The slope is a difference of expected scores, which rounding swallows unless they are taken from the largest.
 
     Args:
         scores: (B, n).
         right: (B, m), those of the right ones, padded with -inf.
+        within: the least and the largest f.
     """
+    largest = scores.amax(dim=-1, keepdim=True)
+    scores, right = scores - largest, right - largest
     low, high = (math.log(end) for end in within)
     for _ in range(20):
         middle = (low + high) / 2
-        slope = _expected(scores, math.exp(middle)) - _expected(right, math.exp(middle))
-        low, high = (low, middle) if slope > 0 else (middle, high)
+        factor = math.exp(middle)
+        slope = factor * (_expected(scores, factor) - _expected(right, factor)) + middle
+        low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp((low + high) / 2)
 
 
-def _expected(scores: Tensor, factor: float) -> Tensor:
-    """The mean over queries of the scores' expectation under softmax(factor scores)."""
-    weighed = (factor * scores).softmax(dim=-1) * scores
-    return weighed.nan_to_num(0.0).sum(dim=-1).mean()  # 0 * -inf is what padding has
+def _expected(scores: Tensor, factor: float) -> float:
+    """The sum over queries of the scores' expectation under softmax(factor scores), in float64."""
+    weighed = (factor * scores).softmax(dim=-1).mul_(scores)
+    return float(weighed.nan_to_num_(0.0).sum(dtype=torch.float64))  # 0 * -inf is what padding has
 
 
 @torch.no_grad()

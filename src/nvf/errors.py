@@ -1,6 +1,7 @@
 """The one error that a user is meant to read, and the check that raises most of it."""
 
 import sys
+from numbers import Integral, Real
 from typing import Any
 
 LARGEST = sys.float_info.max  # Python's whole numbers go beyond it
@@ -20,14 +21,16 @@ def check_number(
     whole: bool = False,
     remedy: str,
 ) -> None:
-    """Raise an InputError unless the value is a finite number, whole if it must be, within its limits."""
+    """Raise an InputError unless the value is a finite number, numpy's included, whole if it must be, within limits."""
     kind = "a whole number" if whole else "a number"
     limits = [
         f"{word} {limit}"
         for word, limit in (("of at least", minimum), ("above", above), ("below", below))
         if limit is not None
     ]
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if fits and not isinstance(value, int):
+        value = int(value) if whole else float(value)  # numpy's float32 would turn the limits into its own type
     fits = fits and abs(value) <= LARGEST  # NaN is not
     if (
         not fits

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from nvf.attention import SoftAttention
 from nvf.index import approximate_topk
+from nvf.memory import unit
 from nvf.metrics import DEEPEST, MeanAndError, RankCounts, are_targets, ndcg, recall, target_ranks
 from nvf.pipeline import Pipeline
 from nvf.products import QUERY_BLOCK, blockwise_topk, first_topk, inner_products
@@ -67,7 +67,7 @@ def evaluate(
     for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
         probable: dict[str, Tensor] = {}  # the logarithms of probabilities, but for a constant
         known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
-        scores = {"exact": inner_products(F.normalize(queries, dim=-1), rows)}
+        scores = {"exact": inner_products(unit(queries), rows)}
         if oracle is not None and oracle is not rows:
             scores["oracle"] = inner_products(queries, oracle)
         if isinstance(model, Pipeline):

@@ -144,8 +144,9 @@ class Evidence(nn.Module):
         """
         assert top.logsumexp is not None
         rows = self.memory.take(top.rows)  # (B, w, D)
+        rows = rows.to(torch.promote_types(rows.dtype, queries.dtype))
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
-        centre = rows[:, :k].mean(dim=1, keepdim=True)
+        queries, centre = queries.to(rows.dtype), rows[:, :k].mean(dim=1, keepdim=True)
         local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
         cosine = (rows @ queries.unsqueeze(-1)).squeeze(-1)
         features = {
@@ -193,7 +194,8 @@ class Evidence(nn.Module):
             count = count - (self.pairs[found] == pair).long()
             compared = compared - itself.sum(dim=-1)
         similarity = (log[query.flatten(1)] @ asked.unsqueeze(-1)).view(query.shape)  # (b, k, slots)
-        similarity = similarity.masked_fill(~known, 0.0)
+        wide = torch.promote_types(similarity.dtype, torch.float32)  # exp(SHARPNESS) exceeds float16
+        similarity = similarity.to(wide).masked_fill(~known, 0.0)
         mass = (SHARPNESS * similarity).exp().where(known, 0.0).sum(dim=-1)
         return count, similarity.amax(dim=-1), (mass * count / compared.clamp(min=1)).log1p()
 

@@ -117,7 +117,7 @@ def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Ind
         return None
     faiss = _faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
-    complete = {**KINDS[kind], **settings}
+    complete = {**KINDS[kind], **{name: value and int(value) for name, value in settings.items()}}
     if kind == "ivf":
         nlist = complete["nlist"] or max(1, min(round(4 * math.sqrt(count)), count // KEYS_PER_CELL))
         complete = {"nlist": nlist, "nprobe": min(complete["nprobe"] or 0, nlist)}

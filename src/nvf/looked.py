@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.attention import SoftAttention
+from nvf.memory import unit
 from nvf.metrics import target_ranks
 from nvf.pipeline import Pipeline
 from nvf.products import first_topk, inner_products
@@ -40,7 +40,7 @@ def look(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: 
     memory = model.memory.rows
     parts: list[dict[str, dict[str, Tensor]]] = []
     for queries, targets in score_blocks(batch, len(memory)):
-        exact = target_ranks(inner_products(F.normalize(queries, dim=-1), memory), targets)
+        exact = target_ranks(inner_products(unit(queries), memory), targets)
         part: dict[str, dict[str, Tensor]] = {
             "ranks": {"exact search": exact},
             "confidences": {},

@@ -163,7 +163,7 @@ class VectorMemory(nn.Module):
             InputError: k is not in 1..N.
         """
         check_k(k, len(self))
-        return blockwise_topk(F.normalize(queries, dim=-1), self.rows, k)
+        return blockwise_topk(unit(queries), self.rows, k)
 
 
 @torch.no_grad()
@@ -191,10 +191,15 @@ def neighbours(keys: Tensor, count: int) -> Tensor:
     return torch.cat(found)
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Rows scaled to length 1, float32; lengths near either end of the float range do not over- or underflow."""
+def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Vectors scaled to length 1, (..., D), differentiably; a zero vector stays zero.
+
+    Memory, search, layer and baseline all normalise here, so that one query has one vector and ties break alike.
+    Lengths near either end of the float range do not over- or underflow.
+    """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    return F.normalize((wide / wide.abs().amax(dim=-1, keepdim=True)).float(), dim=-1)
+    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
+    return F.normalize((wide / largest.masked_fill(largest == 0, 1)).to(dtype), dim=-1)
 
 
 def row_hashes(rows: Tensor) -> np.ndarray:

@@ -43,7 +43,6 @@ FILES = ("config.json", "memory.safetensors", "weights.safetensors")
 SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
 SAVE_AGAIN = "save the pipeline again"
 WINDOW = 2  # times k rows are scored where candidates are relaxed
-LENGTHS = (1e-3, 1e3)  # of a query's largest number: none in between is scaled, others would over- or underflow
 
 
 class Retrieval(NamedTuple):
@@ -108,7 +107,7 @@ class Pipeline(nn.Module):
             raise InputError("an EvidenceReranker needs evidence=, and no other reranker takes it")
         self.attention = attention
         self.reranker = reranker
-        self.k = k
+        self.k = int(k)  # config.json takes no number of numpy's
         self.evidence = evidence
         self._index: Index | None = None
 
@@ -163,8 +162,8 @@ class Pipeline(nn.Module):
         Raises:
             InputError: queries of another shape or type, zero or not finite.
         """
-        given = self._checked(queries)
-        moved = self.attention.transformed(unit(given).to(self.attention.log_beta))
+        given, weights = self._checked(queries), self.attention.log_beta
+        moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
 
     def forward(
@@ -192,7 +191,7 @@ class Pipeline(nn.Module):
         _check_relaxation(relaxation)
         queries = checked(queries, self.memory.dim)
         lead = queries.shape[:-1]
-        queries = self._unit(queries.reshape(-1, self.memory.dim))
+        queries = unit(queries.reshape(-1, self.memory.dim), self.attention.log_beta.dtype)
         projected, keys = self.attention.project(queries), self.attention.keys()
         logits = inner_products(projected, keys)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has halved them
@@ -238,7 +237,7 @@ class Pipeline(nn.Module):
         """
         _check_relaxation(relaxation)
         check_targets(targets, len(checked(queries, self.memory.dim)), len(self.memory))
-        queries = self._unit(queries)
+        queries = unit(queries, self.attention.log_beta.dtype)
         projected, keys, count = self.attention.project(queries), self.attention.keys(), len(self.memory)
         if self.k == count:
             relaxation = None  # no row is outside
@@ -296,8 +295,8 @@ class Pipeline(nn.Module):
         Raises:
             InputError: queries of another shape or type, zero or not finite; k not in 1..N.
         """
-        k = self.k if k is None else k
-        check_k(k, len(self.memory))
+        check_k(self.k if k is None else k, len(self.memory))
+        k = self.k if k is None else int(k)
         given = self._checked(queries)
         training = self.training
         self.eval()  # no dropout in a search
@@ -311,13 +310,6 @@ class Pipeline(nn.Module):
         if isinstance(queries, np.ndarray):
             return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
-
-    def _unit(self, queries: Tensor) -> Tensor:
-        """Queries of length 1, differentiably; those of an extreme length are brought to a middle one before."""
-        queries = queries.to(self.attention.log_beta.dtype)
-        largest = queries.detach().abs().amax(dim=-1, keepdim=True)
-        usual = ((largest >= LENGTHS[0]) & (largest <= LENGTHS[1])) | (largest == 0)
-        return F.normalize(queries / largest.masked_fill(usual, 1), dim=-1)
 
     def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
         form = f"floats, (B, {self.memory.dim})"
@@ -335,7 +327,7 @@ class Pipeline(nn.Module):
         return given
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        queries = unit(queries).to(self.attention.log_beta)
+        queries = unit(queries.to(self.memory.rows.device), self.attention.log_beta.dtype)
         top = self._best(queries, max(k, self.k))
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
@@ -393,8 +385,9 @@ class Pipeline(nn.Module):
             config["index"] = None if self.index is None else self.index.write(partial / INDEX_FILE)
             if self.memory.ids is not None:
                 write_ids(self.memory.ids, partial / IDS_FILE)
+            rows = self.memory.rows if self.memory.rows.dtype in DTYPES.values() else self.memory.rows.float()
             place = {} if self.memory.place is None else {"place": self.memory.place}
-            save_file({"rows": self.memory.rows.contiguous(), **place}, partial / "memory.safetensors")
+            save_file({"rows": rows.contiguous(), **place}, partial / "memory.safetensors")
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, partial / "weights.safetensors")
             config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
             (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
@@ -414,8 +407,12 @@ class Pipeline(nn.Module):
                 is exact.
 
         Raises:
-            InputError: a file is missing, damaged, or does not fit the others.
+            InputError: a file is missing, damaged, or does not fit the others; or there is no such device.
         """
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that is not there
+            raise InputError(f"device={device} cannot be used ({one_line(fault)}); cpu always can") from None
         folder = Path(folder)
         if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
             folder = folder / "pipeline"

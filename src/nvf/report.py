@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvf.evaluation import ceiling
-from nvf.gradients import failures
+from nvf.gradients import failures, part_of
 from nvf.limits import described
 from nvf.options import two_digits
 from nvf.statistics import METRICS, in_percent, p_text, percent
@@ -84,11 +84,19 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     if gradients and not gradients["finite"]:
         lines.append("A gradient is not finite: lower the learning rates.")
     lines += failures(gradients["training"] if gradients else {})
-    if gradients and gradients["vanished"]:
-        lines.append(
-            f"No gradient reaches {', '.join(gradients['vanished'])}: the untrained start validated best, "
-            "or the units died; a lower learning rate may help."
-        )
+    if gradients:
+        # Where a whole part has no gradient, no layer of its own holds it up.
+        idle = [name for name in gradients["vanished"] if gradients[part_of(name)] == 0]
+        blocked = [name for name in gradients["vanished"] if name not in idle]
+        for names, reason in (
+            (idle, "no audited answer depends on it, as with k=1, or all are certain to float32's last digit"),
+            (
+                blocked,
+                "the layer behind is zero, as in an untrained start, or the units died; try a lower learning rate",
+            ),
+        ):
+            if names:
+                lines.append(f"No gradient reaches {', '.join(names)}: {reason}.")
     return lines
 
 

@@ -41,7 +41,7 @@ class Reranker(nn.Module):
             nn.ReLU(),
             last,
         )
-        self.settings = {"kind": kind, "hidden": [*hidden], "dropout": dropout}
+        self.settings = {"kind": kind, "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
         if kind == "residual":
             nn.init.zeros_(last.weight)
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
@@ -60,6 +60,7 @@ class Reranker(nn.Module):
             logits: (B, k), stage 1's.
             beta: stage 1's inverse temperature, a scalar: it brings the cosine to the logits' scale.
         """
+        queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
         scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
         if self.kind == "residual":
             cosine = (queries.unsqueeze(1) * candidates).sum(dim=-1)
@@ -149,7 +150,7 @@ class EvidenceReranker(nn.Module):
         self.weight = nn.Parameter(torch.zeros(features))
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.settings = {"kind": "evidence", "hidden": [*hidden], "dropout": dropout}
+        self.settings = {"kind": "evidence", "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
 
     def standardise(self, evidence: Tensor, ignored: Sequence[str] = ()) -> None:
         """Take mean and deviation from the training candidates' evidence, (n, k, F); ignored features become zero."""
@@ -169,7 +170,7 @@ class EvidenceReranker(nn.Module):
 
     def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
         """Scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""
-        standard = (evidence - self.mean) / self.scale
+        standard = ((evidence - self.mean) / self.scale).to(self.weight.dtype)
         return logits + standard @ self.weight + self.network(standard).squeeze(-1)
 
 

@@ -19,7 +19,7 @@ from nvf.attention import SoftAttention
 from nvf.crossentropy import mean_of
 from nvf.data import VectorDataModule
 from nvf.errors import InputError
-from nvf.memory import VectorMemory, check_k
+from nvf.memory import VectorMemory, check_k, unit
 from nvf.metrics import DEEPEST, are_targets, ndcg
 from nvf.modules import AttentionModule, Measured
 from nvf.products import TopK, blockwise_topk, inner_products
@@ -73,7 +73,7 @@ class ShardedMemory(VectorMemory):
     def search(self, queries: Tensor, k: int) -> TopK:
         check_k(k, len(self))
         assert isinstance(self.rows, DTensor)
-        return sharded_topk(F.normalize(queries, dim=-1), self.rows, k)
+        return sharded_topk(unit(queries), self.rows, k)
 
 
 class ShardedAttention(SoftAttention):
