@@ -14,11 +14,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nvf.attention import SoftAttention
-from nvf.evidence import FEATURES, Evidence
-from nvf.memory import VectorMemory, unit
-from nvf.pipeline import Pipeline
-from nvf.reranker import EvidenceReranker, Reranker
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.memory import VectorMemory, unit
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.train import CONF, train
 
 torch.set_num_threads(1)
@@ -64,6 +64,12 @@ def command(
         timeout=300,
         check=False,
     )
+
+
+def without_time(results: dict[str, Any]) -> dict[str, Any]:
+    """All that a run found, without how long it took and where stage 1 came from."""
+    left = {name: value for name, value in results.items() if name not in ("seconds", "attention_fitted_by", "config")}
+    return json.loads(json.dumps(left))
 
 
 @pytest.fixture

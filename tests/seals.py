@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nvf.records import sealed, sha256
+from nvf.files.records import sealed, sha256
 
 
 def reseal(folder: Path) -> None:

@@ -19,15 +19,15 @@ import roofline
 import scale
 import search_speed
 import timing
-from nvf.attention import SoftAttention
+from nvf.data.queries import QueryBatch, Recorded
 from nvf.errors import InputError
-from nvf.fitting import fit
-from nvf.memory import VectorMemory
-from nvf.queries import QueryBatch, Recorded
-from nvf.reranker import Reranker, reranker_loss
-from nvf.stages import build_source
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.models.reranker import Reranker, reranker_loss
+from nvf.ops.random_streams import stream
 from nvf.statistics import wilson
-from nvf.streams import stream
+from nvf.training.build import build_source
+from nvf.training.fit import fit
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]
 NAMES = [

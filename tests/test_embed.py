@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from conftest import command
+from nvf.data.folder import read_memory, read_recorded
+from nvf.data.splits import SPLITS
+from nvf.data.texts import SPLITS as SPLITS_OF_TEXTS
 from nvf.embed import BLOCK, OPTIONS, embed, load_model
-from nvf.embeddings import read_memory, read_recorded
 from nvf.errors import InputError
 from nvf.options import parse
 from nvf.search import search
-from nvf.splits import SPLITS
-from nvf.texts import SPLITS as SPLITS_OF_TEXTS
 
 DOCUMENTS = [{"id": f"d{i}", "text": f"dokument nümber {i},\nsecond line"} for i in range(20)]
 QUERIES = [{"query": f"where is {i % 30}", "id": f"d{i % 20}"} for i in range(60)]

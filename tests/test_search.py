@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from conftest import command
-from nvf.answers import ENDINGS
+from nvf.data.answer_files import ENDINGS
 from nvf.errors import InputError
-from nvf.ids import checked_ids
+from nvf.files.ids import checked_ids
+from nvf.models.pipeline import Hits, Pipeline
+from nvf.ops.products import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole
-from nvf.pipeline import Hits, Pipeline
-from nvf.products import QUERY_BLOCK
 from nvf.search import OPTIONS, search
 
 COUNTS = (1, QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 3)
@@ -219,7 +219,7 @@ def test_a_missing_column_names_those_there_are(place: Path) -> None:
 
 
 def test_parquet_without_pyarrow_names_the_extra(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "nvf.parquet", raising=False)
+    monkeypatch.delitem(sys.modules, "nvf.data.parquet", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for given in ({"queries": place / "q.parquet"}, {"output": place / "a.parquet"}):
         with pytest.raises(InputError, match=re.escape("pip install 'nvf[parquet]'")):

@@ -23,8 +23,8 @@ import nvf.train
 from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
 from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settle, spelled
-from nvf.stages import build_source, check
 from nvf.train import CONF
+from nvf.training.build import build_source, check
 
 Run = Callable[..., dict[str, Any]]
 CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nvf.attention import SoftAttention
     from nvf.errors import InputError
-    from nvf.memory import VectorMemory
-    from nvf.pipeline import Pipeline
-    from nvf.reranker import Reranker
+    from nvf.models.attention import SoftAttention
+    from nvf.models.memory import VectorMemory
+    from nvf.models.pipeline import Pipeline
+    from nvf.models.reranker import Reranker
 
 __all__ = ["InputError", "Pipeline", "Reranker", "SoftAttention", "VectorMemory"]
 __version__ = "0.1.0"
 
 _HOME = {
     "InputError": "nvf.errors",
-    "Pipeline": "nvf.pipeline",
-    "Reranker": "nvf.reranker",
-    "SoftAttention": "nvf.attention",
-    "VectorMemory": "nvf.memory",
+    "Pipeline": "nvf.models.pipeline",
+    "Reranker": "nvf.models.reranker",
+    "SoftAttention": "nvf.models.attention",
+    "VectorMemory": "nvf.models.memory",
 }
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nvf.data.texts import Documents, read_documents, read_queries
 from nvf.errors import InputError, check_number
-from nvf.ids import FILE as IDS_FILE
-from nvf.ids import write_ids
-from nvf.options import Option, find_device, path, run, two_digits, whole
-from nvf.texts import Documents, read_documents, read_queries
-from nvf.whole import written_whole
+from nvf.files.atomic import written_whole
+from nvf.files.ids import FILE as IDS_FILE
+from nvf.files.ids import write_ids
+from nvf.options import Option, find_device, path, run, whole
+from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
     import torch

@@ -91,12 +91,6 @@ def run(command: Callable[..., str], *, program: str, summary: str, options: Seq
         sys.exit(130)
 
 
-def two_digits(value: float) -> str:
-    """Two significant digits: 8,300, 1.2 or 0.043."""
-    rounded = float(f"{value:.2g}")
-    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
-
-
 def find_device(name: str) -> "torch.device":
     """The device of that name; `auto` is the GPU where there is one, else the CPU.
 

@@ -17,12 +17,12 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvf import sweeps
-from nvf.comparison_settings import flatten
 from nvf.console import follows
 from nvf.errors import InputError
 from nvf.faults import check_place
-from nvf.resumption import recorded, requeued
+from nvf.runs import sweep as sweeps
+from nvf.runs.comparison.settings import flatten
+from nvf.runs.resume import recorded, requeued
 
 HERE = Path(__file__).resolve()
 CARRIED = HERE.parent / "conf"  # in a wheel

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvf.errors import InputError
-from nvf.options import Option, find_device, path, run, two_digits, whole
+from nvf.options import Option, find_device, path, run, whole
+from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
-    from nvf.pipeline import Hits, Pipeline
-    from nvf.vectors import VectorFile
+    from nvf.data.vector_files import VectorFile
+    from nvf.models.pipeline import Hits, Pipeline
 
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
@@ -33,10 +34,10 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
         InputError: anything about the pipeline, the queries or the output that is not as it must be.
     """
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.answers import check_output, write_answers
-    from nvf.memory import check_k
-    from nvf.pipeline import Pipeline
-    from nvf.vectors import open_vectors
+    from nvf.data.answer_files import check_output, write_answers
+    from nvf.data.vector_files import open_vectors
+    from nvf.models.memory import check_k
+    from nvf.models.pipeline import Pipeline
 
     check_output(output, queries)
     if index not in (None, "flat"):
@@ -57,7 +58,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
 def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"]:
     from tqdm import tqdm
 
-    from nvf.products import QUERY_BLOCK
+    from nvf.ops.products import QUERY_BLOCK
 
     with tqdm(total=vectors.count, unit=" queries", leave=False, delay=1) as bar:
         for block in vectors.blocks(QUERY_BLOCK):

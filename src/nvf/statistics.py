@@ -140,3 +140,9 @@ def in_percent(interval: Interval) -> str:
     low, high = interval["low"], interval["high"]
     low, high = low if low >= 1 else min(low, 0.999), high if high <= 0 else max(high, 0.001)
     return f"{percent(interval['value']):>5} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def two_digits(value: float) -> str:
+    """Two significant digits: 8,300, 1.2 or 0.043."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"

@@ -19,18 +19,18 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from nvf import sweeps
 from nvf.console import follows, logged, mend_streams, quiet
 from nvf.errors import InputError, one_line
 from nvf.faults import explain
+from nvf.files.atomic import written_whole
+from nvf.files.records import read_record
 from nvf.overrides import CONF, check_folder, composed, settle, usage, words_of
-from nvf.records import read_record
-from nvf.resumption import RECORD, recorded, remove_traces
-from nvf.stopping import Stopped, command_to_resume, handlers_kept, restarted, stop_when_asked
-from nvf.whole import written_whole
+from nvf.runs import sweep as sweeps
+from nvf.runs.resume import RECORD, recorded, remove_traces
+from nvf.runs.signals import Stopped, command_to_resume, handlers_kept, restarted, stop_when_asked
 
 if TYPE_CHECKING:
-    from nvf.attention import SoftAttention
+    from nvf.models.attention import SoftAttention
 
 START = time.perf_counter()
 log = logging.getLogger("nvf")
@@ -54,22 +54,22 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     # Imported here so that --help and a config error answer without importing torch.
     import numpy as np
 
-    from nvf.computing import set_up_torch
-    from nvf.dashboards import check_dashboards, log_hparams, show, texts_of
-    from nvf.evaluation import against, evaluate, evaluate_index
-    from nvf.fitting import check_trainer
-    from nvf.gradients import audit_gradients
-    from nvf.index import build_index, check_index
-    from nvf.metrics import criterion
-    from nvf.pipeline import Pipeline
-    from nvf.processes import agreed, part_processes, start_processes
-    from nvf.queries import fingerprint
-    from nvf.records import write_record
-    from nvf.report import remarks, table
-    from nvf.results import versions
-    from nvf.resumption import begin
-    from nvf.selection import FOLDS, fit_attention, fit_joint, fit_reranker
-    from nvf.stages import build_source, check, clusters, fixed_queries, seen_rows
+    from nvf.dashboards.show import check_dashboards, log_hparams, show, texts_of
+    from nvf.data.queries import fingerprint
+    from nvf.evaluation.evaluate import against, evaluate, evaluate_index
+    from nvf.evaluation.gradients import audit_gradients
+    from nvf.evaluation.report import remarks, table
+    from nvf.files.records import write_record
+    from nvf.models.ann_index import build_index, check_index
+    from nvf.models.pipeline import Pipeline
+    from nvf.ops.ranks import criterion
+    from nvf.runs.resume import begin
+    from nvf.runs.versions import versions
+    from nvf.training.build import build_source, check, clusters, fixed_queries, seen_rows
+    from nvf.training.devices import agreed, part_processes, start_processes
+    from nvf.training.fit import check_trainer
+    from nvf.training.select import FOLDS, fit_attention, fit_joint, fit_reranker
+    from nvf.training.threads import set_up_torch
 
     quiet()
     set_up_torch(threads=config["threads"], deterministic=config["deterministic"])

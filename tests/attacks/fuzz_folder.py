@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from mutate import mutations
 
-from nvf import npy
-from nvf.dashboards import texts_of
-from nvf.embeddings import COLUMNS, read_memory, read_recorded
+from nvf.dashboards.show import texts_of
+from nvf.data.folder import COLUMNS, read_memory, read_recorded
+from nvf.data.vector_files import open_vectors
 from nvf.errors import InputError
-from nvf.memory import VectorMemory
-from nvf.vectors import open_vectors
+from nvf.files import npy
+from nvf.models.memory import VectorMemory
 
 ROOM = 2**30  # bytes that a reader may take beyond what the process has
 FOLLOWED = {
@@ -96,7 +96,7 @@ def read_queries_table(path: Path) -> None:
 
 
 def read_storage(path: Path) -> None:
-    from nvf import qdrant
+    from nvf.data import qdrant
 
     memory: VectorMemory = qdrant.read_memory(
         path=str(path.parents[2]), url=None, collection="items", distance="cosine"

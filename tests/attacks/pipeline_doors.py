@@ -25,20 +25,20 @@ sys.path.append(str(Path(__file__).parent.parent))  # where seals.py is, for the
 
 from mutate import mutations
 
-from nvf.attention import SoftAttention
-from nvf.cache import Entry
-from nvf.checkpoints import attention_within, load_attention
-from nvf.compare import compare
-from nvf.comparison_runs import read_run
 from nvf.errors import InputError
-from nvf.evidence import FEATURES, Evidence
-from nvf.index import build_index
-from nvf.memory import VectorMemory, unit
-from nvf.pipeline import Pipeline
-from nvf.reranker import EvidenceReranker, Reranker
-from nvf.resumption import decided, recorded
-from nvf.saving import saved_progress
-from nvf.sweeps import earlier
+from nvf.models.ann_index import build_index
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.memory import VectorMemory, unit
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.runs.comparison.runs import read_run
+from nvf.runs.comparison.table import compare
+from nvf.runs.resume import decided, recorded
+from nvf.runs.sweep import earlier
+from nvf.training.cache import Entry
+from nvf.training.checkpointing import saved_progress
+from nvf.training.checkpoints import attention_within, load_attention
 from seals import reseal
 
 ROOM, SECONDS = 2**30, 20  # for one copy

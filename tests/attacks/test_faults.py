@@ -16,12 +16,12 @@ import torch
 
 from conftest import command, compose_config, write_folder
 from nvf.errors import InputError
-from nvf.memory import VectorMemory
+from nvf.files.records import sealed
+from nvf.models.memory import VectorMemory
 from nvf.overrides import words_of
-from nvf.records import sealed
-from nvf.resumption import begin, recorded
-from nvf.stages import build_source
+from nvf.runs.resume import begin, recorded
 from nvf.train import train
+from nvf.training.build import build_source
 
 Run = Callable[..., dict[str, Any]]
 SMALL = ["data.rows=60", "data.dim=8", "queries.val_samples=200", "queries.test_samples=200"]
@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
 
 def test_too_little_memory_is_told_with_what_to_lower(tmp_path: Path) -> None:
     script = (
-        "import resource, sys, torch, nvf.selection, nvf.evaluation\n"
+        "import resource, sys, torch, nvf.training.select, nvf.evaluation\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, taken + 2**31))\n"
         "from nvf.train import main\n"

@@ -19,9 +19,10 @@ import pytest
 import torch
 from fuzz_folder import DOORS, write_all
 
-from nvf import InputError, npy
-from nvf.embeddings import read_memory
-from nvf.memory import VectorMemory
+from nvf import InputError
+from nvf.data.folder import read_memory
+from nvf.files import npy
+from nvf.models.memory import VectorMemory
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("qdrant_client")
@@ -253,7 +254,7 @@ def test_damaged_copies_are_refused_or_read_right(place: Path, attempts: Callabl
 
 def change_while_it_is_read(monkeypatch: pytest.MonkeyPatch, reading: int, change: Callable[[], None]) -> None:
     """Make the change after three blocks of the first or second reading of a file."""
-    monkeypatch.setattr("nvf.memory.BLOCK", 64)  # several blocks
+    monkeypatch.setattr("nvf.models.memory.BLOCK", 64)  # several blocks
     blocks, readings = npy.ArrayFile.blocks, itertools.count(1)
 
     def changed(self: npy.ArrayFile, rows: int) -> Iterator[np.ndarray]:

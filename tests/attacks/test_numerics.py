@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.attention import SoftAttention
-from nvf.crossentropy import cross_entropy, logsumexp
-from nvf.evaluation import calibration_error, evaluate
-from nvf.index import approximate_topk, build_index
-from nvf.looked import look
-from nvf.memory import VectorMemory, unit
-from nvf.metrics import ndcg, recall, target_ranks
-from nvf.pipeline import Pipeline
-from nvf.products import LOOKED_AT, QUERY_BLOCK, best_rows, blockwise_topk, first_topk
-from nvf.queries import QueryBatch
-from nvf.reranker import Reranker
+from nvf.dashboards.outcomes import look
+from nvf.data.queries import QueryBatch
+from nvf.evaluation.evaluate import calibration_error, evaluate
+from nvf.models.ann_index import approximate_topk, build_index
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory, unit
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import Reranker
+from nvf.ops.cross_entropy import cross_entropy, logsumexp
+from nvf.ops.products import LOOKED_AT, QUERY_BLOCK, best_rows, blockwise_topk, first_topk
+from nvf.ops.ranks import ndcg, recall, target_ranks
 
 UNIT_ROUNDOFF = 2.0**-24
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -20,9 +20,9 @@ import torch
 from pipeline_doors import CHECKPOINTS, DOORS, PIPELINE, UNHASHED, furnish, opened
 
 from conftest import SMALL, SMALL_STEPS, compose_config
-from nvf.archives import check_archive, read_archive
 from nvf.errors import InputError
-from nvf.pipeline import Pipeline
+from nvf.files.tensors import check_archive, read_archive
+from nvf.models.pipeline import Pipeline
 from nvf.train import train
 
 

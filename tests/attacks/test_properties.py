@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvf import InputError, Pipeline, Reranker, SoftAttention, VectorMemory
-from nvf.attention import TRANSFORMS
-from nvf.calibration import fit_temperature
-from nvf.crossentropy import check_targets, cross_entropy, stratified
-from nvf.distribution import exact, relaxed
+from nvf.data.queries import Nearest, Noisy, Warped
 from nvf.errors import check_number
-from nvf.evaluation import against
-from nvf.ids import checked_ids
-from nvf.metrics import target_ranks
+from nvf.evaluation.calibration import fit_temperature
+from nvf.evaluation.evaluate import against
+from nvf.files.ids import checked_ids
+from nvf.models.attention import TRANSFORMS
+from nvf.models.distribution import exact, relaxed
+from nvf.ops.cross_entropy import check_targets, cross_entropy, stratified
+from nvf.ops.random_streams import stream_seed
+from nvf.ops.ranks import target_ranks
 from nvf.options import Option, parse
 from nvf.options import whole as whole_number
-from nvf.queries import Nearest, Noisy, Warped
+from nvf.runs.sweep import earlier, identity
 from nvf.statistics import mcnemar, reciprocal_rank, wilson
-from nvf.streams import stream_seed
-from nvf.sweeps import earlier, identity
 
 FULL = os.environ.get("NVF_ATTACK") == "full"
 settings.register_profile(

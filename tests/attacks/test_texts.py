@@ -14,9 +14,9 @@ import pytest
 import torch
 from mutate import mutations
 
+from nvf.data.texts import read_documents, read_queries
 from nvf.embed import load_model
 from nvf.errors import InputError
-from nvf.texts import read_documents, read_queries
 
 DOCUMENTS = [{"id": f"d{row}", "text": f"täxt, {row}"} for row in range(9)]
 QUERIES = [{"query": f"q {row}", "id": f"d{row}"} for row in range(9)]

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from baselines import Problem, baselines, ranks
 from nvf import Pipeline
-from nvf.embeddings import read_memory, read_recorded
+from nvf.data.folder import read_memory, read_recorded
+from nvf.data.queries import QueryBatch, Recorded
+from nvf.data.splits import SPLITS
 from nvf.errors import InputError
-from nvf.metrics import DEEPEST
-from nvf.queries import QueryBatch, Recorded
-from nvf.splits import SPLITS
+from nvf.ops.random_streams import stream
+from nvf.ops.ranks import DEEPEST
 from nvf.statistics import in_percent, mcnemar, p_text, reciprocal_rank, wilson, wins_and_losses
-from nvf.streams import stream
 from nvf.train import CONF, train
 
 SETTINGS = ("data.dir", "seed", "output", "subsample_rows", "subsample_train")

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf import Reranker
-from nvf.attention import attention_loss
-from nvf.memory import blockwise_topk, hubness
-from nvf.metrics import DEEPEST, are_targets, target_ranks
-from nvf.queries import QueryBatch, blocks
-from nvf.reranker import reranker_loss
-from nvf.streams import stream, stream_seed
+from nvf.data.queries import QueryBatch, blocks
+from nvf.models.attention import attention_loss
+from nvf.models.memory import blockwise_topk, hubness
+from nvf.models.reranker import reranker_loss
+from nvf.ops.random_streams import stream, stream_seed
+from nvf.ops.ranks import DEEPEST, are_targets, target_ranks
 
 BETAS = (5.0, 10.0, 20.0, 40.0, 80.0)  # of query-bank normalisation: inverse temperatures
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the log-sum-exp that it subtracts

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvf.attention import SoftAttention
-from nvf.memory import VectorMemory
-from nvf.pipeline import Pipeline
-from nvf.queries import Noisy, QueryBatch
-from nvf.reranker import Reranker
-from nvf.streams import stream
+from nvf.data.queries import Noisy, QueryBatch
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import Reranker
+from nvf.ops.random_streams import stream
 
 TEMPERATURES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 STEP = 1e-2  # of the central difference, where the direction has length 1

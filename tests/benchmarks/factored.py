@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvf.models.reranker import RERANKERS, Reranker, reranker_loss
+from nvf.ops.random_streams import stream
 from nvf.options import Option, parse, whole
-from nvf.reranker import RERANKERS, Reranker, reranker_loss
-from nvf.streams import stream
 from timing import COMMON, interleaved, peak_bytes, table, whole_numbers, write_json
 
 FASTER, SMALLER = 1.5, 0.5  # the targets

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from nvf.index import Index, build_index
-from nvf.memory import VectorMemory
+from nvf.data.queries import Noisy
+from nvf.models.ann_index import Index, build_index
+from nvf.models.memory import VectorMemory
+from nvf.ops.random_streams import stream
 from nvf.options import Option, parse, whole
-from nvf.queries import Noisy
-from nvf.streams import stream
 from search_speed import BUDGET, FLAT, MEMORY, SIGMA, K, flat_index, set_threads
 from timing import COMMON, interleaved, table, whole_numbers, write_json
 

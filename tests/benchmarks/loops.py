@@ -20,15 +20,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from nvf.attention import SoftAttention
-from nvf.fitting import fit
-from nvf.metrics import are_targets
-from nvf.modules import AttentionModule, RerankerModule
+from nvf.data.queries import QueryBatch, Source
+from nvf.models.attention import SoftAttention
+from nvf.models.reranker import reranker_loss
+from nvf.ops.random_streams import stream
+from nvf.ops.ranks import are_targets
 from nvf.options import Option, parse, whole
-from nvf.queries import QueryBatch, Source
-from nvf.reranker import reranker_loss
-from nvf.stages import Settings, attention_stage, build_source, reranker_stage
-from nvf.streams import stream
+from nvf.training.build import Settings, attention_stage, build_source, reranker_stage
+from nvf.training.fit import fit
+from nvf.training.modules import AttentionModule, RerankerModule
 from timing import COMMON, in_turn, interleaved, settings, table, watched_by, write_json
 
 TARGET = 0.93

@@ -24,10 +24,10 @@ import recipes
 import sampling
 import scale
 import search_speed
-from nvf.comparison_figure import COLOURS, INK
+from nvf.files.atomic import written_whole
 from nvf.options import Option, parse, path
+from nvf.runs.comparison.figure import COLOURS, INK
 from nvf.train import CONF
-from nvf.whole import written_whole
 from timing import OUTPUTS
 
 BENCHMARKS = {

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from nvf.calibration import answered
-from nvf.modules import RerankerModule
+from nvf.data.queries import QueryBatch, Source
+from nvf.evaluation.calibration import answered
+from nvf.ops.random_streams import stream, stream_seed
 from nvf.options import Option, parse
-from nvf.queries import QueryBatch, Source
-from nvf.selection import fit_attention, fit_reranker
-from nvf.stages import Settings, build_source, check, fixed_queries
-from nvf.streams import stream, stream_seed
+from nvf.training.build import Settings, build_source, check, fixed_queries
+from nvf.training.modules import RerankerModule
+from nvf.training.select import fit_attention, fit_reranker
 from timing import COMMON, settings, table, watched_by, whole_numbers, write_json
 
 TARGET = 0.1  # of the original recipe's seconds

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvf.attention import SoftAttention
-from nvf.crossentropy import stratified
-from nvf.memory import VectorMemory
+from nvf.data.queries import Noisy
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import Reranker, reranker_loss
+from nvf.ops.cross_entropy import stratified
+from nvf.ops.random_streams import stream
 from nvf.options import Option, find_device, run, whole
-from nvf.pipeline import Pipeline
-from nvf.queries import Noisy
-from nvf.reranker import Reranker, reranker_loss
-from nvf.streams import stream
 from timing import COMMON, table, whole_numbers, write_json
 
 OPTIONS = (

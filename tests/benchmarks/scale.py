@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvf.attention import SoftAttention, attention_loss
-from nvf.memory import VectorMemory
-from nvf.modules import AttentionModule
+from nvf.data.queries import Noisy
+from nvf.models.attention import SoftAttention, attention_loss
+from nvf.models.memory import VectorMemory
+from nvf.ops.random_streams import stream
 from nvf.options import Option, parse, whole
-from nvf.queries import Noisy
-from nvf.streams import stream
+from nvf.training.modules import AttentionModule
 from timing import (
     COMMON,
     available_bytes,

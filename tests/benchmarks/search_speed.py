@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvf.attention import SoftAttention
-from nvf.memory import VectorMemory
+from nvf.data.queries import Noisy
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import Reranker
+from nvf.ops.products import TopK
+from nvf.ops.random_streams import stream
 from nvf.options import Option, parse, whole
-from nvf.pipeline import Pipeline
-from nvf.products import TopK
-from nvf.queries import Noisy
-from nvf.reranker import Reranker
-from nvf.streams import stream
 from timing import COMMON, interleaved, table, whole_numbers, write_json
 
 K = 5

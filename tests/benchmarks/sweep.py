@@ -15,8 +15,8 @@ from pathlib import Path
 
 IMPORTS = "import torch, lightning, hydra"
 FIRST_STEP = """
-import os, nvf.train, nvf.modules
-nvf.modules.StageModule.training_step = lambda *_: os._exit(0)
+import os, nvf.train, nvf.training.modules
+nvf.training.modules.StageModule.training_step = lambda *_: os._exit(0)
 nvf.train.main()
 """
 JOBS = ["-m", "reranker.lr=1e-3,3e-3,1e-2,3e-2", "reranker.seed=0,1,2"]

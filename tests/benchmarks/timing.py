@@ -24,11 +24,11 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
-from nvf import fitting
 from nvf.console import quiet
+from nvf.files.atomic import written_whole
 from nvf.options import Option, path, whole
 from nvf.train import CONF
-from nvf.whole import written_whole
+from nvf.training import fit as fitting
 
 OUTPUTS = CONF.parent / "outputs" / "benchmarks"
 PACKAGES = {"torch": "torch", "faiss": "faiss-cpu", "lightning": "lightning", "numpy": "numpy"}

@@ -1,0 +1,309 @@
+"""Batches of queries, or of candidates once the datamodule is given a stage 1."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from nvf.data.queries import QueryBatch, Recorded, Source, blocks, score_blocks
+from nvf.errors import InputError, check_number
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import Evidence
+from nvf.ops.random_streams import stream, stream_seed
+from nvf.ops.ranks import are_targets, criterion
+
+EVAL_BATCH = 1024
+
+
+class CandidateBatch(NamedTuple):
+    """Queries with the k candidates of a frozen stage 1."""
+
+    queries: Tensor  # (B, D)
+    rows: Tensor  # (B, k) int64, best first
+    logits: Tensor  # (B, k)
+    labels: Tensor  # (B, k) bool, true where the candidate is a target
+    valid: Tensor  # (B,) bool, true where any candidate is
+    evidence: Tensor  # (B, k, F); F = 0 for a reranker that weighs none
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+
+
+class LoggedBatch(NamedTuple):
+    """Training queries with their places in the log of the evidence."""
+
+    queries: Tensor  # (B, D)
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+    logged_as: Tensor  # (B,) int64
+
+
+class Fold(NamedTuple):
+    """A stage 1 that has not seen some of the training queries."""
+
+    attention: SoftAttention
+    unseen: Tensor  # (u,) places of those in the training split
+
+
+class VectorDataModule(L.LightningDataModule):
+    """Training, validation and test batches over one source of queries.
+
+    Without `attention` the loaders yield `QueryBatch`, or for training `LoggedBatch` where there is `evidence`; with it
+    `CandidateBatch`. The training batch of step s of epoch e on rank r is a function of (seed, stage, e, s, r) alone,
+    so a resumed run sees what an uninterrupted one would have seen. Generated queries are fresh in every step, unless
+    `train_samples` fixes a finite set; finite sets are shuffled anew in every pass. Validation and test queries are
+    fixed by `eval_seed`. Where the queries are fixed, their candidates are computed once; a finite training set of
+    candidates holds the valid samples alone.
+
+    Args:
+        source: generated or recorded queries.
+        stage: what the batches train, which names their stream; if None, `attention`, or `reranker` where it is given.
+        seed: of the training stream.
+        batch_size: training queries a step and rank.
+        steps_per_epoch: steps between two validations; None is one pass over a finite training set.
+        attention: a trained stage 1, used without gradients.
+        evidence: what the reranker weighs; gathered from the training split.
+        folds: stages 1 that choose the candidates of the training queries that they have not seen, all of them
+            together. A stage 1 ranks the targets of its own training queries too well to teach a reranker.
+        k: candidates a query.
+        train_samples: size of the finite training set of a generated source.
+        val_samples, test_samples: sizes of a generated source's fixed splits.
+
+    Raises:
+        InputError: a size below 1; no `steps_per_epoch` for unlimited queries; `train_samples` for recorded queries.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        stage: str | None = None,
+        seed: int,
+        batch_size: int,
+        steps_per_epoch: int | None = None,
+        attention: SoftAttention | None = None,
+        evidence: Evidence | None = None,
+        folds: Sequence[Fold] = (),
+        k: int = 5,
+        train_samples: int | None = None,
+        val_samples: int = 10_000,
+        test_samples: int = 10_000,
+        eval_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        optional = {"steps_per_epoch": steps_per_epoch, "train_samples": train_samples}
+        sizes = {"batch_size": batch_size, "val_samples": val_samples, "test_samples": test_samples}
+        for name, size in {**sizes, **{n: s for n, s in optional.items() if s is not None}}.items():
+            check_number(name, size, minimum=1, whole=True, remedy="raise it")
+        for number in (seed, eval_seed):
+            stream_seed(number, "batch")  # checked now, not in the first step
+        recorded = isinstance(source, Recorded)
+        if recorded and train_samples is not None:
+            raise InputError(f"train_samples={train_samples} fixes generated queries; recorded ones are all used")
+        if not recorded and train_samples is None and steps_per_epoch is None:
+            raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
+        self.source = source
+        self.attention = attention
+        self.evidence = evidence
+        self.folds = folds
+        self.k = k
+        self.seed = seed
+        self.stage = stage or ("attention" if attention is None else "reranker")
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.train_samples = train_samples
+        self.samples = {"val": val_samples, "test": test_samples}
+        self.eval_seed = eval_seed
+        self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, where a fit goes on in the middle of one
+        self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Move the frozen parts to the trainer's device; fixed sets are made when their loader is first asked for."""
+        stages = [self.attention, self.evidence, *(fold.attention for fold in self.folds)]
+        for module in (self.source.memory, *stages):
+            if module is not None:
+                module.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made: the trainer's device, else the memory's."""
+        return self.trainer.strategy.root_device if self.trainer else self.source.memory.rows.device
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch as it is: it was made there, and looking for what to move costs a tenth of a small step."""
+        return batch
+
+    @property
+    def criterion(self) -> str:
+        """What chooses on validation queries, see `metrics.criterion`: a generated query has one target."""
+        return criterion(self.source.splits["val"].targets) if isinstance(self.source, Recorded) else "top1"
+
+    def train_dataloader(self) -> DataLoader:
+        batches = self._training_batches()
+        sampler = _StepSampler(batches.steps, self.steps_done)
+        return DataLoader(batches, batch_size=None, sampler=sampler, generator=torch.Generator())
+
+    def seed_of(self, epoch: int, step: int) -> tuple[str, int]:
+        """What a training batch is drawn by, in words, and the seed of that."""
+        return self._training_batches().seed_of((epoch, step))
+
+    def _training_batches(self) -> "_FiniteBatches | _FreshBatches":
+        if isinstance(self.source, Recorded) or self.train_samples is not None:
+            return _FiniteBatches(self, self.samples_of("train"))
+        return _FreshBatches(self)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test")
+
+    def with_candidates(self, batch: QueryBatch) -> CandidateBatch:
+        """The batch with stage 1's candidates and their labels, all in whole-tensor operations."""
+        assert self.attention is not None
+        return self._candidates(self.attention, batch)
+
+    @torch.no_grad()
+    def _candidates(
+        self, attention: SoftAttention, batch: QueryBatch, logged_as: Tensor | None = None
+    ) -> CandidateBatch:
+        top = attention.candidates(batch.queries, self.k, logsumexp=self.evidence is not None)
+        if self.evidence is None:
+            evidence = top.scores.new_empty(*top.rows.shape, 0)
+        else:
+            evidence = self.evidence(attention, batch.queries, top, logged_as=logged_as)
+        labels = are_targets(top.rows, batch.targets)
+        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence, batch.targets)
+
+    def queries(self, split: str) -> QueryBatch:
+        """A fixed set of queries: `val`, `test`, or a finite `train`."""
+        if isinstance(self.source, Recorded):
+            return QueryBatch(*(part.to(self.device) for part in self.source.splits[split]))
+        if split == "train":
+            generator = stream(self.seed, f"train/{self.stage}", device=self.device)
+            return self.source.sample(self.train_samples or 0, generator)
+        return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
+
+    def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
+        """The samples of a fixed set, made once."""
+        if split not in self._sets:
+            self._sets[split] = self._samples(self.queries(split), split)
+        return self._sets[split]
+
+    def _samples(self, queries: QueryBatch, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
+        if self.attention is not None:
+            return self._all_candidates(queries, split)
+        if self.evidence is not None and split == "train":
+            return LoggedBatch(*queries, self.evidence.logged.to(self.device))
+        return queries
+
+    def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
+        assert self.attention is not None
+        every = torch.arange(len(queries.queries), device=self.device)
+        training = split == "train"
+        folds = self.folds if training and self.folds else [Fold(self.attention, every)]
+        work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
+        logged = self.evidence.logged.to(self.device) if training and self.evidence is not None else None
+        found = [
+            self._candidates(
+                attention,
+                QueryBatch(*(part[places] for part in queries)),
+                None if logged is None else logged[places],
+            )
+            for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3)
+        ]
+        batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        if not training:
+            return batch
+        if not batch.valid.any():
+            raise InputError(
+                f"none of the {len(batch.valid)} training queries has its target among the k={self.k} candidates; "
+                "raise k, or train stage 1 for longer"
+            )
+        return CandidateBatch(*(part[batch.valid] for part in batch))
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        samples, (rank, ranks) = self.samples_of(split), self._ranks
+        mine = type(samples)(*(part[rank::ranks] for part in samples))
+        candidates = isinstance(mine, CandidateBatch)  # else every row is scored
+        batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class _StepSampler(Sampler[tuple[int, int]]):
+    """(epoch, step) for each step of an epoch that is not done yet; Lightning tells the epoch."""
+
+    def __init__(self, steps: int, done: Callable[[], int]) -> None:
+        self.steps, self.done = steps, done
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.done(), self.steps):  # asked when the first is wanted: then it is known
+            yield self.epoch, step
+
+
+class _FreshBatches(Dataset):
+    """Generated queries that no other step sees."""
+
+    def __init__(self, data: VectorDataModule) -> None:
+        self.data = data
+        self.steps = data.steps_per_epoch or 0
+
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        data = self.data
+        generator = torch.Generator(data.device).manual_seed(self.seed_of(position)[1])
+        batch = data.source.sample(data.batch_size, generator)  # type: ignore[union-attr]
+        return batch if data.attention is None else data.with_candidates(batch)
+
+    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
+        data = self.data
+        return "its stream of queries", stream_seed(data.seed, f"train/{data.stage}", *position, data._ranks[0])
+
+
+class _FiniteBatches(Dataset):
+    """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short.
+
+    Ranks have slices of one length, which together are what one process with as many times the samples a step sees; for
+    it at most ranks - 1 samples a pass are seen twice.
+    """
+
+    def __init__(self, data: VectorDataModule, samples: Any) -> None:
+        self.samples = samples
+        self.count = len(samples.queries)
+        self.size, self.seed = data.batch_size, data.seed
+        self.rank, self.ranks = data._ranks
+        self.slices = -(-self.count // (self.size * self.ranks))  # a pass has so many
+        self.steps = data.steps_per_epoch or self.slices
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        turn, index = self._place(position)
+        if self._order[0] != turn:
+            order = torch.randperm(self.count, generator=stream(self.seed, "order", turn))
+            self._order = (turn, order.to(self.samples.queries.device))
+        start = index * self.size * self.ranks
+        share = min(self.size, -(-(self.count - start) // self.ranks))  # alike for all: their gradients are averaged
+        places = (start + self.rank * share + torch.arange(share)) % self.count
+        chosen = self._order[1][places.to(self._order[1].device)]
+        return type(self.samples)(*(part[chosen] for part in self.samples))
+
+    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
+        return "the order of its pass over the training queries", stream_seed(
+            self.seed, "order", self._place(position)[0]
+        )
+
+    def _place(self, position: tuple[int, int]) -> tuple[int, int]:
+        """The pass that a step is in, and its slice of that."""
+        epoch, step = position
+        return divmod(epoch * self.steps + step, self.slices)

@@ -1,0 +1,192 @@
+"""A Qdrant collection as the memory: its vectors and point ids, read in pages, sorted by id.
+
+Every fault raises an InputError that names the setting, the point where there is one, and the remedy. Importing this
+module without qdrant-client does too.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nvf.data.qdrant_points import check_storage
+from nvf.errors import InputError, one_line
+from nvf.files.ids import checked_ids, plain_uuid
+from nvf.files.vectors import check_vectors
+from nvf.models.memory import VectorMemory
+
+try:
+    from qdrant_client import QdrantClient
+    from qdrant_client.http.exceptions import ApiException
+except ImportError:
+    raise InputError("qdrant-client, which reads collections, is not installed; pip install 'nvf[qdrant]'") from None
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Record, VectorParams
+
+KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
+PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
+TIMEOUT = 60  # seconds a request
+ONE_LENGTH = 1e-3  # by which lengths may differ, relatively, where vectors count as of one length
+
+
+def read_memory(
+    *,
+    path: str | None,
+    url: str | None,
+    collection: str | None,
+    vector: str | None = None,
+    distance: str | None = None,
+    **stored: Any,
+) -> VectorMemory:
+    """The vectors of a collection as a memory, (N, D), its point ids as the ids of the rows, which they sort.
+
+    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
+    searched by cosine, which is what a collection does by its own distance if that is Cosine, or Dot or Euclid between
+    vectors of one length.
+
+    Args:
+        path: the folder of a local storage, which must not be open elsewhere; or
+        url: of a server; the key that it may ask for is read from the environment, QDRANT_API_KEY.
+        collection: its name.
+        vector: the name of the vector, where points have several.
+        distance: "cosine" if a collection that orders its vectors otherwise is to be searched by cosine all the same.
+        stored: how the memory keeps its rows, `dtype` and `mapped`.
+
+    Raises:
+        InputError: not exactly one of path and url, nothing readable there, no such collection or vector, no points, or
+            vectors that the collection orders otherwise than cosine does.
+    """
+    if distance not in (None, "cosine"):
+        raise InputError(
+            f"data.distance={distance} is neither null, the collection's own, nor cosine; give one of them"
+        )
+    if (path is None) == (url is None):
+        raise InputError(
+            f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
+        )
+    where = f"data.path={path}" if url is None else f"data.url={url}"
+    client = _open_local(path, where) if url is None else _open_server(url, where)
+    try:
+        name = _check_collection(client, collection, where)
+        field, own = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
+        ids, vectors = _scroll(client, name, field)
+        if len(set(map(type, ids))) > 1:
+            ids = [str(point) for point in ids]
+        order = sorted(range(len(ids)), key=ids.__getitem__)  # not numpy, whose float64 rounds large ones
+    except InputError:
+        raise
+    except ApiException as fault:
+        raise InputError(
+            f"{where} does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
+        ) from None
+    except Exception as fault:  # whatever damaged points, or an answer of another program, make the client raise
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
+    finally:
+        client.close()
+    sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
+    rows = torch.from_numpy(vectors[order])
+    check_vectors(rows, f"collection {name}", sorted_ids)
+    shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
+    alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
+    if not alike and distance is None:
+        raise InputError(
+            f"collection {name} searches by {own}, and its vectors have lengths from {shortest:.4g} to {longest:.4g}, "
+            "so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
+        )
+    memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
+    memory.distance = None if alike else own
+    return memory
+
+
+def _open_local(path: str | None, where: str) -> QdrantClient:
+    if path is None or not (Path(path) / "meta.json").is_file():
+        raise InputError(
+            f"{where} is no local storage; name the folder that QdrantClient(path=...) wrote, or, for the storage of a "
+            "server, start the server and set data.url"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+            check_storage(Path(path))
+            return QdrantClient(path=path)
+    except InputError:
+        raise
+    except Exception as fault:  # whatever a damaged storage makes the client raise
+        if "already accessed" in str(fault):
+            raise InputError(
+                f"{where} is open in another process; close it there, or run a server and set data.url"
+            ) from None
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
+
+
+def _open_server(url: str, where: str) -> QdrantClient:
+    try:
+        return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
+    except ValueError as fault:
+        raise InputError(f"{where} is not a URL ({one_line(fault)}); give one like http://localhost:6333") from None
+
+
+def _check_collection(client: QdrantClient, name: str | None, where: str) -> str:
+    if name is None or not client.collection_exists(name):
+        there = sorted(collection.name for collection in client.get_collections().collections)
+        raise InputError(
+            f"data.collection={name} is not in {where}; set it to one of those there: {', '.join(there) or 'none'}"
+        )
+    return name
+
+
+def _check_vector(
+    params: "VectorParams | dict[str, VectorParams] | None", collection: str, vector: str | None
+) -> tuple[str | None, str]:
+    """The name of the vector to read, None for the one without a name, and the distance by which it is searched."""
+    named: Mapping[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
+    if vector is None and len(named) == 1:
+        (vector,) = named
+    if vector not in named:
+        names = ", ".join(str(name) for name in named if name is not None) or "none with a name"
+        raise InputError(
+            f"data.vector={vector} is no dense vector of collection {collection}; choose one of those there: {names}"
+        )
+    if named[vector].multivector_config is not None:
+        raise InputError(f"collection {collection} has several vectors a point; choose one with one: data.vector=name")
+    return vector, named[vector].distance.value
+
+
+def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[list[int | str], np.ndarray]:
+    """All ids, and all vectors, (N, D) float32."""
+    ids: list[int | str] = []
+    pages: list[np.ndarray] = []
+    offset = None
+    total = client.count(collection).count
+    with tqdm(total=total, desc=f"reading {collection}", leave=False, delay=3) as bar:
+        while offset is not None or not pages:
+            points, offset = client.scroll(
+                collection,
+                limit=PAGE,
+                offset=offset,
+                with_payload=False,
+                with_vectors=True if vector is None else [vector],
+            )
+            if not points:
+                break
+            ids += [point.id if isinstance(point.id, int) else plain_uuid(str(point.id)) for point in points]
+            pages.append(np.array([_dense(point, collection, vector) for point in points], dtype=np.float32))
+            bar.update(len(points))
+    if not pages:
+        raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
+    return ids, np.concatenate(pages)
+
+
+def _dense(point: "Record", collection: str, vector: str | None) -> Any:
+    found = point.vector.get(vector or "") if isinstance(point.vector, dict) else point.vector
+    if not found:
+        raise InputError(
+            f"collection {collection}: point {point.id} has no vector {vector or ''}; give it one or remove the point"
+        )
+    return found

@@ -1,0 +1,163 @@
+"""Where queries come from: three generated sources with their oracles, and the user's own."""
+
+import hashlib
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvf.errors import InputError, check_number
+from nvf.models.memory import VectorMemory
+from nvf.ops.products import QUERY_BLOCK
+from nvf.ops.random_streams import stream
+
+WARPS = ("rotation", "mlp")
+ALL_SCORES = 2**22  # that are held at once where all of them are needed,
+FEWEST_QUERIES = 64  # but for so many queries, or reading the rows would take longer than the arithmetic
+Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
+
+
+class QueryBatch(NamedTuple):
+    """Unit queries and the rows that answer them."""
+
+    queries: Tensor  # (B, D)
+    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+
+
+def blocks(batch: Batch, size: int) -> list[Batch]:
+    """A named tuple of tensors, cut into pieces of at most `size` samples."""
+    return [type(batch)(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
+
+
+def score_blocks(batch: Batch, rows: int) -> list[Batch]:
+    """Pieces whose scores over so many rows are few enough to be held at once."""
+    return blocks(batch, min(QUERY_BLOCK, max(FEWEST_QUERIES, ALL_SCORES // rows)))
+
+
+def fingerprint(batch: QueryBatch) -> str:
+    """The hash of queries and targets: `sha256:` and 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in batch:
+        digest.update(str((part.dtype, tuple(part.shape))).encode())
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+class QuerySource(Protocol):
+    """A generated source: it draws any number of queries from a generator on the memory's device."""
+
+    memory: VectorMemory
+
+    @property
+    def oracle(self) -> Tensor:
+        """The rows, (N, D), that someone who knows how the queries were made would search."""
+        ...
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        """Draw `count` queries."""
+        ...
+
+
+class Nearest:
+    """Queries uniform on the unit sphere; the target is the row that exact search finds."""
+
+    def __init__(self, memory: VectorMemory) -> None:
+        self.memory = memory
+
+    @property
+    def oracle(self) -> Tensor:
+        return self.memory.rows
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        queries = F.normalize(_normal(count, self.memory.dim, generator), dim=-1)
+        return QueryBatch(queries, self.memory.search(queries, k=1).rows)
+
+
+class Noisy:
+    """Queries normalize(V[i] + sigma randn), target i: exact search is Bayes-optimal for unit rows.
+
+    Raises:
+        InputError: sigma is negative or not finite.
+    """
+
+    def __init__(self, memory: VectorMemory, *, sigma: float) -> None:
+        check_number("queries.sigma", sigma, minimum=0, remedy="0.1 is easy, 0.3 is hard")
+        self.memory = memory
+        self.sigma = sigma
+
+    @property
+    def oracle(self) -> Tensor:
+        return self.memory.rows
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        rows = self.oracle
+        targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
+        noise = _normal(count, self.memory.dim, generator)
+        return QueryBatch(F.normalize(rows[targets[:, 0]].float() + self.sigma * noise, dim=-1), targets)
+
+
+class Warped(Noisy):
+    """Queries normalize(f(V[i]) + sigma randn), target i, for a hidden fixed map f; the oracle searches f(V).
+
+    `rotation` is a rotation drawn uniformly; `mlp` is normalize(tanh(x A) B) with normal A, (D, 4D), and B, (4D, D).
+    Both depend on `warp_seed` and D alone.
+
+    Raises:
+        InputError: an unknown warp, or a bad sigma.
+    """
+
+    def __init__(self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int) -> None:
+        super().__init__(memory, sigma=sigma)
+        if warp not in WARPS:
+            raise InputError(f"queries.warp={warp} is unknown; choose one of {', '.join(WARPS)}")
+        generator, dim = stream(warp_seed, "warp"), memory.dim
+        if warp == "rotation":
+            q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+            rotation = q * r.diagonal().sign()
+
+            def warped(rows: Tensor) -> Tensor:
+                return rows @ rotation
+        else:
+            inner = torch.randn(dim, 4 * dim, generator=generator)
+            outer = torch.randn(4 * dim, dim, generator=generator)
+
+            def warped(rows: Tensor) -> Tensor:
+                return torch.tanh(rows @ inner) @ outer
+
+        parts = memory.rows.cpu().split(ALL_SCORES // dim)
+        self._warped = torch.cat([F.normalize(warped(part.float()), dim=-1).to(part.dtype) for part in parts])
+
+    @property
+    def oracle(self) -> Tensor:
+        self._warped = self._warped.to(self.memory.rows.device)
+        return self._warped
+
+
+class Recorded:
+    """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle.
+
+    `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a; `merged` the
+    queries that became one with an identical query before them.
+    """
+
+    oracle = None
+
+    def __init__(
+        self,
+        memory: VectorMemory,
+        splits: dict[str, QueryBatch],
+        duplicates: dict[str, int] | None = None,
+        merged: int = 0,
+    ) -> None:
+        self.memory = memory
+        self.splits = splits
+        self.duplicates = duplicates or {}
+        self.merged = merged
+
+
+Source = QuerySource | Recorded
+
+
+def _normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, dim, generator=generator, device=generator.device)

@@ -1,0 +1,72 @@
+"""Training, validation and test: how recorded queries are split, and which of them stand there several times."""
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nvf.data.queries import QueryBatch
+from nvf.errors import InputError
+from nvf.files.ids import padded
+from nvf.models.memory import alike, row_hashes
+from nvf.ops.random_streams import stream_seed
+
+SPLITS = ("train", "val", "test")
+SHARES = (0.8, 0.1, 0.1)
+
+
+def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = None) -> dict[str, QueryBatch]:
+    """Merge identical queries, shuffle them by seed, and deal them to the three splits.
+
+    Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
+    repeated query counts as of its first time, and the shuffle decides between equal times.
+
+    Raises:
+        InputError: too few distinct queries for three splits; names `path`, the file that holds them.
+    """
+    if times is not None:
+        by_time = np.argsort(times, kind="stable")
+        batch, times = QueryBatch(*(part[by_time] for part in batch)), times[by_time]
+    distinct, first = merge(batch)
+    shuffled = np.random.default_rng(stream_seed(seed, "split")).permutation(len(first))
+    order = shuffled if times is None else np.lexsort((shuffled, times[first]))
+    ends = np.ceil(np.cumsum(SHARES) * len(first) - 1e-9).astype(int)
+    splits = {
+        name: QueryBatch(*(part[order[start:end]] for part in distinct))
+        for name, start, end in zip(SPLITS, (0, *ends), ends, strict=False)
+    }
+    for name, split in splits.items():
+        if len(split.queries) == 0:
+            raise InputError(
+                f"{path}: {len(first)} distinct queries leave the {name} split empty; "
+                f"record at least 10, or give the splits as train_{path.name} and so on"
+            )
+    return splits
+
+
+def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
+    """For each pair "a/b" of splits that share queries, how many of b's are equal to one of a's in every bit.
+
+    Pairs come in the order train/val, train/test, val/test; those that share nothing are left out.
+    """
+    bits = {name: row_hashes(splits[name].queries) for name in SPLITS}
+    counts = {f"{a}/{b}": int(np.isin(bits[b], bits[a]).sum()) for a, b in combinations(SPLITS, 2)}
+    return {pair: count for pair, count in counts.items() if count}
+
+
+def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
+    """Each different query once, with the targets of all queries that equal it in every bit.
+
+    Returns:
+        The different queries in the order of their first lines, and the places of these, (n,).
+    """
+    query = alike(row_hashes(batch.queries))
+    first = np.unique(query, return_index=True)[1]
+    if len(first) == len(query):
+        return batch, first
+    place, column = np.nonzero(batch.targets.numpy() >= 0)
+    pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
+    merged = QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0]))))
+    return merged, first

@@ -1,0 +1,153 @@
+"""What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import hubness
+from nvf.models.pipeline import Pipeline
+from nvf.ops.cross_entropy import mean_of
+from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
+
+BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
+FACTOR_RANGE = (0.01, 100.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCORES = 2**26  # that a temperature is fitted to, 256 MB: 256 queries' up to 262,144 rows
+CLEAR = 2.0  # standard errors
+
+
+def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
+    """Set beta to the minimum of the loss over held-out queries, which orders no row anew.
+
+    Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
+    outside the candidates depends on both. The minimum, see `_best_factor`, is sought within BETA_RANGE. As many
+    queries are used as keep the scores few, at least FEWEST_QUERIES.
+    """
+    rows = len(attention.memory)
+    count = max(FEWEST_QUERIES, min(256, SCORES // rows), ALL_SCORES // rows)
+    queries, targets = queries[:count], targets[:count]
+    with torch.no_grad():
+        logits, beta = attention(queries), float(attention.beta)  # (B, N)
+        right = mean_of(logits.gather(-1, targets.clamp(min=0)), targets >= 0).unsqueeze(-1)
+        factor = _best_factor(logits, right, (BETA_RANGE[0] / beta, BETA_RANGE[1] / beta))
+        attention.log_beta.add_(math.log(factor))
+
+
+@torch.no_grad()
+def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
+    """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; returns the factor.
+
+    Temperature scaling (arXiv 1706.04599) of the share that each candidate gets; it changes no Top-1. Queries whose
+    target is no candidate say nothing of it.
+    """
+    pipeline.eval()
+    scores, labels = [], []
+    for queries, targets in score_blocks(batch, len(pipeline.memory)):
+        top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True)
+        scores.append(pipeline.rerank(queries, top))
+        labels.append(are_targets(top.rows, targets))
+    of_all, right = torch.cat(scores), torch.cat(labels)
+    if not right.any():
+        return 1.0
+    valid = right.any(dim=-1)
+    factor = _best_factor(of_all[valid], mean_of(of_all, right)[valid].unsqueeze(-1), FACTOR_RANGE)
+    pipeline.reranker.sharpen(factor)
+    return factor
+
+
+def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> float:
+    """The most probable factor f, by bisection on the sign of the slope of its loss in log f.
+
+    The loss is the sum over queries of logsumexp(f scores) - logsumexp(f right), plus (log f)^2 / 2: a normal prior of
+    deviation 1 on log f. Where all held-out queries are answered right, the sum alone is least at infinity; as a weak
+    prior does in logistic regression (doi 10.1214/08-AOAS191), this one leaves f at what so many queries support.
+
+    The slope is a difference of expected scores, which rounding swallows unless they are taken from the largest.
+
+    Args:
+        scores: (B, n).
+        right: (B, m), those of the right ones, padded with -inf.
+        within: the least and the largest f.
+    """
+    largest = scores.amax(dim=-1, keepdim=True)
+    scores, right = scores - largest, right - largest
+    low, high = (math.log(end) for end in within)
+    for _ in range(20):
+        middle = (low + high) / 2
+        factor = math.exp(middle)
+        slope = factor * (_expected(scores, factor) - _expected(right, factor)) + middle
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def _expected(scores: Tensor, factor: float) -> float:
+    """The sum over queries of the scores' expectation under softmax(factor scores), in float64."""
+    weighed = (factor * scores).softmax(dim=-1).mul_(scores)
+    return float(weighed.nan_to_num_(0.0).sum(dtype=torch.float64))  # 0 * -inf is what padding has
+
+
+@torch.no_grad()
+def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
+    """Which queries have a target at the head of their list, (B,) bool, in blocks."""
+    return torch.cat([target_ranks(scores, targets) == 1 for scores, targets in _lists(model, batch)])
+
+
+@torch.no_grad()
+def quality(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
+    """How well each query is answered, (B,): by what `criterion` names, nDCG@10, or as `answered` has it."""
+    if criterion(batch.targets) == "top1":
+        return answered(model, batch)
+    return torch.cat([ndcg_of(scores, targets) for scores, targets in _lists(model, batch)])
+
+
+def _lists(model: SoftAttention | Pipeline, batch: QueryBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores in the order of each query's list, (b, N), and its targets, block after block."""
+    model.eval()
+    for queries, targets in score_blocks(batch, len(model.memory)):
+        yield model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries), targets
+
+
+def clearly_above(quality: Tensor, reference: Tensor) -> bool:
+    """Whether a quality, (B,), exceeds that of a reference by CLEAR standard errors of the paired difference.
+
+    If the two are alike, each query's difference is as likely to have the other sign, and their sum has the variance
+    sum d^2: of Top-1, wins and losses together. Of several searches that are as good as the reference, one always looks
+    better on a few queries.
+    """
+    difference = quality.double() - reference.double()
+    return float(difference.sum()) > CLEAR * math.sqrt(float(difference.square().sum()))
+
+
+@torch.no_grad()
+def fit_hub_correction(
+    attention: SoftAttention,
+    bank: Tensor,
+    held_out: QueryBatch,
+    *,
+    shares: Sequence[float] = SHARES,
+    cautious: bool = False,
+) -> float:
+    """Set the bias to the share of the rows' hubness whose subtraction validates best; returns the share.
+
+    Args:
+        attention: a fitted stage 1; without a bias at a share of 0.
+        bank: the training queries, (n, D).
+        held_out: validation queries with their targets.
+        shares: to choose from, in the order that decides between equals.
+        cautious: take none but the first that is not clearly above it.
+    """
+    attention.bias = None
+    hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
+    found = []
+    for share in shares:
+        attention.bias = -share * hubs if share else None
+        found.append(quality(attention, held_out))
+    best = max(range(len(shares)), key=lambda place: float(found[place].double().sum()))  # the first of equals
+    if cautious and not clearly_above(found[best], found[0]):
+        best = 0
+    attention.bias = -shares[best] * hubs if shares[best] else None
+    return shares[best]

@@ -1,0 +1,1 @@
+"""Atomic writes and file formats; this folder knows only errors."""

@@ -1,0 +1,1 @@
+"""The retriever as plain torch; no Lightning and no Hydra."""

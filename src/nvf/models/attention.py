@@ -1,0 +1,209 @@
+"""Stage 1, peripheral vision: softmax attention of a transformed query over the whole memory."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvf.errors import InputError, check_number
+from nvf.models.memory import VectorMemory, check_k, unit
+from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy
+from nvf.ops.frozen_memo import Memo
+from nvf.ops.products import TopK, blockwise_topk, inner_products, weighted_sum
+
+TRANSFORMS = ("mlp", "residual", "linear", "identity")
+KEYS = ("frozen", "learned")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = 2048  # rows up to which the loss is faster from all logits at once: see docs/performance.md
+
+
+class QueryTransform(nn.Module):
+    """T(q), (B, D) -> (B, D).
+
+    `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, `identity` q. All but `mlp`
+    return q itself until they are trained: the last layer of the first two starts at zero.
+    """
+
+    def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        if kind not in TRANSFORMS:
+            raise InputError(f"attention.transform={kind} is unknown; choose one of {', '.join(TRANSFORMS)}")
+        if hidden is not None:
+            check_number("attention.hidden", hidden, minimum=1, whole=True, remedy="null is as wide as the vectors")
+        self.kind = kind
+        self.network: nn.Module | None = None
+        if kind in ("mlp", "residual"):
+            width = hidden or dim
+            self.network = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+        elif kind == "linear":
+            self.network = nn.Linear(dim, dim, bias=False)
+        if kind in ("residual", "linear"):
+            last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
+            for parameter in last.parameters():  # type: ignore[union-attr]
+                nn.init.zeros_(parameter)
+
+    @property
+    def starts_at_exact_search(self) -> bool:
+        """Whether the untrained transform leaves every query as it is."""
+        return self.kind != "mlp"
+
+    def forward(self, queries: Tensor) -> Tensor:
+        if self.network is None:
+            return queries
+        moved = self.network(queries)
+        return moved if self.kind == "mlp" else queries + moved
+
+
+class SoftAttention(nn.Module):
+    """Attention over memory: logits = beta (z K^T + b), (B, N), with z = normalize(T(q)); their softmax sums to one.
+
+    beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
+    `normalize`, z = T(q): its length is a confidence that each query has for itself, as in the original system.
+    Keys are the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the
+    values V stay frozen. The bias b, one number a row, corrects hubs; it is there if `biased`, zero until it is set.
+
+    Queries of other float types are taken in that of the weights; what is NaN in a query is NaN in all it touches.
+
+    Raises:
+        InputError: an unknown transform or kind of keys, a beta that is not positive and finite; and from every method
+            queries that are not floats, (..., D).
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        memory: VectorMemory,
+        *,
+        transform: str = "mlp",
+        hidden: int | None = None,
+        normalize: bool = True,
+        keys: str = "frozen",
+        biased: bool = False,
+        beta: float = 20.0,
+    ) -> None:
+        super().__init__()
+        check_number("attention.beta", beta, above=0, remedy="20 is a good start for unit vectors")
+        for name, flag in (("normalize", normalize), ("biased", biased)):
+            if not isinstance(flag, bool):
+                raise InputError(f"attention.{name}={flag} is neither true nor false; leave it out for the default")
+        if keys not in KEYS:
+            raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
+        self.memory = memory
+        self.normalize = normalize
+        self.transform = QueryTransform(transform, memory.dim, hidden)
+        self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
+        nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
+        self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
+        self.register_buffer("bias", nothing if biased else None)
+        hidden = None if hidden is None else int(hidden)
+        self._settings = {"transform": transform, "hidden": hidden, "normalize": normalize, "keys": keys}
+        self._keys = Memo()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make a stage 1 of this shape."""
+        return {**self._settings, "biased": self.bias is not None}
+
+    @property
+    def beta(self) -> Tensor:
+        """The inverse temperature, a positive scalar."""
+        return self.log_beta.exp()
+
+    def keys(self) -> Tensor:
+        """What transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last column."""
+        rows, delta, bias = self.memory.rows, self.delta, self.bias
+        if delta is None and bias is None:
+            return rows
+
+        def compute() -> Tensor:
+            keys = rows if delta is None else F.normalize(rows + delta, dim=-1)
+            return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(keys.dtype)], dim=-1)
+
+        return self._keys(compute, [tensor for tensor in (rows, delta, bias) if tensor is not None])
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """The keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
+        keys = self.memory.take(rows)
+        if self.delta is not None:
+            keys = F.normalize(keys + self.delta[rows], dim=-1)
+        return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
+
+    def moved(self, queries: Tensor) -> Tensor:
+        """z, (B, D)."""
+        moved = self.transform(checked(queries, self.memory.dim).to(self.log_beta.dtype))
+        return unit(moved, moved.dtype) if self.normalize else moved
+
+    def transformed(self, queries: Tensor) -> Tensor:
+        """What is compared with the keys: z, (B, D); with a bias [z, 1], (B, D + 1)."""
+        moved = self.moved(queries)
+        return moved if self.bias is None else F.pad(moved, (0, 1), value=1.0)
+
+    def project(self, queries: Tensor) -> Tensor:
+        """beta times that: its inner products with the keys are the logits."""
+        return self.beta * self.transformed(queries)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        return inner_products(self.project(queries), self.keys())  # (B, N)
+
+    def answer(self, queries: Tensor) -> Tensor:
+        """The soft answer softmax(logits) V, (B, D)."""
+        return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
+
+    def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
+        """`attention_loss` of the logits, to its first gradient; above WHOLE rows it never holds the (B, N) of them.
+
+        Raises:
+            InputError: targets that are no rows, see `check_targets`.
+        """
+        check_targets(targets, len(queries), len(self.memory))
+        if len(self.memory) <= WHOLE:
+            return attention_loss(self(queries), targets)
+        return cross_entropy(self.project(queries), self.keys(), targets)
+
+    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
+        """An estimate of that, see `sampled_cross_entropy`, from no more rows than are named."""
+        count = len(self.memory)
+        return sampled_cross_entropy(
+            self.project(queries), self.keys_of, targets, count=count, sample=sample, hard=hard
+        )
+
+    def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
+        """The k rows of highest attention and their logits, and if asked the log-sum-exp over all rows; in blocks.
+
+        Of equal rows the smallest come first, see `products.settle`.
+
+        Raises:
+            InputError: k is not in 1..N.
+        """
+        check_k(k, len(self.memory))
+        return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
+
+
+def checked(queries: Tensor, dim: int) -> Tensor:
+    """The queries, if they are floats, (..., D)."""
+    form = f"give floats, (..., {dim})"
+    if not isinstance(queries, Tensor):
+        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {form}")
+    if queries.shape[-1:] != (dim,):
+        raise InputError(f"queries have shape {tuple(queries.shape)}; {form}")
+    if queries.dtype not in FLOATS:
+        raise InputError(f"queries have type {queries.dtype}; {form}")
+    return queries
+
+
+def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log of the probability of a right row, mean over each query's right rows and over the batch.
+
+    That is the cross-entropy to the uniform distribution over the right rows: it is least where all have their share.
+
+    Args:
+        logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.
+        targets: (B, m) rows of the memory, padded with -1; with m = 1 this is cross-entropy.
+    """
+    if targets.shape[1] == 1:
+        return F.cross_entropy(logits, targets[:, 0])
+    right = mean_of(logits.gather(-1, targets.clamp(min=0)), targets >= 0)
+    return (logits.logsumexp(dim=-1) - right).mean()

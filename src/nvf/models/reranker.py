@@ -1,0 +1,197 @@
+"""Stage 2, foveal vision: a small network compares the query with each candidate, or weighs evidence about it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from nvf.errors import InputError, check_number
+from nvf.models.evidence import FEATURES
+from nvf.ops.frozen_memo import is_transformed
+
+RERANKERS = ("mlp", "residual")
+UNSEEN = 1e30  # the scale of a feature that is to be ignored; saved weights must be finite
+
+
+class Reranker(nn.Module):
+    """One score per candidate, (B, k), from the features [q, c, q - c, q * c].
+
+    `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
+    w_a logit + w_c beta cos(q, c) + mlp, with w_a = 1, w_c = 0 and the last layer zero at the start, so that it
+    starts at stage 1's order. The last layer has no bias: one constant for all candidates changes no softmax.
+
+    Raises:
+        InputError: an unknown kind, or a dropout outside [0, 1).
+    """
+
+    def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
+        super().__init__()
+        if kind not in RERANKERS:
+            raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
+        _check_network(hidden, dropout)
+        self.kind = kind
+        self.first = nn.Linear(4 * dim, hidden[0])
+        last = nn.Linear(hidden[1], 1, bias=False)
+        self.rest = nn.Sequential(
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            last,
+        )
+        self.settings = {"kind": kind, "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
+        if kind == "residual":
+            nn.init.zeros_(last.weight)
+            self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
+
+    @property
+    def starts_at_stage_one(self) -> bool:
+        """Whether the untrained reranker keeps the order of the logits."""
+        return self.kind == "residual"
+
+    def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
+        """Scores, (B, k).
+
+        Args:
+            queries: (B, D) unit rows.
+            candidates: (B, k, D) unit rows.
+            logits: (B, k), stage 1's.
+            beta: stage 1's inverse temperature, a scalar: it brings the cosine to the logits' scale.
+        """
+        queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
+        scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
+        if self.kind == "residual":
+            cosine = (queries.unsqueeze(1) * candidates).sum(dim=-1)
+            scores = scores + self.evidence[0] * logits + self.evidence[1] * beta * cosine
+        return scores
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Scale all scores: a softmax over them has its temperature divided by the factor."""
+        for weight in (*self.rest[-1].parameters(), *([self.evidence] if self.kind == "residual" else [])):
+            weight.mul_(factor)
+
+    def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
+
+        The same function as the layer over the concatenation, without ever building that (B, k, 4D) tensor.
+        """
+        w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
+        from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
+        parts = (from_query, queries, candidates, w_candidate - w_difference, w_product)
+        if is_transformed() or torch.is_autocast_enabled(queries.device.type):  # which see plain operations alone
+            return _first_layer(*parts)
+        found: Tensor = _FirstLayer.apply(*parts)
+        return found
+
+
+def _first_layer(start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor) -> Tensor:
+    """start + W c + P (q * c), (B, k, hidden)."""
+    products = F.linear(queries.unsqueeze(1) * candidates, of_products)
+    return start.unsqueeze(1) + F.linear(candidates, weight) + products
+
+
+class _FirstLayer(torch.autograd.Function):
+    """The same in one tensor, and backwards from q and c alone: their product is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(queries, candidates, weight, of_products)
+        found = F.linear(candidates, weight).add_(start.unsqueeze(1))  # (B, k, hidden)
+        products = (queries.unsqueeze(1) * candidates).flatten(0, 1)
+        found.view(-1, found.shape[-1]).addmm_(products, of_products.T)
+        return found
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        queries, candidates, weight, of_products = ctx.saved_tensors  # type: ignore[attr-defined]
+        _, *wanted = ctx.needs_input_grad  # type: ignore[attr-defined]
+        on_products = upstream @ of_products if wanted[0] or wanted[1] else None  # (B, k, D)
+        flat = upstream.flatten(0, 1)  # (B k, hidden)
+        return (
+            upstream.sum(dim=1),
+            (on_products * candidates).sum(dim=1) if wanted[0] else None,
+            upstream @ weight + on_products * queries.unsqueeze(1) if wanted[1] else None,
+            flat.T @ candidates.flatten(0, 1) if wanted[2] else None,
+            flat.T @ (queries.unsqueeze(1) * candidates).flatten(0, 1) if wanted[3] else None,
+        )
+
+
+class EvidenceReranker(nn.Module):
+    """Scores logit + w x + mlp(x), (B, k), with x the candidates' evidence, standardised over the training candidates.
+
+    w and the network's last layer are zero at the start, so that it starts at stage 1's order.
+
+    Raises:
+        InputError: two widths are not given, or a dropout outside [0, 1).
+    """
+
+    starts_at_stage_one = True
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, *, hidden: Sequence[int] = (64, 64), dropout: float = 0.1) -> None:
+        super().__init__()
+        _check_network(hidden, dropout)
+        last = nn.Linear(hidden[1], 1, bias=False)
+        self.network = nn.Sequential(
+            nn.Linear(features, hidden[0]),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            last,
+        )
+        nn.init.zeros_(last.weight)
+        self.weight = nn.Parameter(torch.zeros(features))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.settings = {"kind": "evidence", "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
+
+    def standardise(self, evidence: Tensor, ignored: Sequence[str] = ()) -> None:
+        """Take mean and deviation from the training candidates' evidence, (n, k, F); ignored features become zero."""
+        flat = evidence.flatten(0, 1)
+        deviation = flat.std(dim=0, correction=0)
+        self.mean.copy_(flat.mean(dim=0))
+        self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
+        self.scale[[FEATURES.index(name) for name in ignored]] = UNSEEN
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Scale all scores but for one constant a query, as `Reranker.sharpen` does."""
+        for weight in (*self.network[-1].parameters(), self.weight):
+            weight.mul_(factor)
+        logit = FEATURES.index("logit")  # stage 1's, again: there its coefficient is free
+        self.weight[logit] += (factor - 1) * self.scale[logit]
+
+    def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
+        """Scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""
+        standard = ((evidence - self.mean) / self.scale).to(self.weight.dtype)
+        return logits + standard @ self.weight + self.network(standard).squeeze(-1)
+
+
+def _check_network(hidden: Sequence[int], dropout: float) -> None:
+    check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
+    if not isinstance(hidden, list | tuple) or len(hidden) != 2:
+        raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
+    for width in hidden:
+        check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
+
+
+def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
+
+    As with `attention_loss`, the target shares its mass among the right candidates, so that all of them are wanted.
+
+    Args:
+        scores: (B, k).
+        labels: (B, k) bool, true where the candidate is a target; a sample is valid if any is.
+    """
+    valid = labels.any(dim=-1)
+    right = scores.masked_fill(~labels, 0).sum(dim=-1) / labels.sum(dim=-1).clamp(min=1)
+    losses = (scores.logsumexp(dim=-1) - right).where(valid, 0)
+    return losses.sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Arithmetic over N rows in blocks; this folder knows no model."""

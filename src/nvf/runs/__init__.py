@@ -1,0 +1,1 @@
+"""A run's folder: recorded, resumed, swept and compared. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Many runs put together into one table and one figure."""

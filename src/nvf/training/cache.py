@@ -1,0 +1,143 @@
+"""Fitted stages 1, kept by everything they depend on, so that the jobs of a sweep and later runs fit each but once."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+
+from nvf.data.queries import Recorded, Source, fingerprint
+from nvf.errors import InputError, one_line
+from nvf.files.atomic import written_whole
+from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
+from nvf.files.tensors import DAMAGE, fill, read_tensors
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.training.threads import arithmetic
+
+log = logging.getLogger("nvf")
+Settings = Mapping[str, Any]
+OFF = (None, False, "off")
+UNUSED = ("enable_progress_bar", "enable_model_summary")  # of the trainer's settings: nothing rests on them
+LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
+
+
+class Kept(NamedTuple):
+    """A fitted stage 1 and what its run knew of it."""
+
+    attention: SoftAttention  # calibrated, frozen
+    about: dict[str, Any]
+
+
+class Entry:
+    """The place of one stage 1 in the cache, ours alone while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, memory: VectorMemory, folder: Path) -> Kept | None:
+        """What is kept, its checkpoints and curves copied into a run's folder; None if there is nothing whole."""
+        if not self.path.exists():
+            return None
+        try:
+            about, weights = read_record(self.path / "about.json"), self.path / "attention.safetensors"
+            if not own_file(weights) or not is_whole(about) or sha256(weights) != about["sha256"]:
+                raise ValueError("it is not what was kept")
+            with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+                attention = SoftAttention(memory, **about["settings"])
+            fill(attention, read_tensors(weights))
+            for part in LEFT_BY_A_FIT:
+                if any(path.is_symlink() for path in (self.path / part, *(self.path / part).rglob("*"))):
+                    raise ValueError(f"there are links in {part}")
+                shutil.rmtree(folder / part, ignore_errors=True)  # what a fit that was stopped at once has left
+                if (self.path / part).is_dir():
+                    shutil.copytree(self.path / part, folder / part)
+        except DAMAGE as fault:
+            log.warning("%s is damaged (%s); stage 1 is fitted anew", self.path, one_line(fault))
+            return None
+        return Kept(attention.to(memory.rows.device).requires_grad_(False), about)
+
+    def write(self, kept: Kept, folder: Path) -> None:
+        """Keep a stage 1, with the checkpoints and the curves that its fit left in a run's folder."""
+        if not self.path.is_dir() or self.path.is_symlink():
+            self.path.unlink(missing_ok=True)  # whatever it is, it is no entry
+        with written_whole(self.path) as partial:
+            partial.mkdir()
+            weights = {name: tensor.cpu().contiguous() for name, tensor in kept.attention.state_dict().items()}
+            save_file(weights, partial / "attention.safetensors")
+            hashed = {"sha256": sha256(partial / "attention.safetensors")}
+            about = sealed({"settings": kept.attention.settings, **kept.about, **hashed})
+            (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+            for part in LEFT_BY_A_FIT:
+                if (folder / part).is_dir():
+                    shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns("last.ckpt"))
+
+
+@contextmanager
+def opened(config: Settings, source: Source) -> Iterator[Entry | None]:
+    """The entry of the stage 1 that a run needs, held until the block ends; None where nothing is cached.
+
+    Who needs the same one waits. The lock is the kernel's: it goes with the process that holds it, however that
+    ends.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    # The processes of one distributed run would wait for each other.
+    alone = config["trainer"].get("devices") in (1, "1") and config["trainer"].get("num_nodes", 1) == 1
+    if config.get("cache") in OFF or not alone:
+        yield None
+        return
+    key = stage_key(config, source)
+    root = Path(str(config["cache"]))
+    lock = FileLock(root / "locks" / key)
+    try:
+        (root / "locks").mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("stage 1: another job is fitting it; waiting for that")
+            lock.acquire(poll_interval=0.2)
+    except OSError as fault:
+        raise InputError(
+            f"cache={root} cannot be written ({one_line(fault)}); give another folder, or cache=off"
+        ) from None
+    try:
+        yield Entry(root / key)
+    finally:
+        lock.release()
+
+
+def stage_key(config: Settings, source: Source) -> str:
+    """The hash of everything that a fitted stage 1 depends on: 32 hexadecimal digits.
+
+    That is the memory's content, the queries (the user's own by content), stage 1's settings and seeds as the limits
+    leave them (see `nvf.training.limits.plan`), the trainer's, our code, and whatever else changes the bits.
+    """
+    rests_on = {
+        "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
+        "queries": config["queries"],
+        "recorded": [fingerprint(source.splits[split]) for split in ("train", "val")]
+        if isinstance(source, Recorded)
+        else None,
+        "attention": config["attention"],
+        "trainer": {name: value for name, value in config["trainer"].items() if name not in UNUSED},
+        "code": code_hash(),
+        "arithmetic": arithmetic(),
+    }
+    return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def code_hash() -> str:
+    """Of every module of ours: a development tree's version number stays as it is when its code changes."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""The processes of a run on several devices: how they start, agree and part."""
+
+import atexit
+import os
+import subprocess
+from contextlib import suppress
+from typing import TypeVar
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import distributed
+
+from nvf.errors import InputError
+from nvf.training.build import Settings, stages, variants
+
+T = TypeVar("T")
+SHARDED = "sharded"  # trainer.strategy for a memory that the devices share
+GRACE = 3  # seconds that the other processes have to end once the first one does
+REFUSED = ("spawn", "fork", "notebook")  # strategies whose processes begin in the middle of a run
+
+
+def start_processes(config: Settings) -> int:
+    """Start the other processes of a run whose trainer wants several; returns this one's rank.
+
+    Each runs the whole program and meets the others here; none outlives the first.
+
+    Raises:
+        InputError: devices that are not there, or what cannot be done on several.
+    """
+    trainer = config["trainer"]
+    if trainer.get("devices", "auto") in (1, "1") and trainer.get("num_nodes", 1) == 1:
+        return 0
+    _check_several(config)
+    try:
+        places = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer}
+        fabric = L.Fabric(**places, strategy="ddp")
+    except (MisconfigurationException, TypeError, ValueError) as fault:
+        raise refusal(fault) from None
+    if fabric.world_size == 1:
+        return 0
+    if config["threads"] is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config["threads"])  # or Lightning deals the cores out
+    fabric.launch()
+    atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # a cluster looks after its own
+    return fabric.global_rank
+
+
+def part_processes() -> None:
+    """Leave the others, once nothing is left to be done together."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    """Kill those that have not ended by themselves: they wait for a step that never comes."""
+    ending = [*children]
+    children.clear()  # Lightning watches them, and would kill this process for their end
+    for child in ending:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=GRACE)
+        child.kill()
+
+
+def agreed(value: T) -> T:
+    """The first process's value, on every one: what rests on a clock, for instance, differs between them."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all of them."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def largest(device: torch.device, *values: int) -> tuple[int, ...]:
+    """Each value's largest over the processes, for where all must do the same."""
+    if not distributed.is_initialized():
+        return values
+    found = torch.tensor(values, device=device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return tuple(found.tolist())
+
+
+def _check_several(config: Settings) -> None:
+    strategy = str(config["trainer"].get("strategy", "auto"))
+    if any(word in strategy for word in REFUSED):
+        raise InputError(f"trainer.strategy={strategy} is not supported; choose ddp")
+    if strategy == SHARDED and stages(config) != ["attention"]:
+        raise InputError(
+            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
+            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.ckpt"
+        )
+    if strategy == SHARDED and any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
+        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
+    if strategy == SHARDED and (sample := config["attention"]["sample"]) is not None:
+        raise InputError(
+            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
+        )
+
+
+def refusal(fault: Exception) -> InputError:
+    """What to tell the user whose settings Lightning refuses."""
+    return InputError(f"trainer: {fault}; correct trainer=, or trainer.<argument>= of lightning.Trainer")

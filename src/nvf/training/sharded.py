@@ -1,0 +1,214 @@
+"""A memory whose rows are shared out over devices, and stage 1 over it; all ranks see the same queries.
+
+The rows are a DTensor, Shard(0), so the logits of a batch are one too, Shard(1): no device ever holds N of anything.
+Losses, gradients, ranks and the k best rows are what one device with all rows would compute, the same on every rank.
+"""
+
+import math
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils.data import DataLoader
+
+from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import QueryBatch
+from nvf.errors import InputError
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory, check_k, unit
+from nvf.ops.cross_entropy import mean_of
+from nvf.ops.products import TopK, blockwise_topk, inner_products
+from nvf.ops.ranks import DEEPEST, are_targets, ndcg
+from nvf.training.modules import AttentionModule, Measured
+
+
+def own_rows(total: int, mesh: DeviceMesh) -> slice:
+    """Which of the memory's rows this rank holds: ceil(N / ranks) of them in turn, the last rank what is left.
+
+    Raises:
+        InputError: that would leave a rank without rows.
+    """
+    ranks = mesh.size()
+    share = -(-total // ranks)
+    if share * (ranks - 1) >= total:
+        raise InputError(f"{ranks} devices would share {total} rows, {share} each, and one has none; lower devices")
+    start = share * mesh.get_local_rank()
+    return slice(start, min(start + share, total))
+
+
+class ShardedMemory(VectorMemory):
+    """The memory, of whose rows this rank holds its own: `rows` is a DTensor, (N, D), Shard(0).
+
+    Args:
+        own: this rank's unit rows, those of `own_rows`.
+        total: N.
+        mesh: the ranks, in one dimension.
+        fingerprint: of the whole memory.
+
+    Raises:
+        InputError: a rank without rows.
+        ValueError: other rows than its own.
+    """
+
+    def __init__(self, own: Tensor, *, total: int, mesh: DeviceMesh, fingerprint: str) -> None:
+        nn.Module.__init__(self)
+        place = own_rows(total, mesh)
+        if len(own) != place.stop - place.start:
+            raise ValueError(f"rank {mesh.get_local_rank()} holds rows {place.start} to {place.stop}, not {len(own)}")
+        self.ids, self.place, self.first, self.fingerprint = None, None, None, fingerprint
+        shape = torch.Size((total, own.shape[1]))
+        rows = DTensor.from_local(own, mesh, [Shard(0)], shape=shape, stride=(own.shape[1], 1))
+        self.register_buffer("rows", rows, persistent=False)
+
+    @classmethod
+    def of(cls, memory: VectorMemory, mesh: DeviceMesh) -> "ShardedMemory":
+        """This rank's share of a memory that lies in the host's RAM, on this rank's device."""
+        own = memory.rows[own_rows(len(memory), mesh)]
+        return cls(own, total=len(memory), mesh=mesh, fingerprint=memory.fingerprint)
+
+    def search(self, queries: Tensor, k: int) -> TopK:
+        check_k(k, len(self))
+        assert isinstance(self.rows, DTensor)
+        return sharded_topk(unit(queries), self.rows, k)
+
+
+class ShardedAttention(SoftAttention):
+    """`SoftAttention` over a sharded memory, with frozen keys; its logits are a DTensor, (B, N), Shard(1)."""
+
+    memory: ShardedMemory
+
+    @classmethod
+    def of(cls, attention: SoftAttention, mesh: DeviceMesh) -> "ShardedAttention":
+        """The same stage 1, with weights of its own.
+
+        Raises:
+            InputError: learned keys, hub correction, or a rank without rows.
+        """
+        if attention.delta is not None or attention.bias is not None:
+            raise InputError("a sharded stage 1 has frozen keys and no bias; set attention.keys=frozen")
+        sharded = cls(ShardedMemory.of(attention.memory, mesh), **attention.settings)
+        sharded.load_state_dict(attention.state_dict())
+        return sharded
+
+    def keys(self) -> DTensor:
+        rows = self.memory.rows
+        assert isinstance(rows, DTensor)
+        return rows
+
+    def forward(self, queries: Tensor) -> Tensor:
+        keys = self.keys()
+        mesh, shape = keys.device_mesh, torch.Size((len(queries), len(keys)))
+        moved = DTensor.from_local(self.project(queries), mesh, [Replicate()])
+        # Of the queries' gradient each rank has its rows' part; the sum of them is what flows on.
+        own = inner_products(moved.to_local(grad_placements=[Partial("sum")]), keys.to_local())
+        return DTensor.from_local(own, mesh, [Shard(1)], shape=shape, stride=(len(keys), 1))
+
+    def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
+        logits = self(queries)
+        assert isinstance(logits, DTensor)
+        return sharded_loss(logits, targets)
+
+    def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
+        check_k(k, len(self.memory))
+        return sharded_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
+
+
+@torch.no_grad()
+def sharded_topk(queries: Tensor, keys: DTensor, k: int, *, logsumexp: bool = False) -> TopK:
+    """`blockwise_topk` over sharded keys: each rank finds its own k best, and all of them the best of those."""
+    mesh, own = keys.device_mesh, keys.to_local()
+    found = blockwise_topk(queries, own, min(k, len(own)), logsumexp=logsumexp)
+    missing = k - found.scores.shape[1]  # of a rank with fewer rows than k
+    scores = _whole(F.pad(found.scores, (0, missing), value=-math.inf), mesh, Shard(1))  # (B, ranks k)
+    rows = _whole(F.pad(found.rows + own_rows(len(keys), mesh).start, (0, missing)), mesh, Shard(1))
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)  # of equal scores the smallest rows first
+    total = None if found.logsumexp is None else _total(found.logsumexp, mesh)
+    return TopK(scores[:, :k], rows.gather(-1, order[:, :k]), total)
+
+
+def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
+    """`attention_loss` of logits (B, N), Shard(1); the backward pass belongs into `loss_parallel()`."""
+    if targets.shape[1] == 1:
+        with loss_parallel():
+            loss = F.cross_entropy(logits, targets[:, 0])
+        assert isinstance(loss, DTensor)
+        return loss.to_local()
+    mesh = logits.device_mesh
+    right = _whole(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
+    return (_total(logits.to_local().logsumexp(dim=-1), mesh) - mean_of(right, targets >= 0)).mean()
+
+
+@torch.no_grad()
+def sharded_ranks(logits: DTensor, targets: Tensor) -> Tensor:
+    """`target_ranks` of logits (B, N), Shard(1)."""
+    mesh, own, padding = logits.device_mesh, logits.to_local(), targets < 0
+    right = _whole(_own_scores(logits, targets, elsewhere=-math.inf), mesh, Partial("max"))  # (B, m)
+    best = right.amax(dim=-1, keepdim=True)
+    first = targets.masked_fill(padding | (right < best), logits.shape[1]).amin(dim=-1, keepdim=True)
+    place = own_rows(logits.shape[1], mesh)
+    order = torch.arange(place.start, place.stop, device=own.device)
+    above = ~(own <= best) | ((own == best) & (order < first))
+    return 1 + _whole(above.sum(dim=-1), mesh, Partial("sum"))
+
+
+def _own_scores(logits: DTensor, targets: Tensor, *, elsewhere: float) -> Tensor:
+    """The targets' logits where this rank holds them, (B, m)."""
+    own, place = logits.to_local(), own_rows(logits.shape[1], logits.device_mesh)
+    mine = (targets >= place.start) & (targets < place.stop)
+    return own.gather(-1, (targets - place.start).clamp(0, own.shape[1] - 1)).masked_fill(~mine, elsewhere)
+
+
+def _total(logsumexp: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The log-sum-exp over all rows from each rank's own, (B,)."""
+    return _whole(logsumexp.unsqueeze(0), mesh, Shard(0)).logsumexp(dim=0)
+
+
+def _whole(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    """What the ranks' parts make together, on every rank; differentiable."""
+    return DTensor.from_local(part, mesh, [placement]).full_tensor()
+
+
+class ShardedAttentionModule(AttentionModule):
+    """Fits stage 1 as `AttentionModule` does, under Lightning's `ModelParallelStrategy`, over a memory that it shards.
+
+    The stage 1 that it is given keeps its weights; the fitted ones are in `model` and in the checkpoints.
+    """
+
+    def configure_model(self) -> None:
+        """Lightning calls it once the processes know of each other, before anything moves to a device."""
+        if not isinstance(self.model, ShardedAttention):
+            assert self.device_mesh is not None
+            mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))  # over all nodes
+            self.model = ShardedAttention.of(self.model, mesh)
+
+    def measure(self, batch: QueryBatch) -> Measured:
+        logits = self.model(batch.queries)
+
+        def found(count: int | None) -> tuple[Tensor, ...]:
+            ranks = sharded_ranks(logits, batch.targets)[:count]
+            first = self.model.candidates(batch.queries[:count], min(DEEPEST, len(self.model.memory))).rows
+            return ranks, ranks <= self.k, ndcg(are_targets(first, batch.targets[:count]), batch.targets[:count])
+
+        return sharded_loss(logits, batch.targets), found
+
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
+        with loss_parallel():
+            super().backward(loss, *args, **kwargs)
+
+
+class SameBatches(L.LightningDataModule):
+    """The batches of one process on every rank, made where the memory lies."""
+
+    def __init__(self, data: VectorDataModule) -> None:
+        super().__init__()
+        self.data = data  # never learns of the trainer
+
+    def train_dataloader(self) -> DataLoader:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader:
+        return self.data.val_dataloader()

@@ -1,0 +1,86 @@
+"""Ranks and counts against sorting and loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvf.evaluation.metrics import MeanAndError, RankCounts
+from nvf.ops.ranks import DEEPEST, MISS, are_targets, candidate_ranks, ndcg, recall, target_ranks
+
+
+@given(
+    scores=st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=8),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_target_ranks_equal_a_stable_sort(scores: list[list[int]], data: st.DataObject) -> None:
+    pairs = st.lists(st.integers(0, 5), min_size=2, max_size=2)
+    targets = data.draw(st.lists(pairs, min_size=len(scores), max_size=len(scores)))
+    expected = []
+    for row, right in zip(scores, targets, strict=True):
+        order = sorted(range(6), key=lambda i: -row[i])  # stable: equal scores by row
+        expected.append(1 + min(order.index(t) for t in right))
+    assert target_ranks(torch.tensor(scores).float(), torch.tensor(targets)).tolist() == expected
+
+
+def test_padding_is_no_target() -> None:
+    scores = torch.tensor([[9.0, 1.0, 5.0]])
+    assert target_ranks(scores, torch.tensor([[2, -1]])).tolist() == [2]
+
+
+def test_equal_or_nan_scores_flatter_nobody() -> None:
+    targets = torch.tensor([[3], [3]])
+    assert target_ranks(torch.stack([torch.zeros(5), torch.full((5,), torch.nan)]), targets).tolist() == [4, 6]
+
+
+def test_candidate_ranks_know_misses() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    labels = torch.tensor([[True, False, False], [False, False, False], [True, False, True]])
+    assert candidate_ranks(scores, labels).tolist() == [3, MISS, 2]
+
+
+def test_counts_add_up_over_batches_and_processes() -> None:
+    ranks = torch.tensor([1, 1, 2, 5, 10, 11, 500, MISS])
+    whole, parts = RankCounts(), [RankCounts(), RankCounts()]
+    whole.update(ranks)
+    for part, share in zip(parts, ranks.split(5), strict=True):
+        part.update(share)
+    assert torch.equal(whole.compute(), sum(part.compute() for part in parts))
+    assert whole.compute().tolist() == [2, 1, 0, 0, 1, 0, 0, 0, 0, 1, 3]
+    assert whole.share(5) == pytest.approx(4 / 8)
+    assert whole.compute().shape == (DEEPEST + 1,)
+
+
+def test_recall_and_ndcg_equal_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for depth in (1, 4, 10):
+        order = torch.stack([torch.randperm(12, generator=generator) for _ in range(50)])
+        targets = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(50)])
+        targets[:, 1:] = targets[:, 1:].where(torch.rand(50, 4, generator=generator) < 0.5, -1)
+        found = are_targets(order[:, :depth], targets)
+        for i in range(50):
+            right = {t for t in targets[i].tolist() if t >= 0}
+            hits = [row in right for row in order[i, :depth].tolist()]
+            assert float(recall(found, targets)[i]) == pytest.approx(sum(hits) / len(right))
+            gain = sum(hit / math.log2(place + 2) for place, hit in enumerate(hits))
+            ideal = sum(1 / math.log2(place + 2) for place in range(min(depth, len(right))))
+            assert float(ndcg(found, targets)[i]) == pytest.approx(gain / ideal)
+
+
+@pytest.mark.parametrize("answers", range(1, 13))
+def test_a_perfect_order_has_an_ndcg_of_one(answers: int) -> None:
+    found = torch.arange(10).expand(7, 10) < answers
+    assert ndcg(found, torch.arange(answers).expand(7, answers)).tolist() == [1.0] * 7
+
+
+def test_mean_and_error_add_up_over_batches() -> None:
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    metric = MeanAndError()
+    for part in values.split(30):
+        metric.update(part)
+    mean, error = metric.compute()
+    assert float(mean) == pytest.approx(float(values.mean()))
+    assert float(error) == pytest.approx(float(values.std(correction=0)) / 10)

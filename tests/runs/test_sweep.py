@@ -1,0 +1,185 @@
+"""Sweeps as people run them: side by side, stage 1 once, killed, resumed, and true to their exit status."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from conftest import SMALL, SMALL_STEPS, command, compose_config, without_time
+from nvf import InputError
+from nvf.runs import sweep as sweeps
+
+STEPS = [word for word in SMALL_STEPS if not word.startswith("reranker.epochs")]
+WORDS = [*SMALL, *STEPS, "dashboards=none"]
+FOUR = ["-m", *WORDS, "reranker.epochs=40", "reranker.lr=1e-3,3e-3", "reranker.seed=0,1", "hydra/launcher=parallel"]
+
+
+def jobs(cwd: Path) -> dict[str, dict[str, Any]]:
+    """The results of the one sweep under a folder, by job."""
+    found = sorted(cwd.glob("outputs/multirun/*/*/*/results.json"))
+    assert len({path.parents[1] for path in found}) == 1
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = command(*FOUR, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "done already" not in done.stdout
+    return cwd
+
+
+def test_jobs_side_by_side_share_one_stage_1_and_end_on_a_table(undisturbed: Path) -> None:
+    results = jobs(undisturbed)
+    assert list(results) == ["0", "1", "2", "3"]
+    assert sum(result["attention_fitted_by"] is None for result in results.values()) == 1
+    assert len(list(undisturbed.glob("outputs/cache/*/about.json"))) == 1
+    assert {result["config"]["threads"] for result in results.values()} == {1}
+    (sweep,) = undisturbed.glob("outputs/multirun/*/*")
+    names = {path.name for path in sweep.iterdir() if path.name.startswith("comparison")}
+    assert names == {f"comparison.{end}" for end in ("md", "csv", "json", "png", "svg")}
+
+
+def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:
+    before = jobs(undisturbed)
+    (sweep,) = undisturbed.glob("outputs/multirun/*/*")
+    (sweep / "1/results.json").unlink()
+    half = (sweep / "2/results.json").read_text()[:-100]
+    (sweep / "2/results.json").write_text(half)
+    other = json.loads((sweep / "3/results.json").read_text())
+    other["config"]["reranker"]["lr"] = 0.5
+    (sweep / "3/results.json").write_text(json.dumps(other))
+    done = command("resume=true", *FOUR[1:], "-m", cwd=undisturbed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done already") == 1
+    after = jobs(undisturbed)
+    assert {job: without_time(result) for job, result in after.items()} == {
+        job: without_time(result) for job, result in before.items()
+    }
+    assert after["0"]["seconds"] == before["0"]["seconds"]
+    assert json.loads((sweep / "3/results.before.json").read_text())["config"]["reranker"]["lr"] == 0.5
+    for job in "0123":
+        points = [
+            (value.tag, event.step)
+            for path in (sweep / job / "reranker").glob("events.out.tfevents.*")
+            for event in EventFileLoader(str(path)).Load()
+            for value in event.summary.value
+            if value.tag.startswith("train/")
+        ]
+        assert len(points) == len(set(points)) > 0  # those of two tries do not mix
+
+
+def workers(parent: int) -> list[int]:
+    """The processes that run jobs."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True, check=False
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "popen_loky" in line]
+
+
+@pytest.mark.parametrize("attempt", range(int(os.environ.get("NVF_KILLS", "1"))))
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_fails_the_sweep_and_resume_completes_it(
+    undisturbed: Path, tmp_path: Path, how: signal.Signals, attempt: int
+) -> None:
+    rng = random.Random(f"{attempt} {how}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nvf.train", *FOUR], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/multirun/*/*/*/train.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0.0, 15.0))
+    if (running := workers(process.pid)) and process.poll() is None:
+        os.kill(rng.choice(running), how)
+    process.communicate(timeout=120)
+    unfinished = len(list(tmp_path.glob("outputs/multirun/*/*/*/results.json"))) < 4
+    assert process.returncode != 0 if unfinished else process.returncode in (0, 1)
+    done = command(*FOUR, "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected, found = jobs(undisturbed), jobs(tmp_path)
+    assert {job: without_time(result) for job, result in found.items()} == {
+        job: without_time(result) for job, result in expected.items()
+    }
+
+
+def test_a_failing_job_leaves_its_reason_and_the_others_run(tmp_path: Path) -> None:
+    done = command("-m", *WORDS, "reranker.epochs=1", "k=5,0,3", "hydra/launcher=parallel", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 of 3 jobs that began have no results (1)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(jobs(tmp_path)) == ["0", "2"]
+    (log,) = tmp_path.glob("outputs/multirun/*/*/1/train.log")
+    assert "k=0 is not a whole number of at least 1" in log.read_text()
+
+
+def test_the_local_executor_of_submitit_runs_a_sweep(tmp_path: Path) -> None:
+    done = command("-m", *WORDS, "reranker.epochs=1", "seed=0,1", "hydra/launcher=local", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(jobs(tmp_path)) == ["0", "1"]
+
+
+def test_optuna_searches_for_the_best_on_validation(tmp_path: Path) -> None:
+    done = command("experiment=search", "hydra.sweeper.n_trials=2", *WORDS, "reranker.epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [result["val"]["pipeline"]["top1"]["value"] for result in jobs(tmp_path).values()]
+    assert len(found) == 2
+    assert f"Best value: {max(found)}" in done.stdout
+
+
+def test_the_slurm_launcher_is_composed(tmp_path: Path) -> None:
+    done = command("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "--cfg", "hydra", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher" in done.stdout
+    assert "partition: gpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("launcher", "share"),
+    [
+        ({"_target_": "x.BasicLauncher"}, None),
+        ({"_target_": "x.JoblibLauncher", "n_jobs": 3}, 2),
+        ({"_target_": "x.JoblibLauncher", "n_jobs": -1}, 1),
+        ({"_target_": "x.JoblibLauncher", "n_jobs": 20}, 1),
+        ({"_target_": "x.LocalLauncher", "cpus_per_task": None}, 1),
+        ({"_target_": "x.LocalLauncher", "cpus_per_task": 2}, 2),
+        ({"_target_": "x.SlurmLauncher", "cpus_per_task": 4}, None),
+    ],
+)
+def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch, launcher: dict[str, Any], share: int | None) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert sweeps.threads(launcher) == share
+
+
+@pytest.mark.parametrize("words", [["trainer.devices=2"], ["+trainer.strategy=ddp"], ["+trainer.num_nodes=2"]])
+def test_local_ddp_in_a_sweep_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"trainer\.devices=\d in a sweep: .*; give trainer\.devices=1 and"):
+        sweeps.refuse_local_ddp(compose_config(*words))
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # the cluster starts the processes
+    sweeps.refuse_local_ddp(compose_config(*words))
+
+
+def test_the_newest_sweep_of_the_same_words_is_known_again(tmp_path: Path) -> None:
+    for date, asked in (("1/1", ["a=1", "b=2"]), ("1/2", ["a=1", "b=2"]), ("1/3", ["b=2", "a=1"]), ("1/5", ["a=1"])):
+        (tmp_path / date).mkdir(parents=True)
+        (tmp_path / date / "sweep.json").write_text(json.dumps({"overrides": sweeps.identity(asked)}))
+    (tmp_path / "1/4").mkdir()
+    (tmp_path / "1/4/sweep.json").write_text('{"overr')
+    found = sweeps.earlier(["-m", "resume=true", "a=1", "hydra/launcher=parallel", "b=2", "cache=off"], tmp_path)
+    assert found == tmp_path / "1/2"
+    assert sweeps.earlier(["a=2", "resume=true"], tmp_path) is None
+
+
+def test_resume_belongs_to_sweeps(tmp_path: Path) -> None:
+    done = command(*WORDS, "resume=true", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: resume=True goes on with a sweep; add -m")

@@ -1,0 +1,179 @@
+"""Stage 1 is fitted once: the same settings find it again, others do not, and no way of dying leaves a trap."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SMALL, SMALL_STEPS, compose_config, without_time, write_folder
+from nvf import InputError, Pipeline
+from nvf.files.records import write_record
+from nvf.training import cache
+from nvf.training import select as selection
+from nvf.training.build import build_source
+
+Run = Callable[..., dict[str, Any]]
+
+
+def key(*overrides: str) -> str:
+    config = compose_config(*SMALL, *overrides)
+    return cache.stage_key(config, build_source(config))
+
+
+def test_a_reused_stage_1_gives_the_same_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = f"cache={tmp_path / 'cache'}"
+    alone = run(*SMALL, *SMALL_STEPS, "reranker.lr=1e-2", "cache=off", folder=tmp_path / "alone")
+    first = run(*SMALL, *SMALL_STEPS, kept, folder=tmp_path / "first")
+    monkeypatch.setattr(selection, "_fit_variants", None)  # it would be called
+    second = run(*SMALL, *SMALL_STEPS, kept, "reranker.lr=1e-2", folder=tmp_path / "second")
+    assert alone["attention_fitted_by"] is first["attention_fitted_by"] is None
+    assert second["attention_fitted_by"]["folder"] == str(tmp_path / "first")
+    assert without_time(second) == without_time(alone)
+    ours, theirs = (Pipeline.load(tmp_path / name / "pipeline").state_dict() for name in ("alone", "second"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert (tmp_path / "second/checkpoints/attention/best.ckpt").is_file()
+    assert list((tmp_path / "second/attention").glob("events.out.tfevents.*"))  # its curves are there too
+
+
+def test_the_chosen_variant_is_reused_with_its_hubs_and_folds(run: Run, tmp_path: Path, folder: Path) -> None:
+    words = ["data=embeddings", f"data.dir={folder}", "attention.epochs=2", "reranker.epochs=1", "reranker.folds=2"]
+    first, second = (run(*words, f"cache={tmp_path / 'cache'}", folder=tmp_path / name) for name in ("first", "second"))
+    assert second["attention_fitted_by"] is not None
+    assert without_time(first) == without_time(second)
+
+
+def test_the_key_is_of_all_that_stage_1_depends_on_and_of_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = key()
+    same = ["reranker.lr=1e-2", "reranker.seed=3", "reranker=mlp", "k=3", "threads=1", "cache=elsewhere", "stage=joint"]
+    same += ["save_every=1"]
+    assert {key(word) for word in same} == {base}
+    others = [
+        "attention.lr=2e-2",
+        "attention.seed=1",
+        "data.seed=1",
+        "queries.seed=1",
+        "queries=noisy",
+        "attention=linear",
+    ]
+    others += ["trainer.precision=bf16-mixed", "data.rows=41", "attention.epochs=3", "data.dtype=float16"]
+    assert len({base, *(key(word) for word in others)}) == len(others) + 1
+    monkeypatch.setattr(cache, "code_hash", lambda: "of other code")
+    assert key() != base
+
+
+def test_the_key_is_of_the_users_queries_not_of_their_folder(tmp_path: Path) -> None:
+    for name in ("one", "copy", "other"):
+        write_folder(tmp_path / name)
+    queries = np.load(tmp_path / "other/queries.npy")
+    np.save(tmp_path / "other/queries.npy", queries * np.linspace(1, 2, queries.shape[1]))
+    keys = []
+    for name in ("one", "copy", "other"):
+        config = compose_config("data=embeddings", f"data.dir={tmp_path / name}")
+        keys.append(cache.stage_key(config, build_source(config)))
+    one, copy, other = keys
+    assert one == copy != other
+
+
+def test_a_reused_stage_1_leaves_the_folds_that_are_asked_for(tmp_path: Path, folder: Path) -> None:
+    words = ["data=embeddings", f"data.dir={folder}", "attention.epochs=1"]
+    words += [f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false"]
+    for folds in (3, 2):
+        config = compose_config(*words, f"reranker.folds={folds}")
+        chosen = selection.fit_attention(config, build_source(config), tmp_path / str(folds))
+        assert chosen.config["reranker"]["folds"] == folds
+    assert chosen.fitted_by is not None
+
+
+def test_a_deterministic_run_does_not_reuse_what_two_threads_fitted(run: Run, tmp_path: Path) -> None:
+    words = [*SMALL, *SMALL_STEPS, "stage=attention", f"cache={tmp_path / 'cache'}"]
+    try:
+        for number, own in enumerate(["threads=2", "deterministic=true", "threads=1", "deterministic=true"]):
+            results = run(*words, own, folder=tmp_path / str(number))
+            assert (results["attention_fitted_by"] is None) == (number < 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+
+
+def test_how_often_a_fit_is_saved_changes_no_bits(run: Run, tmp_path: Path) -> None:
+    often, never = (run(*SMALL, *SMALL_STEPS, f"save_every={n}", folder=tmp_path / str(n)) for n in (1, 1000))
+    assert without_time(often) == without_time(never)
+    weights = [(tmp_path / n / "pipeline/weights.safetensors").read_bytes() for n in ("1", "1000")]
+    assert weights[0] == weights[1]
+
+
+def test_what_a_clock_has_cut_is_reused_where_it_cuts_the_same(tmp_path: Path, folder: Path) -> None:
+    words = ["data=embeddings", f"data.dir={folder}", "attention=linear", "reranker.folds=null", "data.budget_s=10"]
+    config = compose_config(*words, f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false")
+    reused = []
+    for name, seconds in {"slow": 5.0, "fast": 2.5, "as slow": 4.0}.items():
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name / "decisions.json", {"seconds an epoch of attention takes": seconds})
+        chosen = selection.fit_attention(config, build_source(config), tmp_path / name)
+        assert chosen.cut is not None
+        assert chosen.cut["kept"]["epochs"] == int(0.65 * 10 / seconds)
+        reused.append(chosen.fitted_by and Path(chosen.fitted_by["folder"]).name)
+    assert reused == [None, None, "slow"]
+    again = selection.fit_attention(config, build_source(config), tmp_path / "slow")  # a run that goes on: its own fit
+    assert again.fitted_by is None
+
+
+def test_a_damaged_entry_is_fitted_anew(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = [*SMALL, *SMALL_STEPS, f"cache={tmp_path / 'cache'}"]
+    run(*words, folder=tmp_path / "first")
+    (weights,) = (tmp_path / "cache").glob("*/attention.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert run(*words, folder=tmp_path / "second")["attention_fitted_by"] is None
+    assert "is damaged" in caplog.text
+    assert run(*words, folder=tmp_path / "third")["attention_fitted_by"] is not None
+
+
+def test_a_cache_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache=.*/file cannot be written .*; give another folder, or cache=off"):
+        run(*SMALL, *SMALL_STEPS, f"cache={tmp_path / 'file'}")
+
+
+def hold(root: str, until: Any) -> None:
+    """Hold the entry of a stage 1, as a job does that fits it."""
+    config = compose_config(*SMALL, f"cache={root}")
+    with cache.opened(config, build_source(config)) as entry:
+        assert entry is not None
+        partial = entry.path.with_name(f".{entry.path.name}.partial")
+        partial.mkdir()  # as in the middle of writing
+        until.set()
+        time.sleep(60)
+
+
+def test_a_killed_job_leaves_neither_lock_nor_half_an_entry(run: Run, tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    held = spawn.Event()
+    process = spawn.Process(target=hold, args=(str(tmp_path / "cache"), held))
+    process.start()
+    assert held.wait(120)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    config = compose_config(*SMALL, f"cache={tmp_path / 'cache'}")
+    source = build_source(config)
+    started = time.monotonic()
+    with cache.opened(config, source) as entry:
+        assert entry is not None
+        assert entry.read(source.memory, tmp_path) is None
+        chosen = selection._fit_variants(
+            compose_config(*SMALL, *SMALL_STEPS), source, tmp_path, selection.fixed_queries(config, source, "val")
+        )
+        entry.write(cache.Kept(chosen.attention, {}), tmp_path)
+        kept = entry.read(source.memory, tmp_path / "copy")
+    assert time.monotonic() - started < 60
+    assert kept is not None
+    assert not list((tmp_path / "cache").glob(".*"))

@@ -1,0 +1,321 @@
+"""Two processes next to one: DDP, the whole command, and a memory that the ranks share. Real gloo, on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.parallel import DistributedDataParallel
+
+from conftest import SMALL, SMALL_STEPS, command, compose_config
+from nvf import InputError, Pipeline
+from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import Nearest
+from nvf.models.attention import SoftAttention, attention_loss
+from nvf.models.memory import VectorMemory
+from nvf.ops.ranks import target_ranks
+from nvf.training.build import attention_stage, build_source, reranker_stage
+from nvf.training.devices import part_processes, start_processes
+from nvf.training.fit import fit
+from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, sharded_loss, sharded_ranks
+
+RANKS = 2
+TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+
+
+def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """What `work(rank, folder)` returns in each of two processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (work, folder, port), nprocs=RANKS)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def _process(rank: int, work: Callable[[int, Path], Any], folder: Path, port: int) -> None:
+    about = {"LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in about.items()})
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
+    torch.save(work(rank, folder), folder / f"rank{rank}.pt")
+    part_processes()
+
+
+# --- a memory that the ranks share ---
+
+CASES = ("one", "several", "ties", "half")
+ROWS, K = 11, 8  # not divisible by the ranks; more candidates than a rank has rows
+
+
+def stage_one(case: str) -> tuple[SoftAttention, Tensor, Tensor]:
+    """Stage 1 with nothing at zero, queries and targets; the rows of `ties` are equal to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS, 6, generator=generator)
+    if case == "ties":
+        rows = torch.eye(6)[torch.arange(ROWS) % 4]  # their products with a query are its coordinates
+    torch.manual_seed(0)
+    memory = VectorMemory(rows, dtype="bfloat16" if case == "half" else "float32")
+    attention = SoftAttention(memory, transform="mlp", beta=5.0)
+    queries = torch.randn(9, 6, generator=generator, requires_grad=True)
+    targets = torch.randint(ROWS, (9, 1), generator=generator)
+    if case == "several":
+        targets = torch.rand(9, ROWS, generator=generator).argsort(dim=-1)[:, :3]
+        targets[1::2, 1:] = -1
+        targets[2::4, 2] = -1
+    return attention, queries, targets
+
+
+def gradients(attention: SoftAttention, queries: Tensor) -> dict[str, Tensor]:
+    return {"query": queries.grad, **{name: weight.grad for name, weight in attention.named_parameters()}}
+
+
+def of_shards(rank: int, folder: Path) -> dict[str, Any]:
+    mesh, found = init_device_mesh("cpu", (RANKS,)), {}
+    for case in CASES:
+        attention, queries, targets = stage_one(case)
+        sharded = ShardedAttention.of(attention, mesh)
+        logits = sharded(queries)
+        loss = sharded_loss(logits, targets)
+        with loss_parallel():
+            loss.backward()
+        found[case] = {
+            "held": logits.to_local().shape[1],
+            "loss": loss.detach(),
+            "gradients": gradients(sharded, queries),
+            "ranks": sharded_ranks(logits, targets),
+            "top": sharded.candidates(queries.detach(), K, logsumexp=True),
+            "exact": ShardedMemory.of(attention.memory, mesh).search(queries.detach(), K),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return in_processes(of_shards, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_memory_gives_the_loss_gradients_and_ranks_of_a_whole_one(
+    shards: list[dict[str, Any]], case: str
+) -> None:
+    attention, queries, targets = stage_one(case)
+    logits = attention(queries)
+    loss = attention_loss(logits, targets)
+    loss.backward()
+    assert [found[case]["held"] for found in shards] == [6, 5]
+    for found in (found[case] for found in shards):
+        torch.testing.assert_close(found["loss"], loss.detach())
+        torch.testing.assert_close(found["gradients"], gradients(attention, queries))
+        assert torch.equal(found["ranks"], target_ranks(logits, targets))
+    for name, gradient in shards[0][case]["gradients"].items():
+        assert gradient.abs().sum() > 0
+        assert torch.equal(gradient, shards[1][case]["gradients"][name])
+
+
+@pytest.mark.parametrize("case", ["one", "ties", "half"])
+def test_a_sharded_memory_finds_what_a_whole_one_finds(shards: list[dict[str, Any]], case: str) -> None:
+    attention, queries, _ = stage_one(case)
+    with torch.no_grad():
+        whole = {
+            "top": (attention(queries), attention.candidates(queries, K, logsumexp=True)),
+            "exact": (torch.nn.functional.normalize(queries, dim=-1) @ attention.memory.rows.float().T, None),
+        }
+    for name, (scores, expected) in whole.items():
+        first, second = (found[case][name] for found in shards)
+        assert torch.equal(first.rows, second.rows)
+        best = scores.sort(dim=-1, descending=True, stable=True)  # of equal scores the smallest rows first
+        assert torch.equal(first.rows, best.indices[:, :K])
+        torch.testing.assert_close(first.scores, best.values[:, :K])
+        if expected is not None:
+            torch.testing.assert_close(first.logsumexp, expected.logsumexp)
+            torch.testing.assert_close(second.logsumexp, expected.logsumexp)
+
+
+def test_rows_that_some_rank_would_lack_are_refused() -> None:
+    four = [SimpleNamespace(size=lambda: 4, get_local_rank=lambda rank=rank: rank) for rank in range(4)]
+    assert [(own.start, own.stop) for own in (own_rows(7, mesh) for mesh in four)] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    with pytest.raises(InputError, match=r"4 devices would share 5 rows, 2 each, and one has none; lower devices"):
+        own_rows(5, four[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer=sharded", "stage=reranker"], r"trainer=sharded fits stage 1 alone; add stage=attention"),
+        (["trainer=sharded", "stage=attention", "attention.keys=learned"], r"no learned keys; set attention.keys"),
+        (["trainer=sharded", "stage=attention", "attention.sample=9"], r"attention.sample=9 is of no use with"),
+        (["trainer=ddp", "trainer.strategy=ddp_spawn"], r"trainer.strategy=ddp_spawn is not supported; choose ddp"),
+        (["trainer=ddp", "trainer.accelerator=abacus"], r"^trainer: .*abacus.*; correct trainer="),
+    ],
+)
+def test_what_several_devices_cannot_do_is_refused_before_they_start(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        start_processes(compose_config(*TWO, *words))
+
+
+# --- fits ---
+
+FEW = [*SMALL, "queries.val_samples=201", "train_samples=96", "reranker.dropout=0", "k=8"]
+FEW += ["attention.lr=0.1", "reranker=mlp", "reranker.lr=0.3"]
+EPOCHS = ["attention.epochs=2", "attention.steps_per_epoch=3", "reranker.epochs=2", "reranker.steps_per_epoch=3"]
+
+
+def fitted(stage: str, folder: Path, *words: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights that a fit by gradient descent kept, and those that it ended with.
+
+    Adam would hide a gradient that is too long, and where one is zero but for rounding, step by its sign.
+    """
+    config = compose_config(*FEW, *EPOCHS, *words)
+    config["trainer"]["enable_progress_bar"] = False
+    source = build_source(config)
+    if stage == "attention":
+        module, data = attention_stage(config, source)
+    else:
+        exact = SoftAttention(source.memory, transform="identity")  # every target is a candidate
+        module, data = reranker_stage(config, source, exact)
+    with patch("torch.optim.Adam", lambda groups, fused: torch.optim.SGD(groups, momentum=0.9)):
+        fit(config, stage, module, data, folder, start_competes=True)
+    assert not any(weight.requires_grad for weight in module.parameters())
+    last = torch.load(folder / "checkpoints" / stage / "last.ckpt", weights_only=True)["state_dict"]
+    return module.state_dict(), last
+
+
+FITS = {  # name: the stage, the words for two processes, and for the one that does the same
+    "ddp attention": ("attention", ["trainer=ddp", "attention.batch_size=16"], ["attention.batch_size=32"]),
+    "ddp reranker": ("reranker", ["trainer=ddp", "reranker.batch_size=16"], ["reranker.batch_size=32"]),
+    "ddp start": (  # which validates best
+        "attention",
+        ["trainer=ddp", "attention=linear", "attention.lr=3", "attention.batch_size=16"],
+        ["attention=linear", "attention.lr=3", "attention.batch_size=32"],
+    ),
+    "sharded attention": ("attention", ["trainer=sharded", "attention.batch_size=32"], ["attention.batch_size=32"]),
+}
+
+
+def of_fits(rank: int, folder: Path) -> dict[str, Any]:
+    with patch.object(DistributedDataParallel, "_sync_buffers") as sent:
+        found: dict[str, Any] = {
+            name: fitted(stage, folder / name, *TWO, *words) for name, (stage, words, _) in FITS.items()
+        }
+    return {**found, "sent": sent.call_count}
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return in_processes(of_fits, tmp_path_factory.mktemp("fits"))
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_two_processes_fit_what_one_fits(fits: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    stage, _, words = FITS[name]
+    kept, last = fitted(stage, tmp_path, *words)
+    start = fitted(stage, tmp_path / "start", *words, f"{stage}.epochs=1", f"{stage}.lr=1e-9")[1]
+    for found in (found[name] for found in fits):
+        torch.testing.assert_close(found[0], kept, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], last, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weight, fits[1][name][0][part]) for part, weight in fits[0][name][0].items())
+    moved = [part for part, weight in last.items() if (weight - start[part]).abs().max() > 1e-3]
+    assert len(moved) >= len(last) // 2  # or all of this would say little
+    if name == "ddp start":
+        assert not kept["model.transform.network.weight"].any()
+
+
+def test_no_step_of_ddp_sends_the_memory(fits: list[dict[str, Any]]) -> None:
+    assert [found["sent"] for found in fits] == [0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 32, 35, 64, 70])
+def test_ranks_have_equal_shares_of_every_batch(count: int) -> None:
+    source = Nearest(VectorMemory.synthetic(rows=30, dim=8, seed=0))
+
+    def batches(ranks: int, size: int) -> list[list[Tensor]]:
+        found = []
+        for rank in range(ranks):
+            data = VectorDataModule(source, seed=0, batch_size=size, train_samples=count)
+            strategy = SimpleNamespace(root_device=torch.device("cpu"))
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, strategy=strategy)  # type: ignore
+            found.append([batch.queries for batch in data.train_dataloader()])
+        return found
+
+    (whole,), shared = batches(1, 32), batches(2, 16)
+    assert [len(batch) for batch in whole] == [min(32, count - start) for start in range(0, count, 32)]
+    for expected, *parts in zip(whole, *shared, strict=True):
+        assert len({len(part) for part in parts}) == 1  # so the mean of their means is the mean
+        union = torch.cat(parts)
+        assert torch.equal(union[: len(expected)], expected)
+        assert len(union) - len(expected) < RANKS  # a sample that is there twice evens them out
+
+
+# --- the whole command ---
+
+
+def test_ddp_leaves_one_run(tmp_path: Path) -> None:
+    joint = ["joint.epochs=1", "joint.steps_per_epoch=2"]
+    words = [*SMALL, *SMALL_STEPS, "stage=joint", *joint, "dashboards=none", "queries.val_samples=2049"]
+    done = command(*words, "trainer=ddp", *TWO, cwd=tmp_path)  # one rank has more validation batches than the other
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test queries: 300") == done.stdout.count("fitting joint") == 1
+    assert "Warning" not in done.stdout + done.stderr
+    (run,) = tmp_path.glob("outputs/[0-9]*/*")
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["pipeline"]["top1"]["value"] > 0
+    assert results["joint"]["before"]["coverage"]["value"] <= 1
+    assert results["gradients"]["training"].keys() == {"attention", "reranker", "joint"}
+    for stage in ("attention", "reranker", "joint"):
+        assert {path.name for path in (run / "checkpoints" / stage).iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (run / "train.log").read_text().count("test queries") == 1
+    assert len(Pipeline.load(run / "pipeline").search(torch.randn(3, 8), k=5).rows) == 3
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    done = command(*SMALL, "trainer=ddp", *TWO, "trainer.precision=65", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: trainer: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_stopped_run_stops_all_its_processes(tmp_path: Path) -> None:
+    words = [*SMALL, "stage=attention", "attention.steps_per_epoch=1", "attention.epochs=10000", "trainer=ddp", *TWO]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nvf.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("outputs/*/*/checkpoints/attention/best.ckpt")))
+        process.terminate()
+        _, told = process.communicate(timeout=60)  # the other process holds the pipe, too
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "Traceback" not in told.decode()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_sharded_run_finds_what_a_run_on_one_device_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    words = [*SMALL, *SMALL_STEPS, "stage=attention", "dashboards=none", "data.rows=41"]
+    done = command(*words, "trainer=sharded", *TWO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test queries: 300") == 1
+    assert "Warning" not in done.stdout + done.stderr
+    (results,) = tmp_path.glob("outputs/[0-9]*/*/results.json")
+    found, expected = json.loads(results.read_text())["test"], run(*words)["test"]
+    for metric in ("top1", "mrr10"):
+        assert found["attention"][metric]["value"] == pytest.approx(expected["attention"][metric]["value"], abs=0.01)
