@@ -1,11 +1,15 @@
 """What is fitted without gradient steps: the hub correction, against a loop over shares; the scores' temperature."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import SMALL, SMALL_STEPS
 from nvf.data.queries import Noisy, QueryBatch
 from nvf.evaluation.calibration import (
     SHARES,
@@ -206,6 +210,15 @@ def test_certain_held_out_queries_leave_every_gradient_alive(model: str, request
     fit_temperature(pipeline.attention, *held_out)
     fit_sharpness(pipeline, held_out)
     assert min(audit_gradients(pipeline, held_out)["parameters"].values()) > 1e-12
+
+
+def test_a_saved_joint_pipeline_has_a_gradient_on_every_weight(run: Callable[..., Any], tmp_path: Path) -> None:
+    easy = ["queries=noisy", "queries.sigma=0.02", "attention=linear"]  # validation is separable
+    results = run(*SMALL, *SMALL_STEPS, *easy, "stage=joint", "joint.epochs=2", "joint.steps_per_epoch=3")
+    loaded = Pipeline.load(tmp_path / "run" / "pipeline")
+    held_out = Noisy(loaded.memory, sigma=0.02).sample(256, stream(0, "fresh"))
+    assert min(audit_gradients(loaded, held_out)["parameters"].values()) > 1e-12
+    assert results["gradients"]["vanished"] == []
 
 
 @torch.no_grad()
