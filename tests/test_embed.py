@@ -85,7 +85,7 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
     write(tmp_path / "texts", queries, QUERIES)
     line = make(tmp_path)
     out = tmp_path / "out"
-    assert line.startswith("20 documents and 60 queries, 8 dimensions, in ")
+    assert line.startswith("20 documents and 30 queries (30 lines have the text of an earlier one), 8 dimensions, in ")
     assert line.endswith(f"now: python -m nvf.train data=embeddings data.dir={out}")
     files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl"}
     assert {path.name for path in out.iterdir()} == files
@@ -95,11 +95,12 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
     assert [json.loads(text) for text in lines] == [{"text": d["text"]} for d in DOCUMENTS]
     corpus, asked = np.load(out / "corpus.npy"), np.load(out / "queries.npy")
     np.testing.assert_allclose(corpus, [vector(d["text"]) for d in DOCUMENTS], rtol=1e-3)
-    np.testing.assert_allclose(asked, [-vector(q["query"]) for q in QUERIES], rtol=1e-3)
+    np.testing.assert_allclose(asked, [-vector(q["query"]) for q in QUERIES[:30]], rtol=1e-3)
     assert corpus.dtype == asked.dtype == np.float32
-    assert np.load(out / "targets.npy").tolist() == [i % 20 for i in range(60)]
+    answers = [{i % 20, (i + 30) % 20} for i in range(30)]  # of a query's two lines
+    assert [set(rows) for rows in np.load(out / "targets.npy").tolist()] == answers
     recorded = read_recorded(out, read_memory(out), seed=0)
-    assert sum(len(split.queries) for split in recorded.splits.values()) == 60
+    assert sum(len(split.queries) for split in recorded.splits.values()) == 30
 
 
 def test_equal_texts_get_one_vector_across_blocks(place: Path, stub: Stub) -> None:

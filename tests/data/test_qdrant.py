@@ -258,13 +258,13 @@ def test_a_damaged_storage_is_named(storage: Path, name: str) -> None:
 
 
 def test_without_qdrant_client_the_remedy_is_named(
-    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "nvf.data.qdrant")
     monkeypatch.delattr("nvf.data.qdrant")
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(InputError, match=r"qdrant-client, which reads collections, .* pip install 'nvf\[qdrant\]'"):
-        run("data=qdrant", "data.dir=folder")
+        run("data=qdrant", f"data.dir={folder}")
 
 
 def test_a_folder_of_queries_is_asked_for(run: Callable[..., dict[str, Any]], storage: Path) -> None:
