@@ -85,7 +85,7 @@ def decided(folder: Path, name: str, decide: Callable[[], T]) -> T:
     from nvf.training.devices import agreed, is_first
 
     path = folder / DECISIONS
-    decisions = _read(path) if path.is_file() else {}
+    decisions = _read(path) if path.exists() else {}
     value = agreed(decisions[name] if name in decisions else decide())
     if name not in decisions and is_first():
         folder.mkdir(parents=True, exist_ok=True)
