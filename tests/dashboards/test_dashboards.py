@@ -340,7 +340,7 @@ def test_a_runs_own_curves_are_continued_in_its_folder(finished: tuple[dict[str,
 def test_a_picture_that_cannot_be_drawn_costs_no_run(
     run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("nvf.dashboards.show", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("nvf.dashboards.show.show", lambda *_, **__: 1 / 0)
     assert run(*SMALL, *SMALL_STEPS)["test"]["pipeline"] is not None
     assert "could be drawn" in caplog.text
     assert "ZeroDivisionError" in caplog.text
