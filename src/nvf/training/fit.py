@@ -2,14 +2,16 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
@@ -17,7 +19,6 @@ from nvf.data.datamodule import VectorDataModule
 from nvf.errors import InputError, check_number
 from nvf.faults import fitting_in_memory
 from nvf.files.tensors import read_archive
-from nvf.training.build import Settings
 from nvf.training.checkpointing import (
     BEST,
     LAST,
@@ -46,6 +47,31 @@ COUNTS = (
 )
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """How a stage is fitted.
+
+    Args:
+        stage: whose settings an error names.
+        epochs: of training; 0 keeps the untrained start.
+        patience: validations without a better one after which training stops; None never stops it early.
+        save_every: steps between two saves of last.ckpt; None saves every 20 seconds.
+        trainer: makes the Trainer: a `functools.partial` with the arguments that the user gives.
+        callbacks: of the user.
+        loggers: makes the loggers from a run's folder and a fit's name; None makes a TensorBoardLogger.
+        remedies: what to do where memory runs out.
+    """
+
+    stage: str
+    epochs: int
+    patience: int | None = None
+    save_every: int | None = None
+    trainer: partial[L.Trainer] = field(default_factory=lambda: partial(L.Trainer))
+    callbacks: Sequence[Callback] = ()
+    loggers: Callable[[Path, str], Sequence[Logger]] | None = None
+    remedies: Sequence[str] = ()
+
+
 class Fitted(NamedTuple):
     """How a fit went."""
 
@@ -54,14 +80,13 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    config: Settings,
-    stage: str,
     module: StageModule,
     data: VectorDataModule,
-    folder: Path,
+    settings: FitSettings,
     *,
+    folder: Path,
+    name: str,
     start_competes: bool,
-    name: str | None = None,
 ) -> Fitted:
     """Fit a module and leave the weights that validate best in it, by the Top-1 or nDCG@10 of `criterion`, frozen.
 
@@ -71,34 +96,33 @@ def fit(
     A fit that left a last.ckpt in the folder goes on from there, to the same end.
 
     Args:
-        stage: whose settings are used.
-        name: of the folder for checkpoints and curves, where it is not the stage's.
+        folder: of the run.
+        name: of the folders for checkpoints and curves in it.
     """
-    settings, name = config[stage], name or stage
     checkpoints = folder / "checkpoints" / name
     saved = saved_progress(checkpoints)
     rewind(folder / name, {} if saved is None else saved[1].curves)
     monitor = f"val/{data.criterion}"
-    saving = SaveAsItGoes(checkpoints, every=config["save_every"], monitor=monitor)
-    callbacks: list[Callback] = [StopOnNaN(stage, data), Describe(stage), saving]
-    if settings["patience"] is not None:
-        callbacks.append(EarlyStopping(monitor, mode="max", patience=settings["patience"], strict=False))
-    logger = TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)
-    trainer = _trainer(config, stage, checkpoints, callbacks, logger=logger)
+    saving = SaveAsItGoes(checkpoints, every=settings.save_every, monitor=monitor)
+    callbacks: list[Callback] = [StopOnNaN(settings.stage, data), Describe(settings.stage), saving, *settings.callbacks]
+    if settings.patience is not None:
+        callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
+    loggers = (settings.loggers or _tensorboard)(folder, name)
+    trainer = _trainer(settings, checkpoints, callbacks, logger=loggers)
     fitted, batches = _as_the_trainer_wants(trainer, module, data)
     start, best = checkpoints / "start.ckpt", checkpoints / BEST
     if saved is None:
         log.info("fitting %s", name)
-        if start_competes or settings["epochs"] == 0:
+        if start_competes or settings.epochs == 0:
             score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
             saving.progress = saving.progress._replace(start=score)
             save_whole(trainer, start)
-        if settings["epochs"] == 0:
+        if settings.epochs == 0:
             if trainer.is_global_zero:
                 os.replace(start, best)
             module.requires_grad_(False)
             return Fitted(0, module.gradients.summary())
-    _train(config, stage, trainer, fitted, batches, data, saving, saved)
+    _train(settings, trainer, fitted, batches, data, saving, saved)
     reached, start_score = saving.progress.best, saving.progress.start
     if unseen := reached is None:  # training ended before its first validation, as trainer.max_steps may have it
         reached = trainer.validate(fitted, batches, verbose=False)[0][monitor]
@@ -119,23 +143,22 @@ def fit(
 
 
 def fit_blindly(
-    config: Settings, stage: str, module: StageModule, data: VectorDataModule, folder: Path, epochs: int, *, name: str
+    module: StageModule, data: VectorDataModule, settings: FitSettings, *, folder: Path, name: str, epochs: int
 ) -> None:
     """Fit a module for the first `epochs` epochs of the stage's schedule, and freeze it; nothing else happens.
 
     It goes on from a last.ckpt as `fit` does.
     """
     checkpoints = folder / "checkpoints" / name
-    saved, saving = saved_progress(checkpoints), SaveAsItGoes(checkpoints, every=config["save_every"])
-    callbacks = [StopOnNaN(stage, data), _StopAfter(epochs), saving]
-    trainer = _trainer(config, stage, checkpoints, callbacks, logger=False, limit_val_batches=0)
-    _train(config, stage, trainer, module, data, data, saving, saved)
+    saved, saving = saved_progress(checkpoints), SaveAsItGoes(checkpoints, every=settings.save_every)
+    callbacks = [StopOnNaN(settings.stage, data), _StopAfter(epochs), saving]
+    trainer = _trainer(settings, checkpoints, callbacks, logger=False, limit_val_batches=0)
+    _train(settings, trainer, module, data, data, saving, saved)
     module.requires_grad_(False)
 
 
 def _train(
-    config: Settings,
-    stage: str,
+    settings: FitSettings,
     trainer: L.Trainer,
     module: StageModule,
     batches: L.LightningDataModule,
@@ -152,9 +175,9 @@ def _train(
         return
     if saved is not None:
         log.info("going on from step %d of %s", saved[0]["global_step"], saving.folder.name)
-    path, memory = None if saved is None else saving.folder / LAST, module.attention.memory
+    path = None if saved is None else saving.folder / LAST
     saving.signals.await_lightning()
-    with fitting_in_memory(config, stage, len(memory), memory.dim):
+    with fitting_in_memory(settings.stage, settings.remedies):
         trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
     saving.signals.answer_late()
 
@@ -176,22 +199,27 @@ def _as_the_trainer_wants(
     from nvf.training.sharded import SameBatches, ShardedAttentionModule  # DTensor takes seconds to import
 
     assert isinstance(module, AttentionModule)
-    settings = {name: getattr(module, name) for name in ("lr", "schedule", "k", "warmup")}
+    settings = {name: getattr(module, name) for name in ("lr", "schedule", "k", "warmup", "optimizer")}
     sharded = ShardedAttentionModule(module.attention, **settings)
     return sharded, SameBatches(data)
 
 
-def _trainer(config: Settings, stage: str, checkpoints: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
-    if config["trainer"].get("enable_progress_bar", True):
+def _tensorboard(folder: Path, name: str) -> Sequence[Logger]:
+    return [TensorBoardLogger(folder, name=name, version="", default_hp_metric=False)]
+
+
+def _trainer(settings: FitSettings, checkpoints: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
+    given = settings.trainer.keywords
+    if given.get("enable_progress_bar", True):
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
-    strategy = config["trainer"].get("strategy", "auto")
+    strategy = given.get("strategy", "auto")
     if strategy in ("auto", "ddp", SHARDED):
         strategy = _strategy(strategy)
-    epochs = config["trainer"].get("max_epochs") or config[stage]["epochs"]
+    epochs = given.get("max_epochs") or settings.epochs
     try:
-        return L.Trainer(
+        return settings.trainer(
             plugins=[PlainFiles()],
-            **{**config["trainer"], "max_epochs": epochs, **arguments, "strategy": strategy},
+            **{"max_epochs": epochs, **arguments, "strategy": strategy},
             default_root_dir=checkpoints,  # where Lightning's Slurm plugin saves, and finds what it saved
             callbacks=callbacks,
             use_distributed_sampler=False,  # the datamodule deals the batches to the ranks

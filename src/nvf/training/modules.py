@@ -1,6 +1,7 @@
 """The LightningModules: thin shells around stage 1, around stage 2 behind it, and around both together."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,8 @@ from nvf.ops.products import first_topk
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, ndcg, ndcg_of, target_ranks
 
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+ADAM: OptimizerFactory = partial(torch.optim.Adam, fused=True)
 SCHEDULES = ("onecycle", "constant")
 RELAXATIONS = "[1, 0.1] anneals, null is exact"
 Measured = tuple[Tensor, Callable[[int | None], tuple[Tensor, ...]]]
@@ -37,18 +40,21 @@ class StageModule(L.LightningModule):
         schedule: onecycle or constant.
         k: the number of candidates.
         warmup: the share of the steps in which a onecycle rate rises.
+        optimizer: makes the optimizer from groups of parameters, each with its learning rate.
 
     Raises:
         InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
     """
 
-    def __init__(self, *, lr: float, schedule: str, k: int, warmup: float = 0.3) -> None:
+    def __init__(
+        self, *, lr: float, schedule: str, k: int, warmup: float = 0.3, optimizer: OptimizerFactory = ADAM
+    ) -> None:
         super().__init__()
         check_number("lr", lr, above=0, remedy="1e-3 is a safe start")
         if schedule not in SCHEDULES:
             raise InputError(f"schedule={schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
         check_number("warmup", warmup, above=0, below=1, remedy="0.3 is the default")
-        self.lr, self.schedule, self.k, self.warmup = lr, schedule, k, warmup
+        self.lr, self.schedule, self.k, self.warmup, self.optimizer = lr, schedule, k, warmup, optimizer
         self.ranks = RankCounts()
         self.coverage, self.ndcg = MeanMetric(), MeanMetric()
         self.gradients = GradientLog()
@@ -112,7 +118,7 @@ class StageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         rates = self.learning_rates()
-        optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in rates], fused=True)
+        optimizer = self.optimizer([{"params": parameters, "lr": lr} for parameters, lr in rates])
         if self.schedule == "constant":
             return optimizer
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -129,7 +135,7 @@ class AttentionModule(StageModule):
 
     Args:
         attention: stage 1.
-        lr, schedule, k, warmup: as `StageModule` has them.
+        lr, schedule, k, warmup, optimizer: as `StageModule` has them.
         learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
             only ever be pushed away, and be lost to the queries that want it.
         sample: how many rows a step estimate the loss; all of them give it exactly if None.
@@ -149,8 +155,9 @@ class AttentionModule(StageModule):
         sample: int | None = None,
         hard: int = 0,
         seed: int = 0,
+        optimizer: OptimizerFactory = ADAM,
     ) -> None:
-        super().__init__(lr=lr, schedule=schedule, k=k, warmup=warmup)
+        super().__init__(lr=lr, schedule=schedule, k=k, warmup=warmup, optimizer=optimizer)
         rows = len(attention.memory)
         if sample is not None:
             check_number("attention.sample", sample, minimum=1, whole=True, remedy="8192 is a good start")
@@ -225,8 +232,18 @@ class RerankerModule(StageModule):
         seed: of the dropout.
     """
 
-    def __init__(self, pipeline: Pipeline, *, lr: float, schedule: str, scalar_lr_ratio: float, seed: int) -> None:
-        super().__init__(lr=lr, schedule=schedule, k=pipeline.k)
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        lr: float,
+        schedule: str,
+        scalar_lr_ratio: float,
+        seed: int,
+        warmup: float = 0.3,
+        optimizer: OptimizerFactory = ADAM,
+    ) -> None:
+        super().__init__(lr=lr, schedule=schedule, k=pipeline.k, warmup=warmup, optimizer=optimizer)
         check_number("reranker.scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
         self.model = pipeline
         self.model.attention.requires_grad_(False)
@@ -284,8 +301,18 @@ class JointModule(RerankerModule):
         relaxation: Sequence[float] | None = None,
         attention_weight: float = 0.0,
         learnable: Tensor | None = None,
+        warmup: float = 0.3,
+        optimizer: OptimizerFactory = ADAM,
     ) -> None:
-        super().__init__(pipeline, lr=lr, schedule=schedule, scalar_lr_ratio=scalar_lr_ratio, seed=seed)
+        super().__init__(
+            pipeline,
+            lr=lr,
+            schedule=schedule,
+            scalar_lr_ratio=scalar_lr_ratio,
+            seed=seed,
+            warmup=warmup,
+            optimizer=optimizer,
+        )
         if relaxation is not None:
             if not isinstance(relaxation, list | tuple) or len(relaxation) != 2:
                 raise InputError(f"joint.relaxation={relaxation} is not two temperatures; {RELAXATIONS}")
