@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
@@ -210,8 +210,6 @@ def _tensorboard(folder: Path, name: str) -> Sequence[Logger]:
 
 def _trainer(settings: FitSettings, checkpoints: Path, callbacks: list[Callback], **arguments: Any) -> L.Trainer:
     given = settings.trainer.keywords
-    if given.get("enable_progress_bar", True):
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=50)]
     strategy = given.get("strategy", "auto")
     if strategy in ("auto", "ddp", SHARDED):
         strategy = _strategy(strategy)
