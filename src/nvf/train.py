@@ -20,8 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nvf.console import follows, logged, mend_streams, quiet
-from nvf.errors import InputError, one_line
-from nvf.faults import explain
+from nvf.errors import InputError, explain, one_line
 from nvf.files.atomic import written_whole
 from nvf.files.records import read_record
 from nvf.overrides import CONF, check_folder, composed, settle, usage, words_of
@@ -66,6 +65,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.runs.resume import begin
     from nvf.runs.versions import versions
     from nvf.training.build import build_source, check, clusters, fixed_queries, seen_rows
+    from nvf.training.cache import circumstances
     from nvf.training.devices import agreed, part_processes, start_processes
     from nvf.training.fit import check_trainer
     from nvf.training.select import FOLDS, fit_attention, fit_joint, fit_reranker
@@ -84,7 +84,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         log.setLevel(logging.ERROR)  # the first process says it all
         if own != folder:
             remove_traces(own)
-    lock = None if rank else begin(folder, config, source, goes_on=goes_on)
+    lock = None if rank else begin(folder, {"config": config, **circumstances(source)}, goes_on=goes_on)
 
     seconds: dict[str, float | None] = {"attention": None, "reranker": None}
     training: dict[str, Any] = {}  # the gradients in it
@@ -186,8 +186,8 @@ def job(cfg: DictConfig) -> float:
     settle(config, settings.runtime.cwd if settings.job.chdir else "")
     if sweep:
         config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
+    goes_on = bool(config["resume"]) and not sweep
     try:
-        goes_on = False
         if sweep:
             again = config["resume"] or restarted()
             if again and (objective := sweeps.finished(folder, config)) is not None:
@@ -196,14 +196,9 @@ def job(cfg: DictConfig) -> float:
             sweeps.refuse_local_ddp(config)
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
             if again:
-                sweeps.set_aside(folder)
-                goes_on = sweeps.goes_on(folder, config)
-                if not goes_on:
-                    sweeps.clear(folder)
-        elif config["resume"] is True:
-            raise InputError("resume=True goes on with a sweep; add -m, or name a run: resume=outputs/<date>/<time>")
-        elif config["resume"]:
-            goes_on, config = True, recorded(folder)
+                goes_on = sweeps.resumes(folder, config)
+        elif goes_on:
+            config = recorded(folder)
             if sweeps.finished(folder, config) is not None:
                 log.info("done already: %s", folder)
                 return math.nan
@@ -211,10 +206,15 @@ def job(cfg: DictConfig) -> float:
     except InputError as error:
         if follows():
             sys.exit(0)  # the first process says the same; another status makes Lightning kill it before it does
-        return _fail(str(error), folder, sweep)
+        if not (sweep or goes_on):
+            remove_traces(folder)
+        return _fail(str(error), sweep)
     except Exception as fault:
         if (words := explain(fault, folder)) is not None:
-            return _fail(f"{words}; then {command_to_resume(folder)}", folder, sweep)
+            if (folder / RECORD).exists():
+                return _fail(f"{words}; then {command_to_resume(folder)}", sweep)
+            remove_traces(folder)
+            return _fail(words, sweep)
         log.exception("the run failed")
         if not sweep:
             sys.exit(1)
@@ -233,12 +233,11 @@ def job(cfg: DictConfig) -> float:
         sys.exit(stop.code or 143)
 
 
-def _fail(words: str, folder: Path, sweep: bool) -> NoReturn:
+def _fail(words: str, sweep: bool) -> NoReturn:
     """End a run, or a job of a sweep, on one line."""
     if sweep:
         log.error("%s", words)
         raise CompactHydraException(f"error: {words}") from None
-    remove_traces(folder)
     sys.exit(f"error: {words}")
 
 
@@ -293,7 +292,8 @@ def run(*words: str) -> dict[str, Any]:
         with handlers_kept(), logged(folder / "train.log"):
             train(config, folder, started, goes_on=goes_on)
     except InputError:
-        remove_traces(folder)
+        if not goes_on:
+            remove_traces(folder)
         raise
     except Stopped as stop:
         if stop.name != "SIGINT":

@@ -20,12 +20,12 @@ from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.runs.settings import material
 from nvf.training.threads import arithmetic
 
 log = logging.getLogger("nvf")
 Settings = Mapping[str, Any]
 OFF = (None, False, "off")
-UNUSED = ("enable_progress_bar", "enable_model_summary")  # of the trainer's settings: nothing rests on them
 LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
 
 
@@ -128,11 +128,22 @@ def stage_key(config: Settings, source: Source) -> str:
         if isinstance(source, Recorded)
         else None,
         "attention": config["attention"],
-        "trainer": {name: value for name, value in config["trainer"].items() if name not in UNUSED},
+        "trainer": material({"trainer": config["trainer"]}),
         "code": code_hash(),
         "arithmetic": arithmetic(),
     }
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def circumstances(source: Source) -> dict[str, Any]:
+    """What the figures of a run rest on beside its settings, as JSON values."""
+    splits = source.splits if isinstance(source, Recorded) else {}
+    return {
+        "memory": source.memory.fingerprint,
+        "queries": {split: fingerprint(batch) for split, batch in splits.items()},
+        "code": code_hash(),
+        **arithmetic(),
+    }
 
 
 def code_hash() -> str:

@@ -14,8 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
-from nvf.errors import InputError, check_number
-from nvf.faults import fitting_in_memory
+from nvf.errors import InputError, check_number, fitting_in_memory
 from nvf.files.tensors import read_archive
 from nvf.training.build import Settings
 from nvf.training.checkpointing import (
@@ -40,6 +39,7 @@ OURS = (
     *("barebones", "callbacks", "default_root_dir", "enable_checkpointing", "inference_mode", "logger"),
     *("num_sanity_val_steps", "plugins", "use_distributed_sampler"),
 )
+MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 COUNTS = (
     *("max_epochs", "max_steps", "log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"),
     *("limit_train_batches", "limit_val_batches"),  # a share of a small stage's may be none
@@ -154,9 +154,21 @@ def _train(
         log.info("going on from step %d of %s", saved[0]["global_step"], saving.folder.name)
     path, memory = None if saved is None else saving.folder / LAST, module.attention.memory
     saving.signals.await_lightning()
-    with fitting_in_memory(config, stage, len(memory), memory.dim):
+    with fitting_in_memory(stage, _remedies(config, stage, len(memory), memory.dim)):
         trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
     saving.signals.answer_late()
+
+
+def _remedies(config: Settings, stage: str, rows: int, dim: int) -> list[str]:
+    """What to lower, and to what, where memory does not suffice for a stage's fit."""
+    batch, attention = config[stage]["batch_size"], config["attention"]
+    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
+    if stage == "attention" and attention["sample"] is None and rows > MANY_ROWS:
+        remedies.append("look at some rows a step, attention.sample=8192")
+    if attention["keys"] == "learned":
+        taken = 16 * rows * dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
+        remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
+    return [*remedies, "keep the rows in half the room, data.dtype=float16"]
 
 
 class _StopAfter(Callback):

@@ -11,6 +11,7 @@ from nvf.data.queries import Source
 from nvf.evaluation.report import cut_in_words
 from nvf.runs.resume import decided
 from nvf.training.build import VARIES, Settings, attention_stage, variants
+from nvf.training.devices import agreed, is_first
 from nvf.training.modules import JointModule, StageModule
 
 log = logging.getLogger("nvf")
@@ -80,7 +81,14 @@ def _affordable(
         rows, queries = sample or len(memory), data.batch_size * len(data.train_dataloader())
         found[f"data.work={work:g}"] = work / (queries * rows * memory.dim)
     if (budget := limits.get("budget_s")) is not None:
-        seconds = decided(folder, f"seconds an epoch of {stage} takes", lambda: _epoch_seconds(module, data))
+        seconds = agreed(
+            decided(
+                folder,
+                f"seconds an epoch of {stage} takes",
+                lambda: _epoch_seconds(module, data),
+                writes=is_first(),
+            )
+        )
         found[f"data.budget_s={budget:g}"] = budget / seconds
     by = min(found, key=lambda name: found[name], default=None)
     return by, math.inf if by is None else found[by]
