@@ -262,7 +262,7 @@ def test_text_stays_the_text_that_was_typed(name: str) -> None:
 
 
 def test_words_that_mean_something_keep_their_meaning() -> None:
-    meant = ["data.dir=null", "cache=false", "cache=off", "resume=true", "data.dir='1e3'", "data.dir=a,b"]
+    meant = ["data.dir=null", "cache=false", "cache=off", "resume=null", "data.dir='1e3'", "data.dir=a,b"]
     meant += [
         "hydra.run.dir=runs/${now:%Y}",
         "data.dir=choice(1,2)",

@@ -10,8 +10,7 @@ from typing import NoReturn
 from hydra.errors import CompactHydraException
 
 from nvf.console import follows
-from nvf.errors import InputError, one_line
-from nvf.faults import explain
+from nvf.errors import InputError, explain, one_line
 from nvf.runs.resume import RECORD, remove_traces
 from nvf.runs.signals import Stopped, command_to_resume
 
@@ -19,12 +18,13 @@ log = logging.getLogger("nvf")
 
 
 @contextmanager
-def ending_in_words(folder: Path, *, sweep: bool, in_turn: bool) -> Iterator[None]:
+def ending_in_words(folder: Path, *, sweep: bool, began: bool, in_turn: bool) -> Iterator[None]:
     """End a run, or a job of a sweep, on one line and an exit status, whatever goes wrong in the block.
 
     Args:
         folder: of the run.
         sweep: whether it is a job of one, which must raise: exit statuses would end the sweep with success.
+        began: whether it began to fit before, and is resumed; else its traces go.
         in_turn: whether the sweep's jobs run in this process.
     """
     try:
@@ -32,10 +32,15 @@ def ending_in_words(folder: Path, *, sweep: bool, in_turn: bool) -> Iterator[Non
     except InputError as error:
         if follows():
             sys.exit(0)  # the first process says the same; another status makes Lightning kill it before it does
-        _fail(str(error), folder, sweep)
+        if not (sweep or began):
+            remove_traces(folder)
+        _fail(str(error), sweep)
     except Exception as fault:
         if (words := explain(fault, folder)) is not None:
-            _fail(f"{words}; then {command_to_resume(folder)}", folder, sweep)
+            if (folder / RECORD).exists():
+                _fail(f"{words}; then {command_to_resume(folder)}", sweep)
+            remove_traces(folder)
+            _fail(words, sweep)
         log.exception("the run failed")
         if not sweep:
             sys.exit(1)
@@ -54,9 +59,8 @@ def ending_in_words(folder: Path, *, sweep: bool, in_turn: bool) -> Iterator[Non
         sys.exit(stop.code or 143)
 
 
-def _fail(words: str, folder: Path, sweep: bool) -> NoReturn:
+def _fail(words: str, sweep: bool) -> NoReturn:
     if sweep:
         log.error("%s", words)
         raise CompactHydraException(f"error: {words}") from None
-    remove_traces(folder)
     sys.exit(f"error: {words}")

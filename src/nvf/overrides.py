@@ -18,11 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvf.console import follows
-from nvf.errors import InputError
-from nvf.faults import check_place
+from nvf.errors import InputError, check_place
 from nvf.runs import sweep as sweeps
-from nvf.runs.comparison.settings import flatten
 from nvf.runs.resume import recorded, requeued
+from nvf.runs.settings import flatten
 
 HERE = Path(__file__).resolve()
 CARRIED = HERE.parent / "conf"  # in a wheel
@@ -50,10 +49,6 @@ def words_of(words: Sequence[str]) -> list[str]:
     several = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
     if any(word.startswith("-") and word not in ("-m", "--multirun") for word in words) or follows():
         return words  # asks Hydra for something else; or the first process has seen to it
-    if resume is True:
-        before = None if place else sweeps.earlier(words)
-        at = next(number for number, word in enumerate(words) if word.startswith("resume="))
-        return words if before is None else [*words[:at], f"hydra.sweep.dir={quoted(str(before))}", *words[at:]]
     if resume:
         return resumed(str(resume), words)
     if not several and (folder := requeued(place)) is not None:
@@ -71,8 +66,10 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
     if flags := [word for word in words if word.startswith("-")]:
         raise InputError(f"{' '.join(flags)} is for the command line, python -m nvf.train; give name=value")
     words = spelled(words)
-    if isinstance(resume := places(words).get("resume"), str):
+    if resume := places(words).get("resume"):
         words = resumed(resume, words)
+    if "--multirun" in words:
+        raise InputError(f"resume={resume} is a sweep's, for the command line: python -m nvf.train resume={resume}")
     try:
         with COMPOSING, initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
             cfg = compose("config", list(words), return_hydra_config=True)
@@ -81,9 +78,9 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
         folder = Path(cfg.hydra.run.dir).absolute()
     except (HydraException, OmegaConfBaseException) as fault:
         raise InputError(" ".join(str(fault).split())) from None
-    if resume is True or cfg.hydra.mode is RunMode.MULTIRUN:
+    if cfg.hydra.mode is RunMode.MULTIRUN:
         raise InputError("a sweep is for the command line: python -m nvf.train -m ...; run makes one run")
-    if isinstance(resume, str):
+    if resume:
         return recorded(folder), folder, True
     settle(config)
     sweeps.refuse_local_ddp(config)
@@ -118,12 +115,21 @@ def spelled(words: Sequence[str]) -> list[str]:
 
 
 def resumed(folder: str, words: Sequence[str]) -> list[str]:
-    """The words that go on with the run in a folder, if the given ones want nothing else."""
-    others = [word for word in words if not word.startswith(("resume=", "hydra."))]
-    if others:
+    """The words that resume the run or the sweep in a folder, if the given ones want nothing else.
+
+    A sweep's own words come from its record; words of Hydra's, such as hydra/launcher=parallel, may be added.
+    """
+    hydras = [word for word in words if word.startswith("hydra")]
+    if others := [word for word in words if not word.startswith("resume=") and word not in hydras]:
         raise InputError(
             f"resume={folder} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
         )
+    if (Path(folder) / sweeps.RECORD).is_file():
+        own = sweeps.words(Path(folder))
+        for name, _, value in (word.partition("=") for word in own):
+            if (CONF / name.lstrip("+~")).is_dir() and re.search(r"[/\\$]", value):  # a file that is not ours
+                raise InputError(f"resume={folder}: its record chooses {name}={value}; start the sweep anew")
+        return ["--multirun", *own, *hydras, f"resume={quoted(folder)}", f"hydra.sweep.dir={quoted(folder)}"]
     recorded(Path(folder))  # or there is nothing to go on with
     return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
@@ -230,7 +236,7 @@ def _spelled(name: str, value: str) -> str:
         return quoted(os.path.expanduser(value))
     meant = isinstance(found, str | QuotedString) or (found is None and kind is not None and name not in COLUMNS)
     if isinstance(found, bool):
-        meant = name == "resume" or (name == "cache" and not found)
+        meant = name == "cache" and not found
     return value if meant else quoted(value)
 
 

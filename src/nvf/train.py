@@ -49,6 +49,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.results import Stopwatch, evaluated, save
     from nvf.runs.resume import begin
     from nvf.training.build import build
+    from nvf.training.cache import circumstances
     from nvf.training.devices import agreed, part_processes, start_processes
     from nvf.training.select import FOLDS, fit_attention, fit_joint, fit_reranker
     from nvf.training.threads import set_up_torch
@@ -64,7 +65,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         log.setLevel(logging.ERROR)  # the first process says it all
         if own != folder:
             remove_traces(own)
-    lock = None if rank else begin(folder, config, built.source, goes_on=goes_on)
+    lock = None if rank else begin(folder, {"config": config, **circumstances(built.source)}, goes_on=goes_on)
 
     watch = Stopwatch(started)
     with watch("attention"):
@@ -98,8 +99,8 @@ def job(cfg: DictConfig) -> float:
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     settle(config, settings.runtime.cwd if settings.job.chdir else "")
-    goes_on, started = False, time.perf_counter() if sweep else START
-    with ending_in_words(folder, sweep=sweep, in_turn=sweeps.in_turn(settings.launcher)):
+    goes_on, started = bool(config["resume"]) and not sweep, time.perf_counter() if sweep else START
+    with ending_in_words(folder, sweep=sweep, began=goes_on, in_turn=sweeps.in_turn(settings.launcher)):
         if sweep:
             config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
             again = config["resume"] or restarted()
@@ -109,14 +110,9 @@ def job(cfg: DictConfig) -> float:
             sweeps.refuse_local_ddp(config)
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
             if again:
-                sweeps.set_aside(folder)
-                goes_on = sweeps.goes_on(folder, config)
-                if not goes_on:
-                    sweeps.clear(folder)
-        elif config["resume"] is True:
-            raise InputError("resume=True goes on with a sweep; add -m, or name a run: resume=outputs/<date>/<time>")
-        elif config["resume"]:
-            goes_on, config = True, recorded(folder)
+                goes_on = sweeps.resumes(folder, config)
+        elif goes_on:
+            config = recorded(folder)
             if sweeps.finished(folder, config) is not None:
                 log.info("done already: %s", folder)
                 return math.nan
@@ -167,7 +163,8 @@ def run(*words: str) -> dict[str, Any]:
         with handlers_kept(), logged(folder / "train.log"):
             train(config, folder, started, goes_on=goes_on)
     except InputError:
-        remove_traces(folder)
+        if not goes_on:
+            remove_traces(folder)
         raise
     except Stopped as stop:
         if stop.name != "SIGINT":

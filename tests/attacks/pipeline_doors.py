@@ -35,7 +35,7 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.runs.comparison.runs import read_run
 from nvf.runs.comparison.table import compare
 from nvf.runs.resume import decided, recorded
-from nvf.runs.sweep import earlier
+from nvf.runs.sweep import words
 from nvf.training.cache import Entry
 from nvf.training.checkpointing import saved_progress
 from nvf.training.checkpoints import attention_within, load_attention
@@ -102,7 +102,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "run/answered.npy": lambda path: _answered(path.parent),
     "run/run.json": lambda path: recorded(path.parent),
     "run/decisions.json": lambda path: decided(path.parent, "x", lambda: None),
-    "sweeps/day/time/sweep.json": lambda path: earlier(ASKED, path.parents[2]),
+    "sweeps/day/time/sweep.json": lambda path: words(path.parent),
 }
 # What has no hash, or none that is checked yet: a damaged figure is a figure.
 UNHASHED = ("run/results.json", "run/answered.npy", "run/decisions.json")

@@ -21,10 +21,10 @@ from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.runs.settings import material
 from nvf.training.threads import arithmetic
 
 log = logging.getLogger("nvf")
-UNUSED = ("enable_progress_bar", "enable_model_summary", "max_epochs")  # of the trainer's: variants have their epochs
 LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
 WEIGHTS, FIT = "attention.safetensors", "fit.zip"  # TensorBoard takes a folder of curves for a run, but no archive
 
@@ -125,17 +125,26 @@ def stage_key(source: Source, settings: Mapping[str, Any]) -> str:
     That is the memory's content, the queries (the user's own by content), our code, whatever else changes the bits, and
     these settings.
     """
-    trainer = {name: value for name, value in settings["trainer"].items() if name not in UNUSED}
     own = [source.splits[split] for split in ("train", "val")] if isinstance(source, Recorded) else []
     rests_on = {
-        **settings,
-        "trainer": trainer,
+        **material(settings),
         "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
         "recorded": [fingerprint(batch) for batch in own],
         "code": code_hash(),
         "arithmetic": arithmetic(),
     }
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def circumstances(source: Source) -> dict[str, Any]:
+    """What the figures of a run rest on beside its settings, as JSON values."""
+    splits = source.splits if isinstance(source, Recorded) else {}
+    return {
+        "memory": source.memory.fingerprint,
+        "queries": {split: fingerprint(batch) for split, batch in splits.items()},
+        "code": code_hash(),
+        **arithmetic(),
+    }
 
 
 def code_hash() -> str:

@@ -16,8 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
-from nvf.errors import InputError, check_number
-from nvf.faults import fitting_in_memory
+from nvf.errors import InputError, check_number, fitting_in_memory
 from nvf.files.tensors import read_archive
 from nvf.training.checkpointing import (
     BEST,

@@ -12,6 +12,7 @@ from nvf.data.datamodule import VectorDataModule
 from nvf.evaluation.report import cut_in_words
 from nvf.runs.resume import decided
 from nvf.training.build import Variant
+from nvf.training.devices import agreed, is_first
 from nvf.training.fit import FitSettings
 from nvf.training.modules import JointModule, StageModule
 
@@ -90,7 +91,8 @@ def _affordable(
             cost: float = data.batch_size * len(data.train_dataloader()) * rows * memory.dim
         else:
             what = f"seconds an epoch of {data.stage} takes"
-            cost = decided(folder, what, lambda: _epoch_seconds(module, data))
+            seconds = decided(folder, what, lambda: _epoch_seconds(module, data), writes=is_first())
+            cost = agreed(seconds)
         affordable[f"{name}={limit:g}"] = limit / cost
     by = min(affordable, key=lambda name: affordable[name], default=None)
     return by, math.inf if by is None else affordable[by]
