@@ -26,8 +26,9 @@ from nvf.models.memory import VectorMemory
 from nvf.models.reranker import Reranker, reranker_loss
 from nvf.ops.random_streams import stream
 from nvf.statistics import wilson
-from nvf.training.build import build_source, fit_settings
+from nvf.training.build import build_source
 from nvf.training.fit import fit
+from nvf.training.stages import fit_settings
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]
 NAMES = [

@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import nvf.train
 from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
 from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settle, spelled
 from nvf.train import CONF
-from nvf.training.build import build_source, check
+from nvf.training.build import build
 
 Run = Callable[..., dict[str, Any]]
 CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
@@ -179,7 +181,8 @@ def numbers(tree: dict[str, Any], prefix: str = "") -> list[str]:
 )
 def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choices: list[str]) -> None:
     choices = [*choices, *([f"data.dir={folder}"] if "data=embeddings" in choices else [])]
-    config = compose_config(*choices)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", choices))  # values that follow from others follow the bad one
     groups = ("data", "queries", "attention", "reranker", *(["joint"] if "stage=joint" in choices else []))
     names = ["k", *(name for group in groups for name in numbers({group: config[group]}))]
     assert len(names) >= 15
@@ -189,7 +192,7 @@ def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choic
             bad = copy.deepcopy(config)
             functools.reduce(dict.__getitem__, path, bad)[leaf] = value
             with pytest.raises(InputError, match=re.escape(str(value))):
-                check(bad, build_source(bad))
+                build(OmegaConf.to_container(OmegaConf.create(bad), resolve=True))
 
 
 BAD_COMMANDS = [

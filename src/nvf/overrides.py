@@ -30,7 +30,12 @@ PATHS = ("data.dir", "data.mapped", "data.path", "cache", "attention_checkpoint"
 PLACES = ("resume", "hydra.run.dir", "hydra.sweep.dir")  # paths that are needed before the settings are composed
 COLUMNS = ("data.columns.id", "data.columns.vector", "data.columns.targets")
 TEXTS = (*PATHS, *PLACES, *COLUMNS, "data.url", "data.collection", "data.vector", "hydra.sweep.subdir")
-FREE = ("trainer.", "hydra.")  # settings of Lightning and Hydra, which know their names
+# What is built by its `_target_` knows the names of its own arguments.
+FREE = re.compile(
+    r"(trainer|hydra|optimizer|callbacks|logger|data\.memory|queries\.source|(attention|reranker)\.model)\."
+)
+GLOBAL = ("recipe", "experiment")  # groups whose settings are other groups'
+TARGET = re.compile(r"_target_[=:]\s*([\w.]+)")
 PARTS = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,])+""")  # between the commas of a sweep
 PARSER = OverridesParser.create()
 COMPOSING = threading.Lock()  # Hydra composes for one thread at a time
@@ -81,7 +86,7 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
     if cfg.hydra.mode is RunMode.MULTIRUN:
         raise InputError("a sweep is for the command line: python -m nvf.train -m ...; run makes one run")
     if resume:
-        return recorded(folder), folder, True
+        return resumed_settings(folder, words), folder, True
     settle(config)
     sweeps.refuse_local_ddp(config)
     check_place(folder)
@@ -103,7 +108,7 @@ def spelled(words: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         choice = (CONF / name).is_dir() and not value.startswith("{")
-        if not (foreign or choice or name.startswith(FREE) or "/" in name or "@" in name):
+        if not (foreign or choice or FREE.match(name) or "/" in name or "@" in name):
             _check_known(word, sign, name)
             sign = ""  # so that Hydra refuses what the chosen options do not have
         if name in TEXTS:
@@ -120,7 +125,8 @@ def resumed(folder: str, words: Sequence[str]) -> list[str]:
     A sweep's own words come from its record; words of Hydra's, such as hydra/launcher=parallel, may be added.
     """
     hydras = [word for word in words if word.startswith("hydra")]
-    if others := [word for word in words if not word.startswith("resume=") and word not in hydras]:
+    named = [word for word in words if TARGET.search(word)]
+    if others := [word for word in words if not word.startswith("resume=") and word not in [*hydras, *named]]:
         raise InputError(
             f"resume={folder} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
         )
@@ -130,8 +136,8 @@ def resumed(folder: str, words: Sequence[str]) -> list[str]:
             if (CONF / name.lstrip("+~")).is_dir() and re.search(r"[/\\$]", value):  # a file that is not ours
                 raise InputError(f"resume={folder}: its record chooses {name}={value}; start the sweep anew")
         return ["--multirun", *own, *hydras, f"resume={quoted(folder)}", f"hydra.sweep.dir={quoted(folder)}"]
-    recorded(Path(folder))  # or there is nothing to go on with
-    return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    resumed_settings(Path(folder), named)  # or there is nothing to resume
+    return [*named, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
 def places(words: Sequence[str]) -> dict[str, Any]:
@@ -171,57 +177,47 @@ def quoted(text: str) -> str:
 
 
 @cache
-def settings() -> dict[str, list[str]]:
-    """The name of every setting and group of settings in conf/, and the files that it stands in."""
-    found: dict[str, list[str]] = {}
-    for path in sorted([*CONF.glob("*.yaml"), *CONF.glob("*/*.yaml")]):
+def settings() -> set[str]:
+    """The name of every setting and group of settings in conf/."""
+    found: set[str] = set()
+    for path in [*CONF.glob("*.yaml"), *CONF.glob("*/*.yaml")]:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
-        apart = path.parent != CONF and "@package _global_" not in path.read_text(encoding="utf-8")
-        own = {name: value for name, value in content.items() if name not in ("defaults", "hydra")}
-        names = flatten(own, f"{path.parent.name}." if apart else "")
-        for name in {*names, *(name.rpartition(".")[0] for name in names)}:
-            found.setdefault(name, []).append(str(path.relative_to(CONF)))
+        group = "" if path.parent == CONF or path.parent.name in GLOBAL else f"{path.parent.name}."
+        for name in flatten(
+            {name: value for name, value in content.items() if name not in ("defaults", "hydra")}, group
+        ):
+            found |= {name, name.rpartition(".")[0]}
     return found
 
 
-def usage() -> str:
-    """What `--help` prints: the choices and the settings as they stand in conf/."""
+@cache
+def targets() -> set[str]:
+    """Every `_target_` in conf/."""
+    texts = (path.read_text(encoding="utf-8") for path in CONF.glob("*/*.yaml"))
+    return {target for text in texts for target in TARGET.findall(text)}
 
-    def names(group: Path) -> str:
-        return ", ".join(sorted(choice.stem for choice in group.glob("*.yaml")))
 
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    own = (CONF / "config.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0]
-    return "\n".join(
-        [
-            "python -m nvf.train name=value ...              one run",
-            "python -m nvf.train -m name=value,value ...     a sweep: every combination, a table at the end",
-            "",
-            f"choices, each a file in {CONF}:",
-            *(f"  {group.name + '=':13}{names(group)}" for group in groups),
-            "",
-            "settings beside theirs, as attention.lr=1e-3 is one of theirs:",
-            *(f"  {line}" for line in own.strip().splitlines()),
-            "",
-            f"jobs of a sweep side by side: hydra/launcher={names(CONF / 'hydra/launcher')}",
-            "a run's settings, composed: --cfg job; Hydra's own words: --hydra-help",
-        ]
-    )
+def resumed_settings(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The settings of the run in a folder, which may name what conf/ has built, and what these words do.
+
+    Raises:
+        InputError: the folder holds no run, its record is damaged, or it would have something else built.
+    """
+    return recorded(folder, targets() | {target for word in words for target in TARGET.findall(word)})
 
 
 def _check_known(word: str, sign: str, name: str) -> None:
     """Refuse to add, or to take away, a setting: what is read stands in conf/, and nothing else is."""
-    files = settings().get(name)
-    if files is None:
+    if name not in settings():
         lasts = {other: other.rpartition(".")[2] for other in settings()}
         like = difflib.get_close_matches(name.rpartition(".")[2], lasts.values(), n=1, cutoff=0.75)
         near = difflib.get_close_matches(name, [other for other in lasts if lasts[other] in like], cutoff=0)
-        remedy = f"did you mean {' or '.join(near)}?" if near else "python -m nvf.train --help lists the settings"
+        remedy = f"did you mean {' or '.join(near)}?" if near else "conf/ has all settings"
         raise InputError(f"{word}: there is no setting {name}, nothing would read it; {remedy}")
-    if sign == "+":
-        raise InputError(f"{word}: {name} is a setting in {', '.join(files[:3])}; choose that, without the +")
-    if sign == "~":
-        raise InputError(f"{word} takes away a setting that is read; give it a value: {name}=...")
+    if sign in ("+", "~"):
+        raise InputError(
+            f"{word}: {name} is a setting in conf/, which is chosen there and neither added nor taken away"
+        )
 
 
 def _spelled(name: str, value: str) -> str:

@@ -21,7 +21,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.ops.ranks import criterion
 from nvf.runs.versions import versions
-from nvf.training.build import Built, clusters
+from nvf.training.build import Built
 from nvf.training.select import Chosen, FittedJointly
 
 log = logging.getLogger("nvf")
@@ -126,7 +126,10 @@ def _show(config: dict[str, Any], built: Built, model: SoftAttention | Pipeline,
     texts = texts_of(config["data"].get("dir"), memory.given)
     if texts is not None and memory.first is not None:
         texts = [texts[vector] for vector in memory.first.tolist()]
-    known: dict[str, Any] = {"k": built.k, "oracle": built.source.oracle, "texts": texts, "labels": clusters(config)}
+    data = config["data"]
+    clustered = data["name"] == "clustered"
+    labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None
+    known: dict[str, Any] = {"k": built.k, "oracle": built.source.oracle, "texts": texts, "labels": labels}
     try:
         show(model, built.queries("val"), config["dashboards"], folder, **known)
     except Exception:  # a picture is not worth a run

@@ -19,9 +19,9 @@ from nvf.console import follows, logged, mend_streams, quiet
 from nvf.errors import InputError
 from nvf.exits import ending_in_words
 from nvf.files.records import read_record
-from nvf.overrides import CONF, check_folder, composed, settle, words_of
+from nvf.overrides import CONF, check_folder, composed, resumed_settings, settle, words_of
 from nvf.runs import sweep as sweeps
-from nvf.runs.resume import recorded, remove_traces
+from nvf.runs.resume import remove_traces
 from nvf.runs.signals import Stopped, handlers_kept, restarted, stop_when_asked
 
 START = time.perf_counter()
@@ -112,7 +112,7 @@ def job(cfg: DictConfig) -> float:
             if again:
                 goes_on = sweeps.resumes(folder, config)
         elif goes_on:
-            config = recorded(folder)
+            config = resumed_settings(folder, settings.overrides.task)
             if sweeps.finished(folder, config) is not None:
                 log.info("done already: %s", folder)
                 return math.nan

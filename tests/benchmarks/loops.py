@@ -26,9 +26,10 @@ from nvf.models.reranker import reranker_loss
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import are_targets
 from nvf.options import Option, parse, whole
-from nvf.training.build import Settings, attention_stage, build_source, fit_settings, reranker_stage
+from nvf.training.build import build_source
 from nvf.training.fit import fit
 from nvf.training.modules import AttentionModule, RerankerModule
+from nvf.training.stages import Settings, attention_stage, fit_settings, reranker_stage
 from timing import COMMON, in_turn, interleaved, settings, table, watched_by, write_json
 
 TARGET = 0.93

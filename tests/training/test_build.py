@@ -13,9 +13,10 @@ from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf.errors import InputError
 from nvf.models.pipeline import Pipeline
 from nvf.train import train
-from nvf.training.build import attention_stage, build_source
+from nvf.training.build import build, build_source
 from nvf.training.checkpoints import load_attention
 from nvf.training.select import fit_attention
+from nvf.training.stages import attention_stage
 
 Run = Callable[..., dict[str, Any]]
 
@@ -93,7 +94,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage 1 for the small synthetic memory of seed 0."""
     folder = tmp_path_factory.mktemp("stage1")
     config = compose_config(*SMALL, *SMALL_STEPS, "trainer.enable_progress_bar=false")
-    fit_attention(config, build_source(config), folder)
+    fit_attention(build(config), folder)
     return folder / "checkpoints/attention/best.ckpt"
 
 

@@ -28,10 +28,11 @@ from nvf.data.queries import Nearest
 from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.memory import VectorMemory
 from nvf.ops.ranks import target_ranks
-from nvf.training.build import attention_stage, build_source, check_sharded, fit_settings, reranker_stage
+from nvf.training.build import build_source, check_sharded
 from nvf.training.devices import part_processes, start_processes
 from nvf.training.fit import fit
 from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, sharded_loss, sharded_ranks
+from nvf.training.stages import attention_stage, fit_settings, reranker_stage
 
 RANKS = 2
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]

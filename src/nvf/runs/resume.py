@@ -8,7 +8,7 @@ calibration, is computed again.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +25,15 @@ T = TypeVar("T")
 log = logging.getLogger("nvf")
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path, targets: Container[str] | None = None) -> dict[str, Any]:
     """The settings of the run in a folder.
 
+    Args:
+        folder: the run's.
+        targets: each `_target_` that the settings may name; None allows for those in the packages `MAY_BE_BUILT`.
+
     Raises:
-        InputError: the folder holds no run, its record is damaged, or it names a `_target_` that is not ours.
+        InputError: the folder holds no run, its record is damaged, or it names another `_target_`.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -41,8 +45,11 @@ def recorded(folder: Path) -> dict[str, Any]:
     config = record.get("config")
     if not isinstance(config, dict) or not is_whole(record):
         raise InputError(f"{path} is damaged; start the run anew")
-    if (foreign := _foreign(config)) is not None:
-        raise InputError(f"{path} wants {foreign!r} built; settings may name what is in {', '.join(MAY_BE_BUILT)}")
+    if (foreign := _foreign(config, targets)) is not None:
+        raise InputError(
+            f"{path} wants {foreign!r} built; settings may name what is in {', '.join(MAY_BE_BUILT)}, or what you name "
+            f"again beside resume=: the word with _target_={foreign}"
+        )
     return config
 
 
@@ -144,13 +151,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({one_line(fault)}); start the run anew") from None
 
 
-def _foreign(tree: Any) -> str | None:
+def _foreign(tree: Any, targets: Container[str] | None) -> str | None:
     """The first `_target_` that may not be built, at any depth."""
     if isinstance(tree, dict):
         target = tree.get("_target_")
-        if target is not None and not str(target).startswith(MAY_BE_BUILT):
+        ours = str(target).startswith(MAY_BE_BUILT) if targets is None else target in targets
+        if target is not None and not ours:
             return str(target)
         tree = list(tree.values())
     if isinstance(tree, list):
-        return next((found for part in tree if (found := _foreign(part)) is not None), None)
+        return next((found for part in tree if (found := _foreign(part, targets)) is not None), None)
     return None

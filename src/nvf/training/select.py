@@ -24,11 +24,12 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import criterion
-from nvf.training.build import Built, Variant, label
+from nvf.training.build import Built, Variant
 from nvf.training.cache import Kept, opened, stage_key
 from nvf.training.checkpointing import BEST, LAST
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
+from nvf.training.stages import label
 
 log = logging.getLogger("nvf")
 FOLDS = "folds"  # their checkpoints are of no use once the run is done
