@@ -37,7 +37,8 @@ from nvf.training.build import (
     variants,
 )
 from nvf.training.cache import Kept, opened
-from nvf.training.checkpointing import LAST
+from nvf.training.callbacks import LAST
+from nvf.training.checkpoints import WEIGHTS
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
 
@@ -114,13 +115,13 @@ def _fit_variants(config: Settings, source: Source, folder: Path, held_out: Quer
         place = f"attention/{name}".rstrip("/")
         epochs, gradients = fit(module, data, settings, folder=folder, name=place, start_competes=starts_well)
         chosen = _calibrated(variant, source, held_out, module.attention, epochs)._replace(gradients=gradients)
-        fitted.append((chosen, checkpoints / name / "best.ckpt"))
+        fitted.append((chosen, checkpoints / name / WEIGHTS))
     exact = quality(SoftAttention(source.memory, transform="identity"), held_out)
     clear = [pair for pair in fitted if clearly_above(pair[0].quality, exact)]
     best = max(float(chosen.quality.double().sum()) for chosen, _ in clear or fitted[:1])
     chosen, checkpoint = next(pair for pair in clear or fitted if float(pair[0].quality.double().sum()) == best)
     if several:
-        shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
+        shutil.copyfile(checkpoint, checkpoints / WEIGHTS)
     return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
 
 
