@@ -78,10 +78,10 @@ def with_lightning(config: Settings, stage: str, source: Source, attention: Soft
 
 def optimiser(module: Module, config: Settings, stage: str, steps: int) -> tuple[Any, Any]:
     """Fused Adam and its schedule, as the module has them."""
-    rates = module.learning_rates()
-    adam = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in rates], fused=True)
+    groups = module.parameter_groups()
+    peaks = [group["lr"] for group in groups]
+    adam = torch.optim.Adam(groups, fused=True)
     assert config[stage]["schedule"] == "onecycle"
-    peaks = [lr for _, lr in rates]
     return adam, torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=steps, pct_start=module.warmup)
 
 

@@ -283,7 +283,11 @@ def test_ddp_leaves_one_run(tmp_path: Path) -> None:
     assert results["joint"]["before"]["coverage"]["value"] <= 1
     assert results["gradients"]["training"].keys() == {"attention", "reranker", "joint"}
     for stage in ("attention", "reranker", "joint"):
-        assert {path.name for path in (run / "checkpoints" / stage).iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert {path.name for path in (run / "checkpoints" / stage).iterdir()} == {
+            "best.ckpt",
+            "best.safetensors",
+            "last.ckpt",
+        }
     assert (run / "train.log").read_text().count("test queries") == 1
     assert len(Pipeline.load(run / "pipeline").search(torch.randn(3, 8), k=5).rows) == 3
 

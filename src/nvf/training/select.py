@@ -26,7 +26,8 @@ from nvf.ops.random_streams import stream
 from nvf.ops.ranks import criterion
 from nvf.training.build import Built, Variant
 from nvf.training.cache import Kept, opened, stage_key
-from nvf.training.checkpointing import BEST, LAST
+from nvf.training.callbacks import LAST
+from nvf.training.checkpoints import WEIGHTS
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
 from nvf.training.stages import label
@@ -107,7 +108,7 @@ def _fit_variants(variants: Sequence[Variant], exact: SoftAttention, held_out: Q
     best = max(clear or fitted[:1], key=lambda chosen: float(chosen.quality.double().sum()))  # the first of equals
     checkpoints = folder / "checkpoints" / "attention"
     if best.variant.name:
-        shutil.copyfile(checkpoints / best.variant.name / BEST, checkpoints / BEST)
+        shutil.copyfile(checkpoints / best.variant.name / WEIGHTS, checkpoints / WEIGHTS)
     return best._replace(tried=[{**other.tried[0], "chosen": other is best} for other in fitted])
 
 

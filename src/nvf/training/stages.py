@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import Recorded, Source
@@ -95,6 +97,11 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
     if not trainer.get("enable_progress_bar", True):
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
+
+    def started(folder: Path, name: str, step: int) -> list[Logger]:
+        purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
+        return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
+
     return FitSettings(
         stage=stage,
         epochs=settings["epochs"] and (most or settings["epochs"]),
@@ -102,7 +109,7 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         save_every=config["save_every"],
         trainer=instantiated({"_target_": "lightning.Trainer", "_partial_": True, **trainer}, "trainer"),
         callbacks=tuple(callbacks),
-        loggers=lambda folder, name: [logger(save_dir=str(folder), name=name) for logger in loggers],
+        loggers=started,
         remedies=_memory_remedies(settings, stage, config["attention"]["keys"], memory),
     )
 
