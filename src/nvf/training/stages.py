@@ -93,7 +93,9 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
-    callbacks = [instantiated(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    callbacks = [
+        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
+    ]
     if not trainer.get("enable_progress_bar", True):
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
@@ -107,7 +109,7 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         epochs=settings["epochs"] and (most or settings["epochs"]),
         patience=settings["patience"],
         save_every=config["save_every"],
-        trainer=instantiated({"_target_": "lightning.Trainer", "_partial_": True, **trainer}, "trainer"),
+        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
         callbacks=tuple(callbacks),
         loggers=started,
         remedies=_memory_remedies(settings, stage, config["attention"]["keys"], memory),
@@ -176,7 +178,7 @@ def make(node: Settings, name: str, **given: Any) -> Any:
     Raises:
         InputError: there is no such class or function, or it takes other arguments.
     """
-    function = instantiated({**node, "_partial_": True}, name)
+    function = instantiated(node, name)
     try:
         inspect.signature(function).bind(**given)
     except (TypeError, ValueError) as fault:
@@ -184,9 +186,10 @@ def make(node: Settings, name: str, **given: Any) -> Any:
     return function(**given)
 
 
-def instantiated(node: Settings, name: str) -> Any:
+def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
+    """The class or function that a part of the settings names, with its arguments; if `called`, what it makes."""
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate({**node, "_partial_": not called}, _convert_="all")
     except InstantiationException as fault:
         if isinstance(fault.__cause__, InputError):
             raise fault.__cause__ from None
