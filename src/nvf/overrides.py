@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvf.console import follows
@@ -79,15 +79,13 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
         with COMPOSING, initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
             cfg = compose("config", list(words), return_hydra_config=True)
         own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
-        config: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-        folder = Path(cfg.hydra.run.dir).absolute()
+        folder, config = Path(cfg.hydra.run.dir).absolute(), settled(own)
     except (HydraException, OmegaConfBaseException) as fault:
         raise InputError(" ".join(str(fault).split())) from None
     if cfg.hydra.mode is RunMode.MULTIRUN:
         raise InputError("a sweep is for the command line: python -m nvf.train -m ...; run makes one run")
     if resume:
         return resumed_settings(folder, words), folder, True
-    settle(config)
     sweeps.refuse_local_ddp(config)
     check_place(folder)
     return config, folder, False
@@ -146,17 +144,21 @@ def places(words: Sequence[str]) -> dict[str, Any]:
     return {override.key_or_group: override.value() for override in PARSER.parse_overrides(named)}
 
 
-def settle(config: dict[str, Any], start: str = "") -> None:
-    """Make every text in a configuration text, and fill in its paths: `~`, and where relative ones start."""
+def settled(config: DictConfig, start: str = "") -> dict[str, Any]:
+    """The settings as plain containers, with every text that is meant as one, and with their paths filled in.
+
+    Args:
+        config: as it was composed, its interpolations unresolved: what follows from a path follows it here.
+        start: where relative paths start; `~` is a user's home.
+    """
     for name in TEXTS:
-        *groups, last = name.split(".")
-        part = config
-        for group in groups:
-            part = part.get(group, {})
-        value = part.get(last)
-        if value in (None, "", "off") or isinstance(value, bool):
+        value = OmegaConf.select(config, name)
+        if value in (None, "", "off") or isinstance(value, bool) or name.startswith("hydra."):
             continue
-        part[last] = os.path.join(start, os.path.expanduser(str(value))) if name in PATHS else str(value)
+        text = os.path.join(start, os.path.expanduser(str(value))) if name in PATHS else str(value)
+        OmegaConf.update(config, name, text)
+    found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return found
 
 
 def check_folder(config: dict[str, Any]) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nvf.console import follows, logged, mend_streams, quiet
 from nvf.errors import InputError
 from nvf.exits import ending_in_words
 from nvf.files.records import read_record
-from nvf.overrides import CONF, check_folder, composed, resumed_settings, settle, words_of
+from nvf.overrides import CONF, check_folder, composed, resumed_settings, settled, words_of
 from nvf.runs import sweep as sweeps
 from nvf.runs.resume import remove_traces
 from nvf.runs.signals import Stopped, handlers_kept, restarted, stop_when_asked
@@ -97,8 +97,7 @@ def job(cfg: DictConfig) -> float:
     """A run, or a job of a sweep, from Hydra's configuration; what goes wrong becomes words and an exit status."""
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    settle(config, settings.runtime.cwd if settings.job.chdir else "")
+    config = settled(cfg, settings.runtime.cwd if settings.job.chdir else "")
     goes_on, started = bool(config["resume"]) and not sweep, time.perf_counter() if sweep else START
     with ending_in_words(folder, sweep=sweep, began=goes_on, in_turn=sweeps.in_turn(settings.launcher)):
         if sweep:

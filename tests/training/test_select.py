@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import compose_config, write_folder
+from conftest import SMALL, compose_config, write_folder
 from nvf import InputError, Pipeline
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.files.records import write_record
@@ -215,6 +215,17 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
         assert not mine & {tuple(query.tolist()) for query in fitted_on}
     weights = [fold.attention.transform.network.weight for fold in folds]
     assert not torch.equal(weights[0], weights[1])
+
+
+def test_variants_that_share_transform_and_keys_have_folders_of_their_own() -> None:
+    given = "[{keys: frozen, hidden: 4}, {keys: frozen, hidden: 8}, {keys: learned}]"
+    built = build(compose_config(*SMALL, "attention=residual", f"attention.variants={given}"))
+    assert [variant.name for variant in built.variants] == [
+        "residual-frozen-1",
+        "residual-frozen-2",
+        "residual-learned",
+    ]
+    assert [variant.module.attention.settings["hidden"] for variant in built.variants] == [4, 8, None]
 
 
 @pytest.mark.parametrize(
