@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import nvf.train
 from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
-from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settle, spelled
+from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settled, spelled
 from nvf.train import CONF
-from nvf.training.build import build_source, check
+from nvf.training.build import build
 
 Run = Callable[..., dict[str, Any]]
 CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
@@ -39,7 +41,7 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
     if choice == "trainer/gpu":
         compose_config(*overrides)  # what it asks for may not be there
         return
-    if choice in ("data/embeddings", "queries/recorded", "reranker/evidence"):
+    if choice in ("data/embeddings", "queries/recorded", "recipe/recorded", "reranker/evidence"):
         overrides += ["data=embeddings", f"data.dir={folder}"]
     if choice == "data/qdrant":
         to_collection(folder, tmp_path / "storage")
@@ -47,7 +49,7 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
         overrides += [f"data.path={storage}", "data.collection=items", f"data.dir={folder}", "data.distance=cosine"]
     shortened = SMALL_STEPS if group == "trainer" else ["trainer=debug"]
     results = run(*overrides, *shortened)
-    assert results["config"][group if group != "experiment" else "seed"] is not None
+    assert results["config"][group if group not in ("experiment", "recipe") else "seed"] is not None
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"results.json", "checkpoints", "attention"} <= saved
     assert ("pipeline" in saved) == (choice not in ("stage/attention", "trainer/sharded"))
@@ -77,7 +79,11 @@ def test_a_new_user_types_one_line(tmp_path: Path) -> None:
     assert "Warning" not in done.stdout + done.stderr
     (run,) = tmp_path.glob("outputs/[0-9]*/*")
     assert {path.name for path in run.iterdir()} >= {".hydra", "train.log", "checkpoints", "pipeline", "results.json"}
-    assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {
+        "best.ckpt",
+        "best.safetensors",
+        "last.ckpt",
+    }
     assert "exact search" in (run / "train.log").read_text()
 
     hits = Pipeline.load(run / "pipeline").search(np.random.default_rng(0).standard_normal((7, 8)), k=5)
@@ -146,7 +152,7 @@ BAD_SETTINGS = [
     (["queries=noisy", "queries.sigma=-0.1"], "queries.sigma=-0.1 is not a number of at least 0"),
     (["data=embeddings"], "data.dir is not set; name the folder"),
     (["queries=recorded"], "data=synthetic has no recorded queries; choose queries=nearest"),
-    (["attention_checkpoint=none.ckpt"], "attention_checkpoint=none.ckpt does not exist; name"),
+    (["attention_checkpoint=none.safetensors"], "attention_checkpoint=none.safetensors does not exist; name"),
     (["attention.epochs=0"], "attention.epochs=0 is not a whole number of at least 1; raise it"),
     (["attention.steps_per_epoch=null"], "generated queries never end; set steps_per_epoch"),
     (["stage=joint", "joint.relaxation=[1,0]"], "joint.relaxation=0 is not a number above 0"),
@@ -179,7 +185,8 @@ def numbers(tree: dict[str, Any], prefix: str = "") -> list[str]:
 )
 def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choices: list[str]) -> None:
     choices = [*choices, *([f"data.dir={folder}"] if "data=embeddings" in choices else [])]
-    config = compose_config(*choices)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", choices))  # values that follow from others follow the bad one
     groups = ("data", "queries", "attention", "reranker", *(["joint"] if "stage=joint" in choices else []))
     names = ["k", *(name for group in groups for name in numbers({group: config[group]}))]
     assert len(names) >= 15
@@ -189,7 +196,7 @@ def test_every_number_is_checked_at_the_door(tmp_path: Path, folder: Path, choic
             bad = copy.deepcopy(config)
             functools.reduce(dict.__getitem__, path, bad)[leaf] = value
             with pytest.raises(InputError, match=re.escape(str(value))):
-                check(bad, build_source(bad))
+                build(OmegaConf.to_container(OmegaConf.create(bad), resolve=True))
 
 
 BAD_COMMANDS = [
@@ -262,7 +269,7 @@ def test_text_stays_the_text_that_was_typed(name: str) -> None:
 
 
 def test_words_that_mean_something_keep_their_meaning() -> None:
-    meant = ["data.dir=null", "cache=false", "cache=off", "resume=true", "data.dir='1e3'", "data.dir=a,b"]
+    meant = ["data.dir=null", "cache=false", "cache=off", "resume=null", "data.dir='1e3'", "data.dir=a,b"]
     meant += [
         "hydra.run.dir=runs/${now:%Y}",
         "data.dir=choice(1,2)",
@@ -276,10 +283,11 @@ def test_words_that_mean_something_keep_their_meaning() -> None:
 
 @pytest.mark.parametrize("start", ["", "/where/it/was/typed"])
 def test_paths_start_where_the_command_was_typed(start: str) -> None:
-    config = compose_config("data=qdrant", *spelled([f"{name}=~/{name}" for name in PATHS[:2]]))
-    config.update({"cache": "kept", "attention_checkpoint": "/a.ckpt"})
-    config["data"]["path"] = 2024  # as a file of settings gives it
-    settle(config, start)
+    words = ["data=qdrant", *spelled([f"{name}=~/{name}" for name in PATHS[:2]]), "cache=kept"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [*words, "attention_checkpoint=/a.ckpt", "data.path=2024"])  # a number, as in a file
+    config = settled(cfg, start)
+    assert config["data"]["memory"]["path"] == config["data"]["path"]
     expected = [str(Path.home() / name) for name in PATHS[:2]] + [os.path.join(start, "kept"), "/a.ckpt"]
     assert [config["data"][name] for name in ("dir", "mapped")] + [
         config["cache"],
@@ -297,9 +305,10 @@ def test_paths_start_where_the_command_was_typed(start: str) -> None:
         ("atention=mlp", "did you mean attention?"),
         ("++attention={dropot: 1}", None),
         ("lr=1", r"did you mean .*attention\.lr"),
-        ("+queries.sigma=0.1", r"queries.sigma is a setting in queries/noisy.yaml"),
+        ("+queries.sigma=0.1", r"queries.sigma is a setting in conf/.*; leave out \+"),
         ("++queries.sigma=0.1", None),
-        ("~attention.lr", "attention.lr=..."),
+        ("~attention.lr", "nor to be taken away"),
+        ("+recipe.k=3", "no setting recipe.k"),
         ("queries.sigma=0.1=2", "queries.sigma='...'"),
     ],
 )
@@ -327,11 +336,36 @@ def test_help_names_every_choice_and_setting_without_torch(tmp_path: Path) -> No
     done = command("--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0
     for path in CONF.glob("*/*.yaml"):
-        assert re.search(rf"{path.parent.name}=.*\b{path.stem}\b", done.stdout), path
+        assert re.search(rf"{path.parent.name}: .*\b{path.stem}\b", done.stdout), path
     for path in CONF.glob("hydra/launcher/*.yaml"):
         assert re.search(rf"hydra/launcher=.*\b{path.stem}\b", done.stdout), path
     for setting in ("seed", "k", "cache", "threads", "resume", "attention_checkpoint"):
-        assert f"  {setting}: " in done.stdout
+        assert f"\n{setting}: " in done.stdout
+
+
+def test_what_suits_a_kind_of_queries_is_a_recipe_and_can_be_pinned(folder: Path) -> None:
+    def fitted(*words: str) -> tuple[str, str, int]:
+        config = compose_config(*words)
+        return config["attention"]["transform"], config["reranker"]["kind"], config["k"]
+
+    assert fitted() == fitted("queries=noisy", "recipe=nearest") == ("mlp", "residual", 5)
+    assert fitted("queries=noisy") == ("linear", "residual", 5)
+    assert fitted("data=embeddings") == fitted("data=qdrant") == ("linear", "evidence", 20)
+    assert fitted("data=embeddings", "queries=noisy") == fitted("queries=noisy")
+    assert fitted("experiment=noise_sweep", "reranker=mlp", "k=3") == ("linear", "mlp", 3)
+    for group in ("data", "queries"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert "_global_\n" not in path.read_text(), path
+
+
+def test_a_group_may_ask_for_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    mode = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      k: 0,1001\n"
+    (tmp_path / "own/experiment/two.yaml").write_text(mode)
+    done = command("--config-dir=own", "+experiment=two", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "k=0 is not a" in done.stderr
+    assert (tmp_path / "outputs/multirun").is_dir()
 
 
 def test_bad_input_in_a_sweep_fails_the_sweep(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from nvf.errors import InputError
 from nvf.options import Option, path, run
-from nvf.runs.comparison.settings import printable
-from nvf.runs.comparison.table import compare, where, write
+from nvf.runs.comparison.table import compare
 from nvf.statistics import METRICS
 
 FORMATS = ("text", "markdown", "csv", "json")
@@ -24,10 +23,11 @@ def _show(folders: Sequence[Path], *, format: str, metric: str, output: Path | N
     if format not in FORMATS:
         raise InputError(f"format={format} is not known; give one of {', '.join(FORMATS)}")
     comparison = compare(folders, metric)
-    remarks = list(map(printable, comparison.notes)) if format in ("csv", "json") else []  # the others hold them
+    remarks = [*comparison.notes] if format in ("csv", "json") else []  # the others hold them
     if output is not None:
-        write(comparison, output)
-        remarks.append(where(output))
+        from nvf.runs.comparison.figure import write  # matplotlib is slow to import
+
+        remarks.append(write(comparison, output))
     for line in remarks:
         print(line, file=sys.stderr)  # so that what is printed stays the table alone
     return str(getattr(comparison, format)())

@@ -1,10 +1,21 @@
-"""The one error that a user is meant to read, and the check that raises most of it."""
+"""The one error that a user is meant to read, the check of numbers, and words for faults of the machine."""
 
+import errno
+import os
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-LARGEST = sys.float_info.max  # Python's whole numbers go beyond it
+LARGEST = sys.float_info.max  # Python's integers go beyond it
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+SAID_BY_OTHERS = ("No space left on device", "os error 28", "Disk quota exceeded")  # Rust's and C++'s libraries
+ALLOCATION = re.compile(r"tried to allocate ([\d.]+)\s*(bytes|KiB|MiB|GiB)", re.IGNORECASE)
+UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class InputError(ValueError):
@@ -21,8 +32,17 @@ def check_number(
     whole: bool = False,
     remedy: str,
 ) -> None:
-    """Raise an InputError unless the value is a finite number, numpy's included, whole if it must be, within limits."""
-    kind = "a whole number" if whole else "a number"
+    """Raise an InputError unless the value is a finite number, numpy's included, within its limits.
+
+    Args:
+        name: of the setting.
+        value: of the setting.
+        minimum: the smallest value that is allowed.
+        above: what the value must exceed.
+        below: what the value must not reach.
+        whole: whether it must be an integer.
+        remedy: how the message ends.
+    """
     limits = [
         f"{word} {limit}"
         for word, limit in (("of at least", minimum), ("above", above), ("below", below))
@@ -32,12 +52,9 @@ def check_number(
     if fits and not isinstance(value, int):
         value = int(value) if whole else float(value)  # numpy's float32 would turn the limits into its own type
     fits = fits and abs(value) <= LARGEST  # NaN is not
-    if (
-        not fits
-        or (minimum is not None and value < minimum)
-        or (above is not None and value <= above)
-        or (below is not None and value >= below)
-    ):
+    fits = fits and (minimum is None or value >= minimum)
+    if not (fits and (above is None or value > above) and (below is None or value < below)):
+        kind = "a whole number" if whole else "a number"
         raise InputError(f"{name}={value} is not {' '.join([kind, ' and '.join(limits)]).strip()}; {remedy}")
 
 
@@ -45,3 +62,68 @@ def one_line(fault: BaseException) -> str:
     """What another library's exception says, on one line of bounded length, for an InputError to quote."""
     text = " ".join(str(fault).split())
     return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__
+
+
+def disk_is_full(fault: BaseException) -> bool:
+    """Whether something could not be written for want of room."""
+    return getattr(fault, "errno", None) in FULL or any(said in str(fault) for said in SAID_BY_OTHERS)
+
+
+def out_of_memory(fault: BaseException) -> bool:
+    """Whether an allocation failed: Python's, torch's on a CPU, which is a RuntimeError, or a GPU's."""
+    said = str(fault).lower() if isinstance(fault, RuntimeError) else ""
+    return isinstance(fault, MemoryError) or "can't allocate memory" in said or "out of memory" in said
+
+
+def explain(fault: BaseException, folder: Path) -> str | None:
+    """Words for a fault of the machine in the middle of a run; None for any other.
+
+    Args:
+        fault: what was raised; an OSError may know the file.
+        folder: of the run, for a fault that names no file.
+    """
+    place = getattr(fault, "filename", None) or folder
+    if disk_is_full(fault):
+        return f"the disk of {place} is full ({one_line(fault)}); what was saved before is whole: make room"
+    if isinstance(fault, OSError) and fault.errno in FORBIDDEN:
+        return f"{place} cannot be written ({one_line(fault)}); mend its permissions"
+    if out_of_memory(fault):
+        return (
+            f"out of memory ({_amounts(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
+            "data.mapped=outputs/rows"
+        )
+    return None
+
+
+def check_place(folder: Path) -> None:
+    """Raise an InputError unless a folder is there to write into, or can be made; nothing is written."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return
+    why = "is not to be written into" if nearest.is_dir() else "is no folder"
+    raise InputError(f"{folder} cannot be written: {nearest} {why}; mend that, or give a place: hydra.run.dir=path")
+
+
+@contextmanager
+def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
+    """Turn a failed allocation in the fit of a stage into an InputError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if not out_of_memory(fault):
+            raise
+        raise InputError(f"{stage}: out of memory ({_amounts(fault)}); {', or '.join(remedies)}") from None
+
+
+def _amounts(fault: BaseException) -> str:
+    """How much memory was wanted and how much is free, as far as either is known."""
+    known = []
+    if found := ALLOCATION.search(str(fault)):
+        known.append(f"{float(found[1]) * UNITS[found[2].lower()] / 2**30:,.2f} GiB wanted at once")
+    try:
+        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        free = None
+    if free is not None:
+        known.append(f"{int(free[1]) / 2**20:,.2f} GiB free")
+    return ", ".join(known) or one_line(fault)

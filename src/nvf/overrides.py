@@ -14,15 +14,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvf.console import follows
-from nvf.errors import InputError
-from nvf.faults import check_place
+from nvf.errors import InputError, check_place
 from nvf.runs import sweep as sweeps
-from nvf.runs.comparison.settings import flatten
 from nvf.runs.resume import recorded, requeued
+from nvf.runs.settings import flatten
 
 HERE = Path(__file__).resolve()
 CARRIED = HERE.parent / "conf"  # in a wheel
@@ -31,7 +30,12 @@ PATHS = ("data.dir", "data.mapped", "data.path", "cache", "attention_checkpoint"
 PLACES = ("resume", "hydra.run.dir", "hydra.sweep.dir")  # paths that are needed before the settings are composed
 COLUMNS = ("data.columns.id", "data.columns.vector", "data.columns.targets")
 TEXTS = (*PATHS, *PLACES, *COLUMNS, "data.url", "data.collection", "data.vector", "hydra.sweep.subdir")
-FREE = ("trainer.", "hydra.")  # settings of Lightning and Hydra, which know their names
+# What is built by its `_target_` knows the names of its own arguments.
+FREE = re.compile(
+    r"(trainer|hydra|optimizer|callbacks|logger|data\.memory|queries\.source|(attention|reranker)\.model)\."
+)
+GLOBAL = ("recipe", "experiment")  # groups whose settings are other groups'
+TARGET = re.compile(r"_target_[=:]\s*([\w.]+)")
 PARTS = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,])+""")  # between the commas of a sweep
 PARSER = OverridesParser.create()
 COMPOSING = threading.Lock()  # Hydra composes for one thread at a time
@@ -50,10 +54,6 @@ def words_of(words: Sequence[str]) -> list[str]:
     several = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
     if any(word.startswith("-") and word not in ("-m", "--multirun") for word in words) or follows():
         return words  # asks Hydra for something else; or the first process has seen to it
-    if resume is True:
-        before = None if place else sweeps.earlier(words)
-        at = next(number for number, word in enumerate(words) if word.startswith("resume="))
-        return words if before is None else [*words[:at], f"hydra.sweep.dir={quoted(str(before))}", *words[at:]]
     if resume:
         return resumed(str(resume), words)
     if not several and (folder := requeued(place)) is not None:
@@ -71,21 +71,21 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
     if flags := [word for word in words if word.startswith("-")]:
         raise InputError(f"{' '.join(flags)} is for the command line, python -m nvf.train; give name=value")
     words = spelled(words)
-    if isinstance(resume := places(words).get("resume"), str):
+    if resume := places(words).get("resume"):
         words = resumed(resume, words)
+    if "--multirun" in words:
+        raise InputError(f"resume={resume} is a sweep's, for the command line: python -m nvf.train resume={resume}")
     try:
         with COMPOSING, initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
             cfg = compose("config", list(words), return_hydra_config=True)
         own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
-        config: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-        folder = Path(cfg.hydra.run.dir).absolute()
+        folder, config = Path(cfg.hydra.run.dir).absolute(), settled(own)
     except (HydraException, OmegaConfBaseException) as fault:
         raise InputError(" ".join(str(fault).split())) from None
-    if resume is True or cfg.hydra.mode is RunMode.MULTIRUN:
+    if cfg.hydra.mode is RunMode.MULTIRUN:
         raise InputError("a sweep is for the command line: python -m nvf.train -m ...; run makes one run")
-    if isinstance(resume, str):
-        return recorded(folder), folder, True
-    settle(config)
+    if resume:
+        return resumed_settings(folder, words), folder, True
     sweeps.refuse_local_ddp(config)
     check_place(folder)
     return config, folder, False
@@ -106,7 +106,7 @@ def spelled(words: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         choice = (CONF / name).is_dir() and not value.startswith("{")
-        if not (foreign or choice or name.startswith(FREE) or "/" in name or "@" in name):
+        if not (foreign or choice or FREE.match(name) or "/" in name or "@" in name):
             _check_known(word, sign, name)
             sign = ""  # so that Hydra refuses what the chosen options do not have
         if name in TEXTS:
@@ -118,14 +118,24 @@ def spelled(words: Sequence[str]) -> list[str]:
 
 
 def resumed(folder: str, words: Sequence[str]) -> list[str]:
-    """The words that go on with the run in a folder, if the given ones want nothing else."""
-    others = [word for word in words if not word.startswith(("resume=", "hydra."))]
-    if others:
+    """The words that resume the run or the sweep in a folder, if the given ones want nothing else.
+
+    A sweep's own words come from its record; words of Hydra's, such as hydra/launcher=parallel, may be added.
+    """
+    hydras = [word for word in words if word.startswith("hydra")]
+    named = [word for word in words if TARGET.search(word)]
+    if others := [word for word in words if not word.startswith("resume=") and word not in [*hydras, *named]]:
         raise InputError(
             f"resume={folder} goes on with the run's own settings; leave out {' '.join(others)}, or start anew"
         )
-    recorded(Path(folder))  # or there is nothing to go on with
-    return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    if (Path(folder) / sweeps.RECORD).is_file():
+        own = sweeps.words(Path(folder))
+        for name, _, value in (word.partition("=") for word in own):
+            if (CONF / name.lstrip("+~")).is_dir() and re.search(r"[/\\$]", value):  # a file that is not ours
+                raise InputError(f"resume={folder}: its record chooses {name}={value}; start the sweep anew")
+        return ["--multirun", *own, *hydras, f"resume={quoted(folder)}", f"hydra.sweep.dir={quoted(folder)}"]
+    resumed_settings(Path(folder), named)  # or there is nothing to resume
+    return [*named, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
 def places(words: Sequence[str]) -> dict[str, Any]:
@@ -134,17 +144,21 @@ def places(words: Sequence[str]) -> dict[str, Any]:
     return {override.key_or_group: override.value() for override in PARSER.parse_overrides(named)}
 
 
-def settle(config: dict[str, Any], start: str = "") -> None:
-    """Make every text in a configuration text, and fill in its paths: `~`, and where relative ones start."""
+def settled(config: DictConfig, start: str = "") -> dict[str, Any]:
+    """The settings as plain containers, with every text that is meant as one, and with their paths filled in.
+
+    Args:
+        config: as it was composed, its interpolations unresolved: what follows from a path follows it here.
+        start: where relative paths start; `~` is a user's home.
+    """
     for name in TEXTS:
-        *groups, last = name.split(".")
-        part = config
-        for group in groups:
-            part = part.get(group, {})
-        value = part.get(last)
-        if value in (None, "", "off") or isinstance(value, bool):
+        value = OmegaConf.select(config, name)
+        if value in (None, "", "off") or isinstance(value, bool) or name.startswith("hydra."):
             continue
-        part[last] = os.path.join(start, os.path.expanduser(str(value))) if name in PATHS else str(value)
+        text = os.path.join(start, os.path.expanduser(str(value))) if name in PATHS else str(value)
+        OmegaConf.update(config, name, text)
+    found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return found
 
 
 def check_folder(config: dict[str, Any]) -> None:
@@ -165,57 +179,47 @@ def quoted(text: str) -> str:
 
 
 @cache
-def settings() -> dict[str, list[str]]:
-    """The name of every setting and group of settings in conf/, and the files that it stands in."""
-    found: dict[str, list[str]] = {}
-    for path in sorted([*CONF.glob("*.yaml"), *CONF.glob("*/*.yaml")]):
+def settings() -> set[str]:
+    """The name of every setting and group of settings in conf/."""
+    found: set[str] = set()
+    for path in [*CONF.glob("*.yaml"), *CONF.glob("*/*.yaml")]:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
-        apart = path.parent != CONF and "@package _global_" not in path.read_text(encoding="utf-8")
-        own = {name: value for name, value in content.items() if name not in ("defaults", "hydra")}
-        names = flatten(own, f"{path.parent.name}." if apart else "")
-        for name in {*names, *(name.rpartition(".")[0] for name in names)}:
-            found.setdefault(name, []).append(str(path.relative_to(CONF)))
+        group = "" if path.parent == CONF or path.parent.name in GLOBAL else f"{path.parent.name}."
+        for name in flatten(
+            {name: value for name, value in content.items() if name not in ("defaults", "hydra")}, group
+        ):
+            found |= {name, name.rpartition(".")[0]}
     return found
 
 
-def usage() -> str:
-    """What `--help` prints: the choices and the settings as they stand in conf/."""
+@cache
+def targets() -> set[str]:
+    """Every `_target_` in conf/."""
+    texts = (path.read_text(encoding="utf-8") for path in CONF.glob("*/*.yaml"))
+    return {target for text in texts for target in TARGET.findall(text)}
 
-    def names(group: Path) -> str:
-        return ", ".join(sorted(choice.stem for choice in group.glob("*.yaml")))
 
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    own = (CONF / "config.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0]
-    return "\n".join(
-        [
-            "python -m nvf.train name=value ...              one run",
-            "python -m nvf.train -m name=value,value ...     a sweep: every combination, a table at the end",
-            "",
-            f"choices, each a file in {CONF}:",
-            *(f"  {group.name + '=':13}{names(group)}" for group in groups),
-            "",
-            "settings beside theirs, as attention.lr=1e-3 is one of theirs:",
-            *(f"  {line}" for line in own.strip().splitlines()),
-            "",
-            f"jobs of a sweep side by side: hydra/launcher={names(CONF / 'hydra/launcher')}",
-            "a run's settings, composed: --cfg job; Hydra's own words: --hydra-help",
-        ]
-    )
+def resumed_settings(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The settings of the run in a folder, which may name what conf/ has built, and what these words do.
+
+    Raises:
+        InputError: the folder holds no run, its record is damaged, or it would have something else built.
+    """
+    return recorded(folder, targets() | {target for word in words for target in TARGET.findall(word)})
 
 
 def _check_known(word: str, sign: str, name: str) -> None:
     """Refuse to add, or to take away, a setting: what is read stands in conf/, and nothing else is."""
-    files = settings().get(name)
-    if files is None:
+    if name not in settings():
         lasts = {other: other.rpartition(".")[2] for other in settings()}
         like = difflib.get_close_matches(name.rpartition(".")[2], lasts.values(), n=1, cutoff=0.75)
         near = difflib.get_close_matches(name, [other for other in lasts if lasts[other] in like], cutoff=0)
-        remedy = f"did you mean {' or '.join(near)}?" if near else "python -m nvf.train --help lists the settings"
+        remedy = f"did you mean {' or '.join(near)}?" if near else "conf/ has all settings"
         raise InputError(f"{word}: there is no setting {name}, nothing would read it; {remedy}")
-    if sign == "+":
-        raise InputError(f"{word}: {name} is a setting in {', '.join(files[:3])}; choose that, without the +")
-    if sign == "~":
-        raise InputError(f"{word} takes away a setting that is read; give it a value: {name}=...")
+    if sign in ("+", "~"):
+        raise InputError(
+            f"{word}: {name} is a setting in conf/, which is chosen there and neither added nor taken away"
+        )
 
 
 def _spelled(name: str, value: str) -> str:
@@ -230,7 +234,7 @@ def _spelled(name: str, value: str) -> str:
         return quoted(os.path.expanduser(value))
     meant = isinstance(found, str | QuotedString) or (found is None and kind is not None and name not in COLUMNS)
     if isinstance(found, bool):
-        meant = name == "resume" or (name == "cache" and not found)
+        meant = name == "cache" and not found
     return value if meant else quoted(value)
 
 

@@ -22,6 +22,7 @@ from nvf.overrides import words_of
 from nvf.runs.resume import begin, recorded
 from nvf.train import train
 from nvf.training.build import build_source
+from nvf.training.cache import circumstances
 
 Run = Callable[..., dict[str, Any]]
 SMALL = ["data.rows=60", "data.dim=8", "queries.val_samples=200", "queries.test_samples=200"]
@@ -256,13 +257,13 @@ def test_a_run_that_goes_on_under_other_arithmetic_is_warned_about(
 ) -> None:
     config = compose_config(*SMALL)
     source = build_source(config)
-    begin(tmp_path, config, source, goes_on=False).release()
-    begin(tmp_path, config, source, goes_on=True).release()
+    begin(tmp_path, {"config": config, **circumstances(source)}, goes_on=False).release()
+    begin(tmp_path, {"config": config, **circumstances(source)}, goes_on=True).release()
     assert not caplog.records
     try:
         torch.set_num_threads(2)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        begin(tmp_path, config, source, goes_on=True).release()
+        begin(tmp_path, {"config": config, **circumstances(source)}, goes_on=True).release()
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(1)

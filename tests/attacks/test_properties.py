@@ -1,9 +1,7 @@
 """What holds for every input of the public functions: answers that make sense, or an InputError in words."""
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,6 @@ from nvf.ops.random_streams import stream_seed
 from nvf.ops.ranks import target_ranks
 from nvf.options import Option, parse
 from nvf.options import whole as whole_number
-from nvf.runs.sweep import earlier, identity
 from nvf.statistics import mcnemar, reciprocal_rank, wilson
 
 FULL = os.environ.get("NVF_ATTACK") == "full"
@@ -294,21 +291,6 @@ def test_words_are_options_or_refused(words: list[str]) -> None:
         return
     assert set(values) == {"a", "k", "b"}
     assert values["k"] is not None
-
-
-@ATTACK
-@given(words=st.lists(st.text(alphabet="seed=+~0,1 threads", max_size=12), max_size=4), record=st.binary(max_size=40))
-def test_sweeps_are_told_apart_by_their_words(
-    words: list[str], record: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    assert identity(identity(words)) == identity(words)
-    root: Path = tmp_path_factory.mktemp("sweeps")
-    for name, content in (("a", json.dumps({"overrides": identity(words)}).encode()), ("b", record)):
-        (root / name / name).mkdir(parents=True)
-        (root / name / name / "sweep.json").write_bytes(content)
-    assert earlier(words, root) == (root / "a" / "a") or any(
-        word.startswith(("-", "hydra", "~h", "+h")) for word in words
-    )
 
 
 @ATTACK

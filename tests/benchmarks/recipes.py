@@ -27,7 +27,7 @@ from nvf.data.queries import QueryBatch, Source
 from nvf.evaluation.calibration import answered
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.options import Option, parse
-from nvf.training.build import Settings, build_source, check, fixed_queries
+from nvf.training.build import Settings, build
 from nvf.training.modules import RerankerModule
 from nvf.training.select import fit_attention, fit_reranker
 from timing import COMMON, settings, table, watched_by, whole_numbers, write_json
@@ -102,15 +102,14 @@ class Look(Callback):
 
 def nvf(config: Settings, goal_top1: float) -> dict[str, Any]:
     """NVF's recipe until the goal, or to its end."""
-    test = fixed_queries(config, build_source(config), "test")
+    test = build(config).queries("test")
     with tempfile.TemporaryDirectory() as place:
         folder, goal = Path(place), Goal(goal_top1)
-        source = build_source(config)
-        check(config, source)
-        chosen = fit_attention(config, source, folder)
+        built = build(config)
+        chosen = fit_attention(built, folder)
         goal.stages["stage 1"] = goal.seconds
         with suppress(Reached), watched_by(Look(goal, test)):
-            fit_reranker(config, source, chosen, folder)
+            fit_reranker(built, chosen, folder)
         return goal.found()
 
 
@@ -168,9 +167,9 @@ def batches(count: int, size: int, epochs: int, generator: torch.Generator) -> I
 
 def original(config: Settings, goal_top1: float) -> dict[str, Any]:
     """The original's recipe until the goal, or to its end."""
-    test = fixed_queries(config, build_source(config), "test")
+    test = build(config).queries("test")
     goal = Goal(goal_top1)
-    source = build_source(config)
+    source = build(config).source
     stage_one = fit_stage_one(config["attention"], source)
     goal.stages["stage 1"] = goal.seconds
     with suppress(Reached):

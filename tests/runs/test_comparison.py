@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
 from conftest import command
 from nvf.errors import InputError
-from nvf.runs.comparison.settings import columns
-from nvf.runs.comparison.table import compare, summarize, write
+from nvf.runs.comparison.figure import summarize, write
+from nvf.runs.comparison.table import compare
+from nvf.runs.settings import MISSING
 
 
 def share(value: float) -> dict[str, float]:
@@ -176,31 +178,59 @@ def test_what_was_fitted_last_is_compared_and_shown(tmp_path: Path) -> None:
     assert entry["runs"] == [{"folder": str(tmp_path / "a"), "seeds": {"seed": 0}}]
 
 
+LINEAR, MLP = ({"transform": name, "hidden": width} for name, width in (("linear", None), ("mlp", 64)))
+
+
 @pytest.mark.parametrize(
-    ("rows", "kept"),
+    ("runs", "shown", "following"),
     [
-        # settings that mirror another one
-        ([{"train_samples": n, "attention.train_samples": n} for n in (None, 10, 20)], ["train_samples"]),
-        # settings that a choice brings along, and those that only one choice has
+        # a setting that another one follows
+        ([(["k=1"], {"k": 1, "n": 2}), (["k=2"], {"k": 2, "n": 4})], {"k": [1, 2]}, ["n"]),
+        # a choice that brings its own settings along, named or not
         (
-            [{"data.name": n, "data.rows": r, **c} for n, r, c in (("a", 1, {}), ("b", 2, {"data.clusters": 3}))],
-            ["data.name"],
+            [(["+attention=linear"], {"attention": LINEAR}), (["attention=mlp"], {"attention": MLP})],
+            {"attention": ["linear", "mlp"]},
+            ["attention.hidden", "attention.transform"],
         ),
-        # one that is swept within a choice
-        ([{"data.name": n, "data.rows": r} for n, r in (("a", 1), ("a", 2), ("b", 2))], ["data.name", "data.rows"]),
-        # two that were drawn at random
-        ([{"a.lr": 0.1 * i, "b.lr": 0.2 + 0.3 * i} for i in range(4)], ["a.lr", "b.lr"]),
+        # what says how a run is made, and seeds, are none
+        ([(["k=1", "threads=1", "seed=1"], {"k": 1}), (["k=2", "threads=2", "seed=2"], {"k": 2})], {"k": [1, 2]}, []),
+        # a value that needs quotes in YAML and in Hydra's grammar
+        ([(["data.dir='1e3'"], {"data": {"dir": "1e3"}}), (["data.dir=a"], {"data": {"dir": "a"}})], None, []),
+        # where the named ones do not tell the runs apart, all that differ do
+        (
+            [(["k=1"], {"k": 1, "n": 2}), (["k=1"], {"k": 1, "n": 3}), (["k=2"], {"k": 2, "n": 3})],
+            {"k": [1, 1, 2], "n": [2, 3, 3]},
+            [],
+        ),
+        ([([], {"k": 1, "n": 2}), ([], {"k": 2, "n": 3})], {"k": [1, 2], "n": [2, 3]}, []),
         # numbers are equal however they are written; true is none
-        ([{"a": 1}, {"a": 1.0}], []),
-        ([{"a": 1}, {"a": True}], ["a"]),
-        ([{"a": 1}, {}], ["a"]),
+        ([([], {"k": 1}), ([], {"k": 1.0, "seed": 1})], {}, []),
+        ([([], {"k": 1}), ([], {"k": True})], {"k": [1, True]}, []),
+        ([([], {"k": 1}), ([], {})], {"k": [1, MISSING]}, []),
     ],
 )
-def test_columns_are_what_was_chosen(rows: list[dict[str, Any]], kept: list[str]) -> None:
-    found, following = columns(rows)
-    assert found == kept
-    differing = {name for row in rows for name in row if len({repr(other.get(name)) for other in rows}) > 1}
-    assert kept == [] or {*found, *following} == differing
+def test_columns_are_what_the_commands_named(
+    tmp_path: Path,
+    runs: list[tuple[list[str], dict[str, Any]]],
+    shown: dict[str, list[Any]] | None,
+    following: list[str],
+) -> None:
+    for i, (words, config) in enumerate(runs):
+        put(tmp_path / str(i), {"seed": 0, **config}, val=0.9 - i / 10)
+        (tmp_path / str(i) / ".hydra").mkdir()
+        OmegaConf.save(OmegaConf.create(words), tmp_path / str(i) / ".hydra" / "overrides.yaml")
+    shown = {"data.dir": ["1e3", "a"]} if shown is None else shown
+    found = compare([tmp_path])
+    assert {name: [row.value(name) for row in found.rows] for name in found.columns} == shown
+    assert list(found.following) == following
+
+
+def test_a_damaged_record_of_words_is_none(tmp_path: Path) -> None:
+    for k in (1, 2):
+        put(tmp_path / str(k), {"seed": 0, "k": k}, val=k / 4)
+        (tmp_path / str(k) / ".hydra").mkdir()
+        (tmp_path / str(k) / ".hydra" / "overrides.yaml").write_bytes(b"- k=\xff\x00\x1b[31m\n- &a [*a, *a]\n- '=\n")
+    assert compare([tmp_path]).columns == ("k",)
 
 
 def test_the_newest_of_equal_runs_is_kept_and_broken_ones_are_named(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config, without_time
 from nvf import InputError
+from nvf.overrides import composed, words_of
 from nvf.runs import sweep as sweeps
+from nvf.runs.settings import key, material
 
 STEPS = [word for word in SMALL_STEPS if not word.startswith("reranker.epochs")]
 WORDS = [*SMALL, *STEPS, "dashboards=none"]
@@ -58,7 +60,7 @@ def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:
     other = json.loads((sweep / "3/results.json").read_text())
     other["config"]["reranker"]["lr"] = 0.5
     (sweep / "3/results.json").write_text(json.dumps(other))
-    done = command("resume=true", *FOUR[1:], "-m", cwd=undisturbed)
+    done = command(f"resume={sweep.relative_to(undisturbed)}", cwd=undisturbed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done already") == 1
     after = jobs(undisturbed)
@@ -104,7 +106,8 @@ def test_a_killed_job_fails_the_sweep_and_resume_completes_it(
     process.communicate(timeout=120)
     unfinished = len(list(tmp_path.glob("outputs/multirun/*/*/*/results.json"))) < 4
     assert process.returncode != 0 if unfinished else process.returncode in (0, 1)
-    done = command(*FOUR, "resume=true", cwd=tmp_path)
+    (sweep,) = tmp_path.glob("outputs/multirun/*/*")
+    done = command(f"resume={sweep}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected, found = jobs(undisturbed), jobs(tmp_path)
     assert {job: without_time(result) for job, result in found.items()} == {
@@ -160,26 +163,85 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch, launcher: dict[st
     assert sweeps.threads(launcher) == share
 
 
-@pytest.mark.parametrize("words", [["trainer.devices=2"], ["+trainer.strategy=ddp"], ["+trainer.num_nodes=2"]])
+@pytest.mark.parametrize("words", [["trainer.devices=2"], ["trainer=ddp"], ["+trainer.num_nodes=2"]])
 def test_local_ddp_in_a_sweep_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"trainer\.devices=\d in a sweep: .*; give trainer\.devices=1 and"):
+    with pytest.raises(InputError, match=r"trainer\.devices=\w+ .* in a sweep: .*; give trainer\.devices=1 "):
         sweeps.refuse_local_ddp(compose_config(*words))
     monkeypatch.setenv("SLURM_NTASKS", "2")  # the cluster starts the processes
     sweeps.refuse_local_ddp(compose_config(*words))
 
 
-def test_the_newest_sweep_of_the_same_words_is_known_again(tmp_path: Path) -> None:
-    for date, asked in (("1/1", ["a=1", "b=2"]), ("1/2", ["a=1", "b=2"]), ("1/3", ["b=2", "a=1"]), ("1/5", ["a=1"])):
-        (tmp_path / date).mkdir(parents=True)
-        (tmp_path / date / "sweep.json").write_text(json.dumps({"overrides": sweeps.identity(asked)}))
-    (tmp_path / "1/4").mkdir()
-    (tmp_path / "1/4/sweep.json").write_text('{"overr')
-    found = sweeps.earlier(["-m", "resume=true", "a=1", "hydra/launcher=parallel", "b=2", "cache=off"], tmp_path)
-    assert found == tmp_path / "1/2"
-    assert sweeps.earlier(["a=2", "resume=true"], tmp_path) is None
+@pytest.mark.parametrize("words", [["trainer=ddp", "trainer.devices=1"], ["trainer.devices=auto"], ["trainer=debug"]])
+def test_what_starts_one_process_may_be_swept(words: list[str]) -> None:
+    sweeps.refuse_local_ddp(compose_config(*words, "trainer.accelerator=cpu"))
 
 
-def test_resume_belongs_to_sweeps(tmp_path: Path) -> None:
-    done = command(*WORDS, "resume=true", cwd=tmp_path)
+def test_a_sweep_is_resumed_by_its_folder_with_the_words_that_it_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = ["k=1,2", "attention=mlp,linear", "data.dir='a=1'", "experiment=k_sweep", "hydra/launcher=parallel"]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/sweep.json").write_text(json.dumps({"overrides": own}))
+    resumed = ["--multirun", *own, "resume='s'", "hydra.sweep.dir='s'"]
+    assert words_of(["resume=s"]) == resumed
+    assert words_of(["resume=s", "hydra.launcher.n_jobs=3"]) == [
+        *resumed[:-2],
+        "hydra.launcher.n_jobs=3",
+        *resumed[-2:],
+    ]
+    for others in (["k=3"], ["-m"]):
+        with pytest.raises(InputError, match=f"leave out {others[0]}"):
+            words_of(["resume=s", *others])
+    with pytest.raises(InputError, match="is a sweep's, for the command line"):
+        composed(["resume=s"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("attention._target_=os.system", "++attention={_target_: os.system}", "hydra.launcher._target_=os.system"),
+        *("--config-dir=/tmp", "-cd=/tmp", "hydra.searchpath=[/tmp]", "+hydra.callbacks.x={}", "hydra/launcher=../x"),
+        *(
+            "experiment=../../../../tmp/evil",
+            "experiment=${k}",
+            "/tmp/evil=x",
+            "data@x=synthetic",
+            "",
+            1,
+            None,
+            ["k=1"],
+        ),
+    ],
+)
+def test_a_sweeps_record_has_nothing_of_others_read_or_built(tmp_path: Path, word: Any) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": ["k=1,2", word]}))
+    with pytest.raises(InputError, match="start the sweep anew"):
+        words_of([f"resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"overrides": null}', '{"overrides": "k=1"}', "\x00"])
+def test_a_damaged_record_of_a_sweep_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(InputError, match="damaged"):
+        sweeps.words(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["resume=true", "resume=false", "resume=outputs"])
+def test_resume_names_a_folder(tmp_path: Path, word: str) -> None:
+    (tmp_path / "outputs").mkdir()
+    done = command(*WORDS, word, cwd=tmp_path) if word == "resume=true" else command(word, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: resume=True goes on with a sweep; add -m")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {word}")
+
+
+def test_one_list_says_which_settings_leave_the_figures_as_they_are() -> None:
+    config = compose_config(
+        "dashboards=none", "trainer.enable_progress_bar=false", "threads=1", "cache=off", "save_every=3"
+    )
+    same = compose_config("trainer.log_every_n_steps=1", "+trainer.enable_checkpointing=true")
+    assert key(material(config)) != key(material(same))
+    del same["trainer"]["enable_checkpointing"]
+    assert key(material(config)) == key(material(same))
+    assert {"k", "attention.lr", "trainer.precision"} <= material(config).keys()

@@ -15,16 +15,21 @@ import torch
 from conftest import SMALL, SMALL_STEPS, compose_config, without_time, write_folder
 from nvf import InputError, Pipeline
 from nvf.files.records import write_record
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
 from nvf.training import cache
 from nvf.training import select as selection
-from nvf.training.build import build_source
+from nvf.training.build import Built, build
 
 Run = Callable[..., dict[str, Any]]
 
 
 def key(*overrides: str) -> str:
-    config = compose_config(*SMALL, *overrides)
-    return cache.stage_key(config, build_source(config))
+    return key_of(build(compose_config(*SMALL, *overrides)))
+
+
+def key_of(built: Built) -> str:
+    return cache.stage_key(built.source, {**built.rests_on, "variants": [one.settings for one in built.variants]})
 
 
 def test_a_reused_stage_1_gives_the_same_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +43,9 @@ def test_a_reused_stage_1_gives_the_same_run(run: Run, tmp_path: Path, monkeypat
     assert without_time(second) == without_time(alone)
     ours, theirs = (Pipeline.load(tmp_path / name / "pipeline").state_dict() for name in ("alone", "second"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert (tmp_path / "second/checkpoints/attention/best.ckpt").is_file()
+    assert (tmp_path / "second/checkpoints/attention/best.safetensors").is_file()
     assert list((tmp_path / "second/attention").glob("events.out.tfevents.*"))  # its curves are there too
+    assert not list((tmp_path / "cache").rglob("events.out.tfevents.*"))  # TensorBoard would take these for a run
 
 
 def test_the_chosen_variant_is_reused_with_its_hubs_and_folds(run: Run, tmp_path: Path, folder: Path) -> None:
@@ -77,8 +83,7 @@ def test_the_key_is_of_the_users_queries_not_of_their_folder(tmp_path: Path) -> 
     np.save(tmp_path / "other/queries.npy", queries * np.linspace(1, 2, queries.shape[1]))
     keys = []
     for name in ("one", "copy", "other"):
-        config = compose_config("data=embeddings", f"data.dir={tmp_path / name}")
-        keys.append(cache.stage_key(config, build_source(config)))
+        keys.append(key_of(build(compose_config("data=embeddings", f"data.dir={tmp_path / name}"))))
     one, copy, other = keys
     assert one == copy != other
 
@@ -88,8 +93,8 @@ def test_a_reused_stage_1_leaves_the_folds_that_are_asked_for(tmp_path: Path, fo
     words += [f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false"]
     for folds in (3, 2):
         config = compose_config(*words, f"reranker.folds={folds}")
-        chosen = selection.fit_attention(config, build_source(config), tmp_path / str(folds))
-        assert chosen.config["reranker"]["folds"] == folds
+        chosen = selection.fit_attention(build(config), tmp_path / str(folds))
+        assert chosen.folds == folds
     assert chosen.fitted_by is not None
 
 
@@ -118,12 +123,12 @@ def test_what_a_clock_has_cut_is_reused_where_it_cuts_the_same(tmp_path: Path, f
     for name, seconds in {"slow": 5.0, "fast": 2.5, "as slow": 4.0}.items():
         (tmp_path / name).mkdir()
         write_record(tmp_path / name / "decisions.json", {"seconds an epoch of attention takes": seconds})
-        chosen = selection.fit_attention(config, build_source(config), tmp_path / name)
+        chosen = selection.fit_attention(build(config), tmp_path / name)
         assert chosen.cut is not None
         assert chosen.cut["kept"]["epochs"] == int(0.65 * 10 / seconds)
         reused.append(chosen.fitted_by and Path(chosen.fitted_by["folder"]).name)
     assert reused == [None, None, "slow"]
-    again = selection.fit_attention(config, build_source(config), tmp_path / "slow")  # a run that goes on: its own fit
+    again = selection.fit_attention(build(config), tmp_path / "slow")  # a run that is resumed: its own fit
     assert again.fitted_by is None
 
 
@@ -145,8 +150,7 @@ def test_a_cache_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> 
 
 def hold(root: str, until: Any) -> None:
     """Hold the entry of a stage 1, as a job does that fits it."""
-    config = compose_config(*SMALL, f"cache={root}")
-    with cache.opened(config, build_source(config)) as entry:
+    with cache.opened(Path(root), "key") as entry:
         assert entry is not None
         partial = entry.path.with_name(f".{entry.path.name}.partial")
         partial.mkdir()  # as in the middle of writing
@@ -154,7 +158,7 @@ def hold(root: str, until: Any) -> None:
         time.sleep(60)
 
 
-def test_a_killed_job_leaves_neither_lock_nor_half_an_entry(run: Run, tmp_path: Path) -> None:
+def test_a_killed_job_leaves_neither_lock_nor_half_an_entry(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     held = spawn.Event()
     process = spawn.Process(target=hold, args=(str(tmp_path / "cache"), held))
@@ -163,17 +167,13 @@ def test_a_killed_job_leaves_neither_lock_nor_half_an_entry(run: Run, tmp_path: 
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    config = compose_config(*SMALL, f"cache={tmp_path / 'cache'}")
-    source = build_source(config)
+    attention = SoftAttention(VectorMemory.synthetic(rows=30, dim=8, seed=0))
     started = time.monotonic()
-    with cache.opened(config, source) as entry:
+    with cache.opened(tmp_path / "cache", "key") as entry:
         assert entry is not None
-        assert entry.read(source.memory, tmp_path) is None
-        chosen = selection._fit_variants(
-            compose_config(*SMALL, *SMALL_STEPS), source, tmp_path, selection.fixed_queries(config, source, "val")
-        )
-        entry.write(cache.Kept(chosen.attention, {}), tmp_path)
-        kept = entry.read(source.memory, tmp_path / "copy")
+        assert entry.read(attention.memory, tmp_path) is None
+        entry.write(cache.Kept(attention, {}), tmp_path)
+        kept = entry.read(attention.memory, tmp_path / "copy")
     assert time.monotonic() - started < 60
     assert kept is not None
     assert not list((tmp_path / "cache").glob(".*"))

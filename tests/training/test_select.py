@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import compose_config, write_folder
+from conftest import SMALL, compose_config, write_folder
 from nvf import InputError, Pipeline
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.files.records import write_record
 from nvf.models.memory import VectorMemory, unit
 from nvf.training import select as selection
-from nvf.training.build import attention_stage, build_source, variants
-from nvf.training.limits import SHARE, plan
+from nvf.training.build import Built, build
+from nvf.training.limits import SHARE, Plan, plan
 from nvf.training.select import cross_fit, fit_attention
 
 Run = Callable[..., dict[str, Any]]
@@ -58,7 +58,7 @@ def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shi
     assert results["test"]["seen_rows"]["exact"]["queries"] == 300
     assert results["test"]["unseen_rows"]["exact"] is None
     assert results["duplicates"] == {}
-    assert (tmp_path / "run/checkpoints/attention/best.ckpt").is_file()
+    assert (tmp_path / "run/checkpoints/attention/best.safetensors").is_file()
     again = Pipeline.load(tmp_path / "run/pipeline")
     assert again.search(np.load(shifted / "queries.npy")[:7], k=3).rows.shape == (7, 3)
 
@@ -104,7 +104,7 @@ def test_a_log_that_is_no_guide_does_not_pull_logged_items_down(run: Run, tmp_pa
 
 def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:
     first = run("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention")
-    checkpoint = tmp_path / "run/checkpoints/attention/best.ckpt"
+    checkpoint = tmp_path / "run/checkpoints/attention/best.safetensors"
     again = run(
         *("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention", f"attention_checkpoint={checkpoint}"),
         folder=tmp_path / "again",
@@ -119,6 +119,11 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
+def planned_of(built: Built, folder: Path) -> Plan:
+    assert built.reranker is not None
+    return plan(built.variants, built.reranker.folds, built.limits, folder)
+
+
 @pytest.mark.parametrize(("limit", "price"), [("work", 50 * 320 * 8), ("budget_s", 10.0)])
 def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Path, limit: str, price: float) -> None:
     write_record(tmp_path / "decisions.json", {"seconds an epoch of attention takes": 10.0})  # as a run that goes on
@@ -126,11 +131,9 @@ def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Pa
     def planned(allowed: float | None) -> tuple[list[tuple[str, int]], int | None, bool]:
         words = ["data=embeddings", f"data.dir={folder}", "data.work=null"]
         config = compose_config(*words, f"data.{limit}={'null' if allowed is None else allowed}")
-        plan_, cut = plan(config, build_source(config), tmp_path)
-        several = [variant["attention"] for variant in variants(plan_)]
-        names = [(f"{attention['transform']}-{attention['keys']}", attention["epochs"]) for attention in several]
+        left, folds, cut = planned_of(build(config), tmp_path)
         assert cut is None or cut["by"] == f"data.{limit}={allowed:g}"
-        return names, plan_["reranker"]["folds"], cut is not None
+        return [(variant.name, variant.fit.epochs) for variant in left], folds, cut is not None
 
     whole = price / SHARE  # of the limit, an epoch
     # Two variants, and three folds of which each lacks a third of the queries: four fits.
@@ -157,11 +160,10 @@ def test_the_default_plan_is_a_matter_of_sizes(
     config["data"]["work"] *= 8 / 384  # vectors as narrow as here, for those of these sizes that take some minutes
     memory = VectorMemory.synthetic(rows=rows, dim=8, seed=0)
     batch = QueryBatch(memory.rows[torch.arange(queries) % rows], (torch.arange(queries) % rows)[:, None])
-    planned, cut = plan(config, Recorded(memory, dict.fromkeys(("train", "val", "test"), batch)), tmp_path)
+    built = build(config, Recorded(memory, dict.fromkeys(("train", "val", "test"), batch)))
+    variants, _, cut = planned_of(built, tmp_path)
     assert (cut and cut["kept"]) == kept
-    assert [variant["attention"]["epochs"] for variant in variants(planned)] == (
-        [0, 14, 14] if kept is None else [0, 1]
-    )
+    assert [variant.fit.epochs for variant in variants] == ([0, 14, 14] if kept is None else [0, 1])
     assert list(tmp_path.iterdir()) == []  # nothing was decided by a clock
 
 
@@ -189,24 +191,23 @@ def test_what_is_not_clearly_above_exact_search_gives_way(
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def test_folds_have_not_seen_their_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
     write_folder(tmp_path / "f", queries=200)
     queries, targets = np.load(tmp_path / "f/queries.npy"), np.load(tmp_path / "f/targets.npy")
     np.save(tmp_path / "f/queries.npy", np.concatenate([queries, queries]))
     np.save(tmp_path / "f/targets.npy", np.concatenate([targets, targets]))
     config = compose_config("data=embeddings", f"data.dir={tmp_path / 'f'}", "attention=linear", *SHORT)
-    source = build_source(config)
-    chosen = fit_attention(config, source, tmp_path)
-    chosen = chosen._replace(epochs=2)
+    built = build(config)
+    chosen = fit_attention(built, tmp_path)
     given: list[torch.Tensor] = []
 
-    def watched(settings: Any, partial: Any) -> Any:
+    def watched(partial: Any) -> Any:
         given.append(partial.splits["train"].queries)
-        return attention_stage(settings, partial)
+        return chosen.variant.remake(partial)
 
-    monkeypatch.setattr(selection, "attention_stage", watched)
-    folds = cross_fit(chosen, source, tmp_path, 3)
-    train = source.splits["train"]
+    variant = chosen.variant._replace(remake=watched)
+    folds = cross_fit(built, chosen._replace(epochs=2, folds=3, variant=variant), tmp_path)
+    train = built.source.splits["train"]
     assert sorted(torch.cat([fold.unseen for fold in folds]).tolist()) == list(range(len(train.queries)))
     for fold, fitted_on in zip(folds, given, strict=True):
         assert len(fitted_on) + len(fold.unseen) == len(train.queries)
@@ -214,6 +215,17 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path, monkeypatch: pytest.M
         assert not mine & {tuple(query.tolist()) for query in fitted_on}
     weights = [fold.attention.transform.network.weight for fold in folds]
     assert not torch.equal(weights[0], weights[1])
+
+
+def test_variants_that_share_transform_and_keys_have_folders_of_their_own() -> None:
+    given = "[{keys: frozen, hidden: 4}, {keys: frozen, hidden: 8}, {keys: learned}]"
+    built = build(compose_config(*SMALL, "attention=residual", f"attention.variants={given}"))
+    assert [variant.name for variant in built.variants] == [
+        "residual-frozen-1",
+        "residual-frozen-2",
+        "residual-learned",
+    ]
+    assert [variant.module.attention.settings["hidden"] for variant in built.variants] == [4, 8, None]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Files and folders that are there whole or not at all, whatever stops the program or the machine."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nvf.errors import InputError
+from nvf.errors import InputError, disk_is_full
 
 
 @contextmanager
@@ -18,6 +19,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: there is no folder to put it in.
+        OSError: the disk is full; it names the path, whatever library was writing.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; create it, or give another path")
@@ -34,6 +36,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         _flush_one(path.parent)
         _remove(old)
+    except Exception as fault:
+        if disk_is_full(fault):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from fault
+        raise
     finally:
         _remove(partial)
 

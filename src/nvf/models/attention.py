@@ -1,6 +1,7 @@
 """Stage 1, peripheral vision: softmax attention of a transformed query over the whole memory."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,18 +67,22 @@ class SoftAttention(nn.Module):
 
     Queries of other float types are taken in that of the weights; what is NaN in a query is NaN in all it touches.
 
+    `transform` names T, or makes it from D: a module from (B, D) to (B, D). If that says `starts_at_exact_search`, the
+    untrained stage 1 competes with the trained one.
+
     Raises:
         InputError: an unknown transform or kind of keys, a beta that is not positive and finite; and from every method
             queries that are not floats, (..., D).
     """
 
     bias: Tensor | None
+    transform: Any  # a module
 
     def __init__(
         self,
         memory: VectorMemory,
         *,
-        transform: str = "mlp",
+        transform: str | Callable[[int], nn.Module] = "mlp",
         hidden: int | None = None,
         normalize: bool = True,
         keys: str = "frozen",
@@ -93,13 +98,17 @@ class SoftAttention(nn.Module):
             raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
         self.memory = memory
         self.normalize = normalize
-        self.transform = QueryTransform(transform, memory.dim, hidden)
+        if isinstance(transform, str):
+            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
+        else:
+            self.transform = transform(memory.dim)
+            name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
         self.register_buffer("bias", nothing if biased else None)
         hidden = None if hidden is None else int(hidden)
-        self._settings = {"transform": transform, "hidden": hidden, "normalize": normalize, "keys": keys}
+        self._settings = {"transform": name, "hidden": hidden, "normalize": normalize, "keys": keys}
         self._keys = Memo()
 
     @property

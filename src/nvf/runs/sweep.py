@@ -1,27 +1,26 @@
-"""What makes a sweep of many runs hold together: who runs on how many threads, what is done already, how it ends."""
+"""What makes a sweep of many runs hold together: its record, what is done already, its share of threads, its end."""
 
-import json
-import logging
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
 from nvf.files.records import read_record, write_record
-from nvf.runs.comparison.settings import IGNORED
 from nvf.runs.resume import recorded
+from nvf.runs.settings import key, material
+from nvf.runs.signals import command_to_resume
 
-log = logging.getLogger("nvf")
-ROOT = Path("outputs/multirun")  # where conf/config.yaml puts sweeps
-RECORD = "sweep.json"  # in a sweep's folder: what was asked for
-# Settings that say how a run is made, not what it finds.
-IMMATERIAL = (*IGNORED, "dashboards")
+RECORD = "sweep.json"  # in a sweep's folder: the words that asked for it
+LAUNCHER = re.compile(r"hydra/launcher=\w+|hydra\.launcher\.[a-z]\w*=[\w:-]+")  # words of Hydra's that are recorded
+SETTING = re.compile(r"[+~]{0,2}(?!hydra\b)(?!.*_target_)\w+(\.\w+)*(=.*)?", re.DOTALL)  # it has nothing built
 KEPT = (".hydra", "train.log", "results.before.json")  # of an unfinished job that starts anew
 
 
@@ -30,12 +29,10 @@ class Sweep(Callback):
 
     # Of the class, for Hydra sends the instance to the jobs.
     folder: ClassVar[Path | None] = None  # of the sweep that this process runs
-    lock: ClassVar[Any] = None  # on that folder, while this process lives
+    lock: ClassVar[FileLock | None] = None  # on that folder, while this process lives
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Make the sweep's folder ours, and record what was asked for."""
-        from filelock import FileLock, Timeout  # no single run needs it
-
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         Sweep.lock = FileLock(folder / ".lock")
@@ -44,25 +41,25 @@ class Sweep(Callback):
         except Timeout:
             print(f"error: the sweep in {folder} is still running; wait for it, or stop it", file=sys.stderr)
             sys.exit(1)
-        write_record(folder / RECORD, {"overrides": identity(config.hydra.overrides.task)})
+        asked = [word for word in config.hydra.overrides.task if not word.startswith("resume=")]
+        asked += [word for word in config.hydra.overrides.hydra if LAUNCHER.fullmatch(word)]
+        write_record(folder / RECORD, {"overrides": asked})
         Sweep.folder = folder
 
 
-def identity(overrides: Sequence[str]) -> list[str]:
-    """What makes two commands ask for the same sweep: their words, whose order numbers the jobs."""
-    return [text for text in overrides if text.partition("=")[0].lstrip("+") not in IMMATERIAL]
+def words(folder: Path) -> list[str]:
+    """The words that asked for the sweep in a folder.
 
-
-def earlier(arguments: Sequence[str], root: Path = ROOT) -> Path | None:
-    """The folder of the newest sweep that the same words asked for; None if there is none."""
-    asked = identity([text for text in arguments if not text.startswith(("-", "hydra.", "hydra/", "~hydra", "+hydra"))])
-    for record in sorted(root.glob(f"*/*/{RECORD}"), reverse=True):
-        try:
-            if read_record(record)["overrides"] == asked:
-                return record.parent
-        except (OSError, ValueError, KeyError):
-            continue  # half of a record is no sweep to go on with
-    return None
+    Raises:
+        InputError: its record is damaged, or would have something built.
+    """
+    try:
+        found = read_record(folder / RECORD)["overrides"]
+        if isinstance(found, list) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{folder / RECORD} is damaged, or names what is to be built; start the sweep anew")
 
 
 def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
@@ -71,42 +68,31 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
         results = read_record(folder / "results.json")
         if not {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys():
             return None
-        if _material(results["config"]) != _material(json.loads(json.dumps(config))):
+        if key(material(results["config"])) != key(material(config)):
             return None
         return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def goes_on(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether an unfinished job of these settings can go on where it stopped."""
-    try:
-        return _material(recorded(folder)) == _material(json.loads(json.dumps(config)))
-    except (InputError, KeyError, TypeError):
-        return False
+def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether an unfinished job of these settings can resume in its folder; if not, the folder is cleared.
 
-
-def set_aside(folder: Path) -> None:
-    """Keep figures of other settings, which a job that is run finds in its folder."""
+    Figures of other settings are kept under another name; curves of two tries do not mix.
+    """
     if (folder / "results.json").exists():
         os.replace(folder / "results.json", folder / "results.before.json")
-
-
-def clear(folder: Path) -> None:
-    """Remove what an unfinished job left, so that the curves of two tries do not mix."""
+    try:
+        if key(material(recorded(folder))) == key(material(config)):
+            return True
+    except InputError:
+        pass
     for path in folder.iterdir():
-        if path.name in KEPT:
-            continue
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and path.name not in KEPT:
             shutil.rmtree(path)
-        else:
+        elif path.name not in KEPT:
             path.unlink()
-
-
-def _material(config: Mapping[str, Any]) -> dict[str, Any]:
-    left = {name: value for name, value in config.items() if name not in IMMATERIAL}
-    trainer = {name: value for name, value in config["trainer"].items() if name != "enable_progress_bar"}
-    return {**left, "trainer": trainer}
+    return False
 
 
 def in_turn(launcher: Mapping[str, Any]) -> bool:
@@ -116,8 +102,8 @@ def in_turn(launcher: Mapping[str, Any]) -> bool:
 
 def threads(launcher: Mapping[str, Any]) -> int | None:
     """How many CPU threads are a job's share, so that N jobs on N cores do not fight; None for all there are."""
-    target, cores = str(launcher["_target_"]), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    cores = cores or os.cpu_count() or 1
+    target = str(launcher["_target_"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "Joblib" in target:
         jobs = int(launcher["n_jobs"])
         return max(1, cores // (jobs if jobs > 0 else max(1, cores + 1 + jobs)))
@@ -127,20 +113,20 @@ def threads(launcher: Mapping[str, Any]) -> int | None:
 
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
-    """Lightning starts the other processes of a run with the words of the command line: a sweep's, or a program's.
+    """Refuse several processes in a sweep: Lightning would start each with the words of the whole command line.
 
     Raises:
         InputError: a run of the sweep or of the program wants several processes, and no cluster starts them.
     """
     trainer = config["trainer"]
-    devices, nodes, strategy = (trainer.get(name) for name in ("devices", "num_nodes", "strategy"))
-    one = devices in (1, "1", None) or (isinstance(devices, list) and len(devices) == 1)
-    several = not one and not (devices in ("auto", -1, "-1") and trainer.get("accelerator") == "cpu")
-    if (several or nodes not in (1, None) or "ddp" in str(strategy)) and "SLURM_NTASKS" not in os.environ:
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    one |= devices in ("auto", -1, "-1", None) and trainer.get("accelerator") == "cpu"
+    if not (one and nodes == 1) and "SLURM_NTASKS" not in os.environ:
         raise InputError(
-            f"trainer.devices={devices} in a sweep: each process of a run would repeat the whole sweep, or the program "
-            "that calls nvf.train.run; give trainer.devices=1 and run jobs side by side, hydra/launcher=parallel, or "
-            "sweep with hydra/launcher=slurm"
+            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process of a run would repeat the "
+            "whole sweep, or the program that calls nvf.train.run; give trainer.devices=1 trainer.num_nodes=1 and run "
+            "jobs side by side, hydra/launcher=parallel, or sweep with hydra/launcher=slurm"
         )
 
 
@@ -149,15 +135,15 @@ def finish() -> None:
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return
-    from nvf.runs.comparison.table import summarize  # scipy takes a while, and no single run needs it
+    from nvf.runs.comparison.figure import summarize  # matplotlib takes a while, and no single run needs it
 
-    jobs = [path for path in folder.iterdir() if path.is_dir() and (path / ".hydra").is_dir()]
+    jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
     missing = sorted(path.name for path in jobs if not (path / "results.json").is_file())
     if (summary := summarize(folder)) is not None:
         print(f"\n{summary}")
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "
-            f"{folder} say why. The same command with resume=true runs what is missing.",
+            f"{folder} say why. To run what is missing: {command_to_resume(folder)}",
             file=sys.stderr,
         )

@@ -1,31 +1,148 @@
-"""How the configured objects are built: memory and queries, then each stage with its batches."""
+"""From settings to objects, once: what is wrong with a setting is refused here, before any work."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from nvf.data.datamodule import Fold, VectorDataModule
-from nvf.data.folder import read_memory, read_recorded
-from nvf.data.queries import Nearest, Noisy, QueryBatch, QuerySource, Recorded, Source, Warped
+from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import FEATURES, Evidence
-from nvf.models.memory import VectorMemory, check_k
+from nvf.models.memory import check_k
 from nvf.models.pipeline import Pipeline
-from nvf.models.reranker import EvidenceReranker, Reranker
-from nvf.ops.random_streams import stream_seed
 from nvf.training.checkpoints import attention_within, load_attention, load_reranker
+from nvf.training.devices import SHARDED, on_one_device
+from nvf.training.fit import FitSettings, check_trainer
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+from nvf.training.stages import (
+    Settings,
+    attention_stage,
+    batches_of,
+    fit_settings,
+    joint_module,
+    label,
+    log_of_queries,
+    make,
+    reranker_stage,
+    seen_rows,
+    variants,
+)
 
 log = logging.getLogger("nvf")
-Settings = Mapping[str, Any]
-FEWEST_STEPS = 8  # an epoch: a small log is cut into smaller batches, of at least
-SMALLEST_BATCH = 64
 LIMITS = ("work", "budget_s")  # of `data`, on what a run may take
-VARIES = ("transform", "hidden", "keys", "epochs")
+
+
+class Variant(NamedTuple):
+    """A stage 1 that a run tries: its untrained module, its batches, and how it is fitted."""
+
+    name: str  # of its folder; empty where it is the only one
+    settings: dict[str, Any]  # as they were given, JSON values
+    module: AttentionModule
+    data: VectorDataModule
+    fit: FitSettings
+    remake: Callable[[Source], tuple[AttentionModule, VectorDataModule]]  # untrained again, over other queries
+
+
+class SecondStage(NamedTuple):
+    """Stage 2 behind exact search, which gives its place to the fitted stage 1; its batches, and how it is fitted."""
+
+    module: RerankerModule
+    data: VectorDataModule
+    fit: FitSettings
+    folds: int | None  # of the training queries
+    loaded: str | None  # the checkpoint that its weights are from
+
+
+class Joint(NamedTuple):
+    """What fits both stages together."""
+
+    make: Callable[[Pipeline], JointModule]
+    data: VectorDataModule
+    fit: FitSettings
+
+
+class Loaded(NamedTuple):
+    """A stage 1 that a checkpoint holds."""
+
+    variant: Variant  # that it is
+    attention: SoftAttention
+    calibrated: bool
+    path: str
+
+
+class Built(NamedTuple):
+    """Everything that a run works with."""
+
+    source: Source
+    k: int  # candidates a query
+    trained: tuple[str, ...]  # the stages that are trained, in this order
+    seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
+    exact: SoftAttention  # exact search
+    variants: tuple[Variant, ...]
+    loaded: Loaded | None
+    reranker: SecondStage | None
+    joint: Joint | None
+    limits: dict[str, float]  # on what the run may take, by name
+    cache: Path | None  # for fitted stages 1
+    rests_on: dict[str, Any]  # the settings, beside the variants' own, that a fitted stage 1 depends on
+
+    def queries(self, split: str) -> QueryBatch:
+        """The `val` or `test` queries, or the `train` queries where they are recorded."""
+        return self.variants[0].data.queries(split)
+
+
+def build(config: Settings, source: Source | None = None) -> Built:
+    """Turn the settings of a run, resolved and as plain containers, into objects.
+
+    Args:
+        source: in place of the memory and the queries that the settings describe.
+
+    Raises:
+        InputError: whatever is wrong with the settings or the user's files.
+    """
+    check_trainer(config["trainer"])
+    source = build_source(config) if source is None else source
+    fits, trained = config["stage"]["fit"], stages(config)
+    _check_numbers(config, trained)
+    check_sharded(config)
+    tried = tuple(_variant(variant, name, source) for name, variant in _named(variants(config)))
+    loaded = _loaded(config, source, tried)
+    exact, seen = SoftAttention(source.memory, transform="identity"), seen_rows(source)
+    reranker = joint = None
+    if "reranker" in fits:
+        _check_log(config["reranker"], source)
+        module, data = reranker_stage(config, source, exact, evidence=log_of_queries(config, source))
+        if config["reranker_checkpoint"] is not None:
+            load_reranker(module.model, config["reranker_checkpoint"])
+        settings = fit_settings(config, "reranker", source.memory)
+        reranker = SecondStage(module, data, settings, config["reranker"]["folds"], config["reranker_checkpoint"])
+    if "joint" in fits:
+        assert reranker is not None
+        together = partial(joint_module, config, source)
+        together(reranker.module.model)  # a shell that says what is wrong with its settings
+        data = batches_of(config, "joint", source, evidence=reranker.module.model.evidence)
+        joint = Joint(together, data, fit_settings(config, "joint", source.memory))
+    queries = {name: value for name, value in config["queries"].items() if name != "source" or seen is None}
+    off = config["cache"] in (None, False, "off") or not on_one_device({"devices": "auto", **config["trainer"]})
+    return Built(
+        source,
+        config["k"],
+        tuple(trained),
+        seen,
+        exact,
+        tried,
+        loaded,
+        reranker,
+        joint,
+        limits={f"data.{name}": value for name in LIMITS if (value := config["data"].get(name)) is not None},
+        cache=None if off else Path(str(config["cache"])),
+        rests_on={name: config[name] for name in ("trainer", "optimizer", "callbacks")} | {"queries": queries},
+    )
 
 
 def build_source(config: Settings) -> Source:
@@ -34,109 +151,80 @@ def build_source(config: Settings) -> Source:
     Raises:
         InputError: whatever is wrong with the settings or the user's files.
     """
-    data, queries = dict(config["data"]), dict(config["queries"])
-    for limit in LIMITS:
-        data.pop(limit, None)
-    kind, source = data.pop("name"), queries.pop("name")
-    stored = {name: data.pop(name) for name in ("dtype", "mapped")}
-    if kind == "synthetic":
-        memory = VectorMemory.synthetic(**data, **stored)
-    elif kind == "clustered":
-        memory = VectorMemory.clustered(**data, **stored)
-    elif kind == "embeddings":
-        memory = read_memory(str(data["dir"]), columns=data["columns"], **stored)
-    else:
-        from nvf.data import qdrant  # needs qdrant-client, which is an extra, and takes seconds to import
-
-        where = {name: data[name] for name in ("path", "url", "collection", "vector", "distance")}
-        memory = qdrant.read_memory(**where, **stored)
+    data, queries = config["data"], config["queries"]
+    memory = make(data["memory"], "data.memory")
     if merged := memory.given - len(memory):
         log.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
     check_k(config["k"], len(memory))
-    if source == "recorded":
-        if "dir" not in data:
-            raise InputError(f"data={kind} has no recorded queries; choose queries=nearest, noisy or warped")
-        return read_recorded(
-            str(data["dir"]), memory, seed=queries["seed"], columns=data["columns"], by_id=kind == "qdrant"
-        )
-    for size in ("seed", "val_samples", "test_samples"):
-        queries.pop(size)
-    sources: dict[str, Callable[..., QuerySource]] = {"nearest": Nearest, "noisy": Noisy, "warped": Warped}
-    return sources[source](memory, **queries)
+    if queries["name"] == "recorded" and "dir" not in data:
+        raise InputError(f"data={data['name']} has no recorded queries; choose queries=nearest, noisy or warped")
+    source: Source = make(queries["source"], "queries.source", memory=memory)
+    return source
 
 
-def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
-    """Stage 1, untrained, and its batches."""
-    settings = config["attention"]
-    torch.manual_seed(stream_seed(settings["seed"], "attention"))
-    attention = SoftAttention(
-        source.memory, **{name: settings[name] for name in ("transform", "hidden", "normalize", "keys", "beta")}
-    )
-    module = AttentionModule(
-        attention,
-        lr=settings["lr"],
-        schedule=settings["schedule"],
-        k=config["k"],
-        learnable=seen_rows(source) if settings["keys"] == "learned" else None,
-        **{name: settings[name] for name in ("warmup", "sample", "hard", "seed")},
-    )
-    return module, _build_data(config, "attention", source)
-
-
-def reranker_stage(
-    config: Settings,
-    source: Source,
-    attention: SoftAttention,
-    *,
-    evidence: Evidence | None = None,
-    folds: Sequence[Fold] = (),
-) -> tuple[RerankerModule, VectorDataModule]:
-    """Stage 2, untrained, behind a stage 1, and its batches.
-
-    Args:
-        evidence: for `reranker=evidence`, gathered from the training queries.
-        folds: stages 1 that have not seen some of them.
-    """
-    settings = config["reranker"]
-    module = RerankerModule(
-        untrained_pipeline(config, attention, evidence),
-        lr=settings["lr"],
-        schedule=settings["schedule"],
-        scalar_lr_ratio=settings["scalar_lr_ratio"],
-        seed=settings["seed"],
-    )
-    return module, _build_data(config, "reranker", source, attention=attention, evidence=evidence, folds=folds)
-
-
-def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> tuple[JointModule, VectorDataModule]:
-    """Both stages, to be fitted together, and their batches."""
-    settings = config["joint"]
-    given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
-    module = JointModule(pipeline, **{name: settings[name] for name in given}, learnable=seen_rows(source))
-    return module, _build_data(config, "joint", source, evidence=pipeline.evidence)
-
-
-def untrained_pipeline(config: Settings, attention: SoftAttention, evidence: Evidence | None) -> Pipeline:
-    """A stage 1 with a new reranker behind it."""
-    settings = config["reranker"]
-    torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    network = {name: settings[name] for name in ("hidden", "dropout")}
-    reranker: Reranker | EvidenceReranker
-    if evidence is None:
-        reranker = Reranker(attention.memory.dim, kind=settings["kind"], **network)
-    else:
-        reranker = EvidenceReranker(len(FEATURES), **network)
-    return Pipeline(attention, reranker, k=config["k"], evidence=evidence)
-
-
-def check(config: Settings, source: Source) -> None:
-    """Build once what the stages will build, so that bad settings are refused before any work.
+def check_sharded(config: Settings) -> None:
+    """Refuse what a memory that several devices share cannot do.
 
     Raises:
-        InputError: whatever is wrong with them.
+        InputError: another stage than stage 1, learned keys, or a sample of the rows.
     """
-    fits = stages(config)
-    for stage in fits:
+    if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
+        return
+    if stages(config) != ["attention"]:
+        raise InputError(
+            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
+            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.safetensors"
+        )
+    if any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
+        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
+    if (sample := config["attention"]["sample"]) is not None:
+        raise InputError(
+            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
+        )
+
+
+def stages(config: Settings) -> list[str]:
+    """What is trained, in which order; a cold start leaves everything to the last stage."""
+    fits = config["stage"]["fit"]
+    warm = config["stage"].get("warm_start", True)
+    if not isinstance(warm, bool):
+        raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
+    return fits if warm else fits[-1:]
+
+
+def _variant(config: Settings, name: str, source: Source) -> Variant:
+    epochs = config["attention"]["epochs"]
+    check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
+    module, data = attention_stage(config, source)
+    settings = fit_settings(config, "attention", source.memory)
+    return Variant(name, dict(config["attention"]), module, data, settings, partial(attention_stage, config))
+
+
+def _named(given: list[Settings]) -> list[tuple[str, Settings]]:
+    """Each variant with a name of its own, after its transform and its keys; one alone needs none."""
+    if len(given) == 1:
+        return [("", given[0])]
+    plain = [f"{label(variant['attention']['transform'])}-{variant['attention']['keys']}" for variant in given]
+    names = [name if plain.count(name) == 1 else f"{name}-{number + 1}" for number, name in enumerate(plain)]
+    return list(zip(names, given, strict=True))
+
+
+def _loaded(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Loaded | None:
+    """The stage 1 that `attention_checkpoint` names, else the one in `reranker_checkpoint`, where either is given."""
+    path, later = config["attention_checkpoint"], config["reranker_checkpoint"]
+    *others, last = tried
+    if path is None:
+        return later and Loaded(last, attention_within(later, source.memory), True, later)
+    for variant in others:
+        with suppress(InputError):
+            load_attention(variant.module.attention, path)
+            return Loaded(variant, variant.module.attention, False, path)
+    load_attention(last.module.attention, path)
+    return Loaded(last, last.module.attention, False, path)
+
+
+def _check_numbers(config: Settings, trained: list[str]) -> None:
+    for stage in trained:
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None or name == "epochs":
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
@@ -145,128 +233,14 @@ def check(config: Settings, source: Source) -> None:
     for limit in LIMITS:
         if (value := config["data"].get(limit)) is not None:
             check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
-    for variant in variants(config):
-        check_number(
-            "attention.variants.epochs", variant["attention"]["epochs"], minimum=0, whole=True, remedy="raise it"
-        )
-        module, _ = attention_stage(variant, source)
-    attention = module.attention
-    if config["attention_checkpoint"] is not None or config["reranker_checkpoint"] is not None:
-        attention = loaded_attention(config, source)[1]
-    if fits == ["attention"]:
-        return
-    settings = config["reranker"]
-    weighs, folds = settings["kind"] == "evidence", settings["folds"]
-    if (weighs or folds is not None) and not isinstance(source, Recorded):
+
+
+def _check_log(settings: Settings, source: Source) -> None:
+    folds = settings["folds"]
+    if (settings["kind"] == "evidence" or folds is not None) and not isinstance(source, Recorded):
         raise InputError(
             f"reranker.kind={settings['kind']} and reranker.folds={folds} need a log of queries, data=embeddings or "
             "qdrant; choose reranker=residual"
         )
     if folds is not None:
         check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")
-    evidence = Evidence.of_one(source.memory) if weighs else None
-    pipeline = reranker_stage(config, source, attention, evidence=evidence)[0].model
-    if config["reranker_checkpoint"] is not None:
-        pipeline = loaded_pipeline(config, source, attention)
-    if "joint" in fits:
-        joint_stage(config, source, pipeline)
-
-
-def stages(config: Settings) -> list[str]:
-    """What is fitted, in which order; a cold start leaves everything to the last."""
-    fits = config["stage"]["fit"]
-    warm = config["stage"].get("warm_start", True)
-    if not isinstance(warm, bool):
-        raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
-    return fits if warm else fits[-1:]
-
-
-def loaded_attention(config: Settings, source: Source) -> tuple[Settings, SoftAttention]:
-    """The stage 1 that `attention_checkpoint` names, else the one in `reranker_checkpoint`, and its variant's settings.
-
-    Raises:
-        InputError: it is no stage 1 for this memory, or none of the configured variants.
-    """
-    *others, last = variants(config)
-    if config["attention_checkpoint"] is None:
-        return last, attention_within(config["reranker_checkpoint"], source.memory)
-    for variant in others:
-        attention = attention_stage(variant, source)[0].attention
-        with suppress(InputError):
-            load_attention(attention, config["attention_checkpoint"])
-            return variant, attention
-    attention = attention_stage(last, source)[0].attention
-    load_attention(attention, config["attention_checkpoint"])
-    return last, attention
-
-
-def loaded_pipeline(config: Settings, source: Source, attention: SoftAttention) -> Pipeline:
-    """A stage 1 with the reranker that `reranker_checkpoint` names.
-
-    Raises:
-        InputError: that is no reranker for this memory, k or log of queries, or none of the configured kind.
-    """
-    pipeline = untrained_pipeline(config, attention, log_of_queries(config, source))
-    load_reranker(pipeline, config["reranker_checkpoint"])
-    return pipeline
-
-
-def log_of_queries(config: Settings, source: Source) -> Evidence | None:
-    """The evidence that the training queries give, where the reranker weighs any."""
-    if config["reranker"]["kind"] != "evidence":
-        return None
-    return Evidence.gather(source.memory, *fixed_queries(config, source, "train"))
-
-
-def variants(config: Settings) -> list[Settings]:
-    """The settings of every stage 1 that the configuration asks to try: one, unless `attention.variants` lists more."""
-    given = config["attention"]["variants"]
-    if given is None:
-        return [config]
-    if not isinstance(given, list) or not given or not all(isinstance(variant, dict) for variant in given):
-        raise InputError(f"attention.variants={given} is no list of settings; attention=auto has one to start from")
-    for variant in given:
-        if unknown := set(variant) - {*VARIES}:
-            raise InputError(f"attention.variants names {', '.join(unknown)}; it may name {', '.join(VARIES)}")
-    return [{**config, "attention": {**config["attention"], **variant, "variants": None}} for variant in given]
-
-
-def fixed_queries(config: Settings, source: Source, split: str) -> QueryBatch:
-    """The `val` or `test` queries of a run, or the `train` queries where they are recorded."""
-    return _build_data(config, "attention", source).queries(split)
-
-
-def seen_rows(source: Source) -> torch.Tensor | None:
-    """Which rows answer a training query, (N,) bool; None where every row can."""
-    if not isinstance(source, Recorded):
-        return None
-    seen = torch.zeros(len(source.memory) + 1, dtype=torch.bool)
-    seen[source.splits["train"].targets] = True  # -1, the padding, is the last
-    return seen[:-1].to(source.memory.rows.device)
-
-
-def clusters(config: Settings) -> list[int] | None:
-    """Which cluster each row of a clustered memory is in; None where there are none."""
-    data = config["data"]
-    if data["name"] != "clustered":
-        return None
-    return [cluster for cluster in range(data["clusters"]) for _ in range(data["rows_per_cluster"])]
-
-
-def _build_data(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
-    settings, queries = config[stage], config["queries"]
-    batch_size = settings["batch_size"]
-    if isinstance(source, Recorded) and isinstance(batch_size, int):
-        batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
-    return VectorDataModule(
-        source,
-        stage=stage,
-        seed=settings["seed"],
-        batch_size=batch_size,
-        steps_per_epoch=settings["steps_per_epoch"],
-        train_samples=settings["train_samples"],
-        k=config["k"],
-        eval_seed=queries["seed"],
-        **candidates,
-        **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
-    )

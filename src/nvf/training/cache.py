@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,13 +21,12 @@ from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.runs.settings import material
 from nvf.training.threads import arithmetic
 
 log = logging.getLogger("nvf")
-Settings = Mapping[str, Any]
-OFF = (None, False, "off")
-UNUSED = ("enable_progress_bar", "enable_model_summary")  # of the trainer's settings: nothing rests on them
 LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
+WEIGHTS, FIT = "attention.safetensors", "fit.zip"  # TensorBoard takes a folder of curves for a run, but no archive
 
 
 class Kept(NamedTuple):
@@ -37,29 +37,32 @@ class Kept(NamedTuple):
 
 
 class Entry:
-    """The place of one stage 1 in the cache, ours alone while it is open."""
+    """The place of one stage 1 in the cache, which no other process touches while it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self, memory: VectorMemory, folder: Path) -> Kept | None:
-        """What is kept, its checkpoints and curves copied into a run's folder; None if there is nothing whole."""
+        """What is kept, its checkpoints and curves copied into a run's folder; None if nothing is, or it is damaged."""
         if not self.path.exists():
             return None
         try:
-            about, weights = read_record(self.path / "about.json"), self.path / "attention.safetensors"
-            if not own_file(weights) or not is_whole(about) or sha256(weights) != about["sha256"]:
-                raise ValueError("it is not what was kept")
+            about = read_record(self.path / "about.json")
+            for name in (WEIGHTS, FIT):
+                path = self.path / name
+                if not own_file(path) or not is_whole(about) or sha256(path) != about["sha256"][name]:
+                    raise ValueError(f"{name} is not what was kept")
             with torch.device("meta"):  # where settings may claim any size: the weights say which it is
                 attention = SoftAttention(memory, **about["settings"])
-            fill(attention, read_tensors(weights))
-            for part in LEFT_BY_A_FIT:
-                if any(path.is_symlink() for path in (self.path / part, *(self.path / part).rglob("*"))):
-                    raise ValueError(f"there are links in {part}")
-                shutil.rmtree(folder / part, ignore_errors=True)  # what a fit that was stopped at once has left
-                if (self.path / part).is_dir():
-                    shutil.copytree(self.path / part, folder / part)
-        except DAMAGE as fault:
+            fill(attention, read_tensors(self.path / WEIGHTS))
+            with ZipFile(self.path / FIT) as archive:
+                size = sum(part.file_size for part in archive.infolist())
+                if size > (self.path / FIT).stat().st_size or not all(map(_left_by_a_fit, archive.namelist())):
+                    raise ValueError(f"{FIT} holds more than a fit leaves")
+                for part in LEFT_BY_A_FIT:
+                    shutil.rmtree(folder / part, ignore_errors=True)  # what a fit that was stopped at once has left
+                archive.extractall(folder)
+        except (*DAMAGE, BadZipFile) as fault:
             log.warning("%s is damaged (%s); stage 1 is fitted anew", self.path, one_line(fault))
             return None
         return Kept(attention.to(memory.rows.device).requires_grad_(False), about)
@@ -71,18 +74,23 @@ class Entry:
         with written_whole(self.path) as partial:
             partial.mkdir()
             weights = {name: tensor.cpu().contiguous() for name, tensor in kept.attention.state_dict().items()}
-            save_file(weights, partial / "attention.safetensors")
-            hashed = {"sha256": sha256(partial / "attention.safetensors")}
+            save_file(weights, partial / WEIGHTS)
+            with ZipFile(partial / FIT, "w") as archive:
+                for path in sorted(path for part in LEFT_BY_A_FIT for path in (folder / part).rglob("*")):
+                    if path.is_file() and path.name != "last.ckpt":
+                        archive.write(path, path.relative_to(folder))
+            hashed = {"sha256": {name: sha256(partial / name) for name in (WEIGHTS, FIT)}}
             about = sealed({"settings": kept.attention.settings, **kept.about, **hashed})
             (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-            for part in LEFT_BY_A_FIT:
-                if (folder / part).is_dir():
-                    shutil.copytree(folder / part, partial / part, ignore=shutil.ignore_patterns("last.ckpt"))
+
+
+def _left_by_a_fit(name: str) -> bool:
+    return name.startswith(tuple(f"{part}/" for part in LEFT_BY_A_FIT)) and ".." not in name.split("/")
 
 
 @contextmanager
-def opened(config: Settings, source: Source) -> Iterator[Entry | None]:
-    """The entry of the stage 1 that a run needs, held until the block ends; None where nothing is cached.
+def opened(root: Path | None, key: str) -> Iterator[Entry | None]:
+    """The entry with this key, locked until the block ends; None where `root`, the cache's folder, is None.
 
     Who needs the same one waits. The lock is the kernel's: it goes with the process that holds it, however that
     ends.
@@ -90,13 +98,9 @@ def opened(config: Settings, source: Source) -> Iterator[Entry | None]:
     Raises:
         InputError: the cache cannot be written.
     """
-    # The processes of one distributed run would wait for each other.
-    alone = config["trainer"].get("devices") in (1, "1") and config["trainer"].get("num_nodes", 1) == 1
-    if config.get("cache") in OFF or not alone:
+    if root is None:
         yield None
         return
-    key = stage_key(config, source)
-    root = Path(str(config["cache"]))
     lock = FileLock(root / "locks" / key)
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
@@ -115,24 +119,32 @@ def opened(config: Settings, source: Source) -> Iterator[Entry | None]:
         lock.release()
 
 
-def stage_key(config: Settings, source: Source) -> str:
+def stage_key(source: Source, settings: Mapping[str, Any]) -> str:
     """The hash of everything that a fitted stage 1 depends on: 32 hexadecimal digits.
 
-    That is the memory's content, the queries (the user's own by content), stage 1's settings and seeds as the limits
-    leave them (see `nvf.training.limits.plan`), the trainer's, our code, and whatever else changes the bits.
+    That is the memory's content, the queries (the user's own by content), our code, whatever else changes the bits, and
+    these settings.
     """
+    own = [source.splits[split] for split in ("train", "val")] if isinstance(source, Recorded) else []
     rests_on = {
+        **material(settings),
         "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
-        "queries": config["queries"],
-        "recorded": [fingerprint(source.splits[split]) for split in ("train", "val")]
-        if isinstance(source, Recorded)
-        else None,
-        "attention": config["attention"],
-        "trainer": {name: value for name, value in config["trainer"].items() if name not in UNUSED},
+        "recorded": [fingerprint(batch) for batch in own],
         "code": code_hash(),
         "arithmetic": arithmetic(),
     }
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def circumstances(source: Source) -> dict[str, Any]:
+    """What the figures of a run rest on beside its settings, as JSON values."""
+    splits = source.splits if isinstance(source, Recorded) else {}
+    return {
+        "memory": source.memory.fingerprint,
+        "queries": {split: fingerprint(batch) for split, batch in splits.items()},
+        "code": code_hash(),
+        **arithmetic(),
+    }
 
 
 def code_hash() -> str:

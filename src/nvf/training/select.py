@@ -3,13 +3,14 @@
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nvf.data.datamodule import Fold
-from nvf.data.queries import QueryBatch, Recorded, Source
+from nvf.data.queries import QueryBatch, Recorded
 from nvf.evaluation.calibration import (
     answered,
     clearly_above,
@@ -23,109 +24,95 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import criterion
-from nvf.training.build import (
-    Settings,
-    attention_stage,
-    fixed_queries,
-    joint_stage,
-    loaded_attention,
-    loaded_pipeline,
-    log_of_queries,
-    reranker_stage,
-    stages,
-    variants,
-)
-from nvf.training.cache import Kept, opened
-from nvf.training.checkpointing import LAST
+from nvf.training.build import Built, Variant
+from nvf.training.cache import Kept, opened, stage_key
+from nvf.training.callbacks import LAST
+from nvf.training.checkpoints import WEIGHTS
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
+from nvf.training.stages import label
 
 log = logging.getLogger("nvf")
 FOLDS = "folds"  # their checkpoints are of no use once the run is done
+KEPT = ("epochs", "hub_share", "tried", "gradients")  # of what the cache keeps beside the weights
 
 
 class Chosen(NamedTuple):
     """A fitted stage 1, and what its choice rested on."""
 
     attention: SoftAttention
-    config: Settings  # its own, of the variant that was chosen
+    variant: Variant  # that it is
     epochs: int  # of training
     hub_share: float  # of the rows' hubness that its bias subtracts
     quality: torch.Tensor  # with which it answers the validation queries, (B,)
     tried: list[dict[str, Any]]  # every variant with its validation Top-1, and nDCG@10 where that chooses
-    gradients: dict[str, Any] | None  # in its training; None where there was none
+    gradients: dict[str, Any] | None = None  # in its training; None where there was none
     fitted_by: dict[str, Any] | None = None  # the run that this one reuses it from, and its seconds
+    folds: int | None = None  # that the limits leave for stage 2
     cut: Cut | None = None  # by the limits on what a run may take
 
 
-def fit_attention(config: Settings, source: Source, folder: Path) -> Chosen:
-    """The stage 1 that validates best of the configured variants, or the one that a checkpoint names.
+def fit_attention(built: Built, folder: Path) -> Chosen:
+    """The stage 1 that validates best of the variants, or the one that a checkpoint holds.
 
     Each has the weights that validate best; then its hubs are corrected, if that is asked for, and its
     temperature is fitted, on validation queries both. A variant that is not clearly above exact search gives way to the
     first. What an earlier run has fitted so already is taken from the cache.
     """
-    held_out = fixed_queries(config, source, "val")
-    if (path := config["attention_checkpoint"] or config["reranker_checkpoint"]) is not None:
-        variant, attention = loaded_attention(config, source)
+    held_out, folds = built.queries("val"), built.reranker and built.reranker.folds
+    if built.loaded is not None:
+        variant, attention, calibrated, path = built.loaded
         log.info("stage 1: loaded from %s", path)
-        if config["attention_checkpoint"] is None:  # it is calibrated already
-            return _chosen(variant, held_out, attention, variant["attention"]["epochs"])
-        return _calibrated(variant, source, held_out, attention, variant["attention"]["epochs"])
-    if "attention" not in stages(config):
-        variant = variants(config)[-1]
-        return _chosen(variant, held_out, attention_stage(variant, source)[0].attention, 0)
-    config, cut = plan(config, source, folder)
-    with opened(config, source) as entry:
-        begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that goes on fits stage 1 itself
-        if entry is not None and not begun and (kept := entry.read(source.memory, folder)) is not None:
-            return _reused(config, held_out, kept)._replace(cut=cut)
-        started = time.perf_counter()
-        chosen = _fit_variants(config, source, folder, held_out)
-        if entry is not None:
-            about = {name: getattr(chosen, name) for name in ("epochs", "hub_share", "tried", "gradients")}
-            by = {"folder": str(folder), "seconds": time.perf_counter() - started}
-            entry.write(
-                Kept(chosen.attention, {"attention": chosen.config["attention"], **about, "fitted_by": by}), folder
-            )
-    return chosen._replace(cut=cut)
+        how = _chosen if calibrated else _calibrated
+        return how(variant, held_out, attention, variant.fit.epochs)._replace(folds=folds)
+    if "attention" not in built.trained:
+        variant = built.variants[-1]
+        return _chosen(variant, held_out, variant.module.attention, 0)._replace(folds=folds)
+    variants, folds, cut = plan(built.variants, folds, built.limits, folder)
+    tried = [{**variant.settings, "epochs": variant.fit.epochs} for variant in variants]
+    with opened(built.cache, stage_key(built.source, {**built.rests_on, "variants": tried})) as entry:
+        begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that is resumed fits stage 1 itself
+        kept = entry.read(built.source.memory, folder) if entry is not None and not begun else None
+        if kept is not None:
+            chosen = _reused(variants, held_out, kept)
+        else:
+            started = time.perf_counter()
+            chosen = _fit_variants(variants, built.exact, held_out, folder)
+            if entry is not None and isinstance(chosen.variant.settings["transform"], str):
+                about = {name: getattr(chosen, name) for name in KEPT} | {"variant": variants.index(chosen.variant)}
+                by = {"folder": str(folder), "seconds": time.perf_counter() - started}
+                entry.write(Kept(chosen.attention, {**about, "fitted_by": by}), folder)
+    return chosen._replace(folds=folds, cut=cut)
 
 
-def _reused(config: Settings, held_out: QueryBatch, kept: Kept) -> Chosen:
-    about = kept.about
-    log.info("stage 1: as %s fitted it", about["fitted_by"]["folder"])
+def _reused(variants: Sequence[Variant], held_out: QueryBatch, kept: Kept) -> Chosen:
+    log.info("stage 1: as %s fitted it", kept.about["fitted_by"]["folder"])
     return Chosen(
         kept.attention,
-        {**config, "attention": about["attention"]},
+        variants[kept.about["variant"]],
         quality=quality(kept.attention, held_out),
-        **{name: about[name] for name in ("epochs", "hub_share", "tried", "gradients", "fitted_by")},
+        **{name: kept.about[name] for name in (*KEPT, "fitted_by")},
     )
 
 
-def _fit_variants(config: Settings, source: Source, folder: Path, held_out: QueryBatch) -> Chosen:
+def _fit_variants(variants: Sequence[Variant], exact: SoftAttention, held_out: QueryBatch, folder: Path) -> Chosen:
+    fitted = []
+    for variant in variants:
+        name, attention = f"attention/{variant.name}".rstrip("/"), variant.module.attention
+        starts_well = getattr(attention.transform, "starts_at_exact_search", False)
+        done = fit(variant.module, variant.data, variant.fit, folder=folder, name=name, start_competes=starts_well)
+        chosen = _calibrated(variant, held_out, attention, done.epochs)._replace(gradients=done.gradients)
+        fitted.append(chosen)
+    reference = quality(exact, held_out)
+    clear = [chosen for chosen in fitted if clearly_above(chosen.quality, reference)]
+    best = max(clear or fitted[:1], key=lambda chosen: float(chosen.quality.double().sum()))  # the first of equals
     checkpoints = folder / "checkpoints" / "attention"
-    fitted, several = [], len(variants(config)) > 1
-    for variant in variants(config):
-        module, data = attention_stage(variant, source)
-        name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
-        starts_well = module.attention.transform.starts_at_exact_search
-        epochs, gradients = fit(
-            variant, "attention", module, data, folder, start_competes=starts_well, name=f"attention/{name}".rstrip("/")
-        )
-        chosen = _calibrated(variant, source, held_out, module.attention, epochs)._replace(gradients=gradients)
-        fitted.append((chosen, checkpoints / name / "best.ckpt"))
-    exact = quality(SoftAttention(source.memory, transform="identity"), held_out)
-    clear = [pair for pair in fitted if clearly_above(pair[0].quality, exact)]
-    best = max(float(chosen.quality.double().sum()) for chosen, _ in clear or fitted[:1])
-    chosen, checkpoint = next(pair for pair in clear or fitted if float(pair[0].quality.double().sum()) == best)
-    if several:
-        shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
-    return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
+    if best.variant.name:
+        shutil.copyfile(checkpoints / best.variant.name / WEIGHTS, checkpoints / WEIGHTS)
+    return best._replace(tried=[{**other.tried[0], "chosen": other is best} for other in fitted])
 
 
-def fit_reranker(
-    config: Settings, source: Source, chosen: Chosen, folder: Path
-) -> tuple[Pipeline, dict[str, Any] | None]:
+def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, dict[str, Any] | None]:
     """Both stages: behind stage 1 a reranker with the weights that validate best, or one from a checkpoint.
 
     Its scores are scaled to be right about validation queries.
@@ -133,29 +120,29 @@ def fit_reranker(
     Returns:
         The pipeline, and the gradients in training, if there was any.
     """
-    gradients = None
-    if config["reranker_checkpoint"] is not None:
-        log.info("stage 2: loaded from %s", config["reranker_checkpoint"])
-        pipeline = loaded_pipeline(config, source, chosen.attention)
+    assert built.reranker is not None
+    module, data, settings, _, loaded = built.reranker
+    pipeline, gradients = module.model, None
+    pipeline.attention = data.attention = chosen.attention
+    pipeline.to(built.source.memory.rows.device)
+    if loaded is not None:
+        log.info("stage 2: loaded from %s", loaded)
     else:
-        folds, count = [], chosen.config["reranker"]["folds"]
-        if count is not None and chosen.epochs:
-            folds = cross_fit(chosen, source, folder, count)
-        evidence = log_of_queries(config, source)
-        module, data = reranker_stage(config, source, chosen.attention, evidence=evidence, folds=folds)
-        pipeline = module.model
+        if chosen.folds is not None and chosen.epochs:
+            data.folds = cross_fit(built, chosen, folder)
         if isinstance(pipeline.reranker, EvidenceReranker):
-            assert evidence is not None
+            assert pipeline.evidence is not None
             samples = data.samples_of("train")
-            pipeline.reranker.standardise(samples.evidence, evidence.law()["ignored"])  # type: ignore[union-attr]
-        if "reranker" in stages(config):
-            starts_well = pipeline.reranker.starts_at_stage_one
-            gradients = fit(config, "reranker", module, data, folder, start_competes=starts_well).gradients
-    fit_sharpness(pipeline, fixed_queries(config, source, "val"))
+            pipeline.reranker.standardise(samples.evidence, pipeline.evidence.law()["ignored"])  # type: ignore[union-attr]
+        if "reranker" in built.trained:
+            starts_well = getattr(pipeline.reranker, "starts_at_stage_one", False)
+            done = fit(module, data, settings, folder=folder, name="reranker", start_competes=starts_well)
+            gradients = done.gradients
+    fit_sharpness(pipeline, built.queries("val"))
     return pipeline, gradients
 
 
-class Joint(NamedTuple):
+class FittedJointly(NamedTuple):
     """How the joint training of both stages went."""
 
     gradients: dict[str, Any]  # in training
@@ -163,43 +150,45 @@ class Joint(NamedTuple):
     cut: Cut | None  # by the limits on what a run may take
 
 
-def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path) -> Joint:
+def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
     """Fit both stages together from where they are, and leave the weights that validate best in them.
 
     On recorded queries, which are few and can be learned by heart, the start goes on unless those are clearly above it.
     """
-    held_out = fixed_queries(config, source, "val")
+    assert built.joint is not None
+    held_out = built.queries("val")
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = quality(pipeline, held_out)
-    module, data = joint_stage(config, source, pipeline)
-    config, cut = plan_joint(config, module, data, folder)
-    epochs, gradients = fit(config, "joint", module, data, folder, start_competes=True)
-    kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(quality(pipeline, held_out), before))
+    module, data = built.joint.make(pipeline), built.joint.data
+    settings, cut = plan_joint(built.joint.fit, module, data, built.limits, folder)
+    epochs, gradients = fit(module, data, settings, folder=folder, name="joint", start_competes=True)
+    recorded = isinstance(built.source, Recorded)
+    kept = epochs > 0 and (not recorded or clearly_above(quality(pipeline, held_out), before))
     if kept:
         fit_sharpness(pipeline, held_out)
     else:
         log.info("joint training is not clearly better on validation queries: both stages stay as they were")
         pipeline.load_state_dict(start)
-    return Joint(gradients, kept, cut)
+    return FittedJointly(gradients, kept, cut)
 
 
-def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[Fold]:
-    """Stages 1 like the chosen one, each fitted without one of `count` parts of the training queries.
+def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
+    """Stages 1 like the chosen one, each fitted without one of `chosen.folds` parts of the training queries.
 
     Identical queries are in one part.
     """
+    source, count, variant = built.source, chosen.folds, chosen.variant
     assert isinstance(source, Recorded)
-    train, held_out = source.splits["train"], fixed_queries(chosen.config, source, "val")
+    assert count is not None
+    train, held_out = source.splits["train"], built.queries("val")
     distinct, group = train.queries.unique(dim=0, return_inverse=True)
-    seed = chosen.config["attention"]["seed"]
-    part = torch.randperm(len(distinct), generator=stream(seed, "folds"))[group] % count
+    part = torch.randperm(len(distinct), generator=stream(variant.data.seed, "folds"))[group] % count
     folds = []
     for number in range(count):
         log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
         rest = QueryBatch(*(tensor[part != number] for tensor in train))
-        partial = Recorded(source.memory, {**source.splits, "train": rest})
-        module, data = attention_stage(chosen.config, partial)
-        fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs, name=f"{FOLDS}/{number + 1}")
+        module, data = variant.remake(Recorded(source.memory, {**source.splits, "train": rest}))
+        fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=chosen.epochs)
         if chosen.hub_share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(chosen.hub_share,))
         fit_temperature(module.attention, *held_out)
@@ -207,23 +196,21 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
     return folds
 
 
-def _calibrated(
-    variant: Settings, source: Source, held_out: QueryBatch, attention: SoftAttention, epochs: int
-) -> Chosen:
+def _calibrated(variant: Variant, held_out: QueryBatch, attention: SoftAttention, epochs: int) -> Chosen:
     share = 0.0
-    if variant["attention"]["hub_correction"] and isinstance(source, Recorded):
-        bank = fixed_queries(variant, source, "train").queries
+    if variant.settings["hub_correction"] and isinstance(variant.data.source, Recorded):
+        bank = variant.data.queries("train").queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
     fit_temperature(attention, *held_out)
     return _chosen(variant, held_out, attention, epochs, share)
 
 
 def _chosen(
-    variant: Settings, held_out: QueryBatch, attention: SoftAttention, epochs: int, share: float = 0.0
+    variant: Variant, held_out: QueryBatch, attention: SoftAttention, epochs: int, share: float = 0.0
 ) -> Chosen:
-    found, about = quality(attention, held_out), {name: variant["attention"][name] for name in ("transform", "keys")}
+    found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else answered(attention, held_out)).double().mean())
-    scores = {"val_top1": top1, "val_ndcg10": ndcg}
-    about = {**about, "hub_share": share, "epochs": epochs, **scores, "chosen": True}
-    return Chosen(attention, variant, epochs, share, found, [about], None)
+    about = {"transform": label(variant.settings["transform"]), "keys": variant.settings["keys"]}
+    about |= {"hub_share": share, "epochs": epochs, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}
+    return Chosen(attention, variant, epochs, share, found, [about])

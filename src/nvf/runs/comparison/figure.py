@@ -1,9 +1,9 @@
-"""The figure of a comparison: a panel a setting, with what bounds the figures; no state of matplotlib's is left."""
+"""The files of a comparison: its tables, and its figure, which has a panel for each setting that differs."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,95 +11,98 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from nvf.errors import InputError
 from nvf.files.atomic import written_whole
 from nvf.runs.comparison.runs import Row
-from nvf.runs.comparison.settings import MISSING, canonical, is_number, order, shown
+from nvf.runs.comparison.settings import order, shown
+from nvf.runs.comparison.table import Comparison, compare
+from nvf.runs.settings import canonical, is_number
 from nvf.statistics import METRICS
 
-if TYPE_CHECKING:
-    from nvf.runs.comparison.table import Comparison
-
 MOST_PANELS, MOST_LINES = 6, 8
-AGREE = 0.5  # percent by which reference lines of rows at the same place may differ
+AGREE = 0.5  # percent by which rows at the same place may differ to share one reference line
 MOST_TICKS = 12  # for more values than these, the axis is marked at round numbers
 LOG_FROM = 30  # times the smallest value: from there on, an axis is logarithmic
 # Okabe and Ito's palette, which the colour-blind tell apart, without the grey and black of the references.
 COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00", "#5b3a8e")
 MARKERS = "osD^vP<>"
 INK = "#222222"
+STYLE: Any = {
+    **{"font.size": 9, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": "#666666"},
+    **{"axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "grid.linewidth": 0.8},
+    **{"lines.linewidth": 1.6, "lines.markersize": 5, "errorbar.capsize": 2.5, "legend.frameon": False},
+}
+BEST: Any = {"linestyle": "none", "marker": "*", "markersize": 14, "markerfacecolor": "none", "zorder": 4}
 REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("exact search", {"color": "#8a8a8a", "linestyle": "-"}),
     "oracle": ("oracle", {"color": "#222222", "linestyle": (0, (1, 1.5))}),
     "coverage": ("coverage", {"color": "#6a6a6a", "linestyle": (0, (5, 2))}),
 }
-Part = tuple[str, list[int]]  # the label of a line, and which rows are its points
 
 
-class Line(NamedTuple):
-    """What one line shows: places on the x axis, and percent with the ends of the error bars, (points,) each."""
+def write(comparison: Comparison, folder: Path) -> str:
+    """Write comparison.md, .csv, .json, .png and .svg into a folder, which is made; returns a line that says so.
 
-    x: np.ndarray
-    middle: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-class Scale(NamedTuple):
-    """Where the values of a setting lie on the x axis."""
-
-    places: dict[str, float]  # by the value's canonical form
-    labels: list[str]
-    numeric: bool
-
-    @classmethod
-    def of(cls, values: Sequence[Any]) -> "Scale":
-        """Numbers where they are, anything else at 0, 1, 2 and so on, numbers first."""
-        distinct = {canonical(value): value for value in values}
-        ordered = sorted(distinct.items(), key=lambda item: order(item[1]))
-        numeric = all(is_number(value) for value in distinct.values())
-        places = {key: float(value) if numeric else float(i) for i, (key, value) in enumerate(ordered)}
-        return cls(places, [_label(value) for _, value in ordered], numeric)
-
-
-def save(comparison: "Comparison", folder: Path) -> None:
-    """Write comparison.png and comparison.svg, the same bytes for the same comparison."""
+    The same comparison gives the same bytes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise InputError(f"{folder} cannot be made a folder ({fault.strerror}); give another output") from None
+    texts = {"md": comparison.markdown(), "csv": comparison.csv(), "json": comparison.json()}
+    for ending, text in texts.items():
+        with written_whole(folder / f"comparison.{ending}") as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
     figure = draw(comparison)
-    options: dict[str, dict[str, Any]] = {"png": {"dpi": 160}, "svg": {"metadata": {"Date": None}}}
     with matplotlib.rc_context({"svg.hashsalt": "nvf"}):
-        for ending, how in options.items():
+        for ending, metadata in (("png", None), ("svg", {"Date": None})):
             with written_whole(folder / f"comparison.{ending}") as partial:
-                figure.savefig(partial, format=ending, facecolor="white", **how)
+                figure.savefig(partial, format=ending, facecolor="white", dpi=160, metadata=metadata)
+    return f"written to {folder}: comparison.md, .csv, .json, .png, .svg"
 
 
-def draw(comparison: "Comparison") -> Figure:
+def summarize(folder: Path) -> str | None:
+    """Compare what is under the folder and write it there: the table, and where the files are; None without runs."""
+    if next(folder.rglob("results.json"), None) is None:
+        return None
+    try:
+        comparison = compare([folder])
+    except InputError as error:  # none that can be read
+        return str(error)
+    return f"{comparison.text()}\n{write(comparison, folder)}"
+
+
+def draw(comparison: Comparison) -> Figure:
     """A panel for each of the first settings that differ; without any, one of the seeds."""
-    rows, columns = list(comparison.rows), list(comparison.columns)
-    metric = METRICS[comparison.metric]
-    panels = columns[:MOST_PANELS] or ["seed"]
+    rows, columns, best = list(comparison.rows), list(comparison.columns), 0
     if not columns:
-        rows = [Row.of([run]) for run in rows[0].runs]
+        rows, best = [Row.of([run]) for run in rows[0].runs], -1
+        seeds = sorted(rows[0].runs[0].seeds, key=len)
+        columns = [next((name for name in seeds if len({row.value(name) for row in rows}) > 1), "seed")]
+    panels = columns[:MOST_PANELS]
     across = min(len(panels), 3 if len(panels) != 4 else 2)
     down = math.ceil(len(panels) / across)
-    with matplotlib.rc_context({"font.size": 9}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5.4 * across, 6.4), 3.7 * down + 1.1), layout="constrained")
-        grid = [axes for line in figure.subplots(down, across, squeeze=False, sharey=True) for axes in line]
-        drawn: dict[str, Any] = {}
+        grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+        drawn: dict[str, Line2D] = {}
         for column, axes in zip(panels, grid, strict=False):
-            others = [name for name in columns if name != column]
-            drawn |= _panel(axes, rows, column, others, comparison.rows[0])
+            drawn |= _panel(axes, rows, column, [name for name in columns if name != column], best)
+            axes.tick_params(labelleft=True)
         for axes in grid[len(panels) :]:
             axes.remove()
         for axes in grid[::across]:
-            axes.set_ylabel(f"test {metric}, %")
+            axes.set_ylabel(f"test {METRICS[comparison.metric]}, %")
         bottom, top = grid[0].get_ylim()
         grid[0].set_ylim(max(bottom, -3), min(top, 103))
-        figure.suptitle(_title(comparison, len(panels)), color=INK, fontsize=11)
+        figure.suptitle(_title(comparison), color=INK, fontsize=11)
         if drawn:
-            figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6, frameon=False)
+            figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6)
     return figure
 
 
-def _title(comparison: "Comparison", panels: int) -> str:
+def _title(comparison: Comparison) -> str:
     counts = sorted({len(row.runs) for row in comparison.rows})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     interval = "95% interval over the test queries" if counts[-1] == 1 else "mean and 95% interval"
@@ -107,161 +110,105 @@ def _title(comparison: "Comparison", panels: int) -> str:
     if not comparison.columns:
         return f"{title}each seed, with its 95% interval over the test queries"
     title += f"{seeds} seed{'s' * (counts != [1])} a setting, {interval}"
-    left = len(comparison.columns) - panels
-    return f"{title}\n{panels} of {len(comparison.columns)} settings that differ; the table has all" if left else title
+    if (count := len(comparison.columns)) > MOST_PANELS:
+        title += f"\n{MOST_PANELS} of {count} settings that differ; the table has all"
+    return title
 
 
-def _panel(axes: Axes, rows: Sequence[Row], column: str, others: Sequence[str], best: Row) -> dict[str, Any]:
-    """Draw one setting's panel; returns what the figure's legend says of it."""
-    if column == "seed":
-        names = [_label(row.runs[0].seeds.get("seed", MISSING)) for row in rows]
-        x = np.arange(len(rows))
-        scale = Scale({name: float(i) for i, name in enumerate(map(str, x))}, names, False)
-    else:
-        scale = Scale.of([row.value(column) for row in rows])
-        x = np.array([scale.places[canonical(row.value(column))] for row in rows])
-    parts, note = _parts(rows, x, others)
-    colours = _colours(parts, rows, others)
-    dodge = 0.0 if scale.numeric else min(0.12, 0.6 / len(parts))
-    shifts = dodge * (np.arange(len(parts)) - (len(parts) - 1) / 2)
-    alone = len(parts) == 1 and len(others) > 0 and not note  # single points, drawn at random
-    joined = scale.numeric and not alone
-    drawn, undrawn = _references(axes, rows, x, scale.numeric, joined)
-    for i, (label, own) in enumerate(parts):
-        line = _mean_line(rows, x) if note else _line(rows, x, own)
+def _panel(axes: Axes, rows: Sequence[Row], column: str, others: Sequence[str], best: int) -> dict[str, Line2D]:
+    """Draw the panel of one setting, with a line for each combination of the others; returns what the legend says.
+
+    `best` is the row that is marked as the best on validation, -1 for none.
+    """
+    values = sorted({canonical(row.value(column)): row.value(column) for row in rows}.values(), key=order)
+    numeric = column not in rows[0].runs[0].seeds and all(map(is_number, values))
+    place = {canonical(value): float(value) if numeric else float(i) for i, value in enumerate(values)}
+    x = np.array([place[canonical(row.value(column))] for row in rows])
+    lines = _lines(rows, x, others)
+    averaged = len(lines) == 1 and len(others) > 0 and len(place) < len(rows)
+    joined = numeric and (len(lines) > 1 or not others or averaged)  # or it is single points, drawn at random
+    dodge = 0.0 if numeric else min(0.12, 0.6 / len(lines))
+    tests = 100 * np.array([[*(row.figures["test"] or dict.fromkeys("vlh", math.nan)).values()] for row in rows])
+    ends = tests[:, [0, 0]] if averaged else tests[:, 1:]
+    for i, (label, own) in enumerate(lines.items()):
+        places, middle = _means(x[own], tests[own, 0])
+        groups = [own[x[own] == at] for at in places]
+        low, high = (np.array([end(ends[group]) for group in groups]) for end in (np.min, np.max))
+        shift = dodge * (i - (len(lines) - 1) / 2)
         axes.errorbar(
-            line.x + shifts[i],
-            line.middle,
-            yerr=[(line.middle - line.low).clip(0), (line.high - line.middle).clip(0)],  # a file may say anything
-            color=colours[i],
-            marker=MARKERS[i],
-            markersize=5,
-            linestyle="-" if joined else "none",
-            linewidth=1.6,
-            elinewidth=1.1,
-            capsize=2.5,
+            places + shift,
+            middle,
+            yerr=[(middle - low).clip(0), (high - middle).clip(0)],  # a file may say anything
+            fmt=MARKERS[i] + "-" * joined,
+            color=COLOURS[i],
             label=label,
             zorder=3,
         )
-        if "coverage" in undrawn and not note:  # each line under a ceiling of its own
-            heights = np.array([100 * rows[j].share("coverage") for j in own])
-            if joined:
-                axes.plot(x[own], heights, color=colours[i], linewidth=0.9, alpha=0.7, linestyle=(0, (5, 2)), zorder=2)
-            else:
-                axes.plot(x[own] + shifts[i], heights, "_", color=colours[i], markersize=8, zorder=2)
-            drawn["coverage"] = Line2D([], [], **REFERENCES["coverage"][1])
-        if best in rows and not note and rows.index(best) in own and column != "seed":
-            place, height = x[rows.index(best)] + shifts[i], 100 * best.share("test")
-            drawn["best on validation"] = axes.plot(place, height, "*", markersize=14, mfc="none", mec=INK, zorder=4)[0]
-    if len(parts) > 1:
-        legend = {"fontsize": 7.5, "title_fontsize": 7.5, "frameon": False, "alignment": "left"}
-        axes.legend(title=", ".join(others), loc="upper left", bbox_to_anchor=(1.0, 1.0), **legend)
-    if missing := [REFERENCES[name][0] for name in undrawn if name not in drawn]:
-        note = "\n".join(filter(None, [note, f"not drawn (varying): {', '.join(missing)}"]))
-    _dress(axes, scale, column, note)
+        if best in own and not averaged:
+            axes.plot(x[best] + shift, tests[best, 0], markeredgecolor=INK, **BEST)
+    drawn = _references(axes, rows, x, list(lines.values()), "joined" if joined else "points" if numeric else "names")
+    if best >= 0 and not averaged:
+        drawn["best on validation"] = Line2D([], [], markeredgecolor=INK, **BEST)
+    if len(lines) > 1:
+        axes.legend(title=", ".join(others), loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
+    axes.set_title("mean over the other settings (bars: their range)" if averaged else "")
+    axes.set_xlabel(column)
+    if numeric and min(x) > 0 and max(x) > LOG_FROM * min(x):
+        axes.set_xscale("log")
+    if not numeric:
+        axes.set_xlim(-0.6, len(values) - 0.4)
+    if not numeric or len(values) <= MOST_TICKS:
+        labels = list(map(_label, values))
+        axes.set_xticks([*place.values()], labels)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        if not numeric and sum(map(len, labels)) > 50:
+            axes.tick_params(axis="x", labelrotation=25)
     return drawn
 
 
-def _parts(rows: Sequence[Row], x: np.ndarray, others: Sequence[str]) -> tuple[list[Part], str]:
-    """The rows that share a line: those of a combination of the other settings, or all of them.
-
-    Returns:
-        The parts, points from left to right, and what the panel must say where the line is a mean.
-    """
-    combinations: dict[tuple[str, ...], list[int]] = {}
+def _lines(rows: Sequence[Row], x: np.ndarray, others: Sequence[str]) -> dict[str, np.ndarray]:
+    """The rows that share a line, from left to right, by its label: each combination of the other settings, or all."""
+    lines: dict[str, list[int]] = {}
     for i in sorted(range(len(rows)), key=lambda i: ([order(rows[i].value(name)) for name in others], x[i])):
-        combinations.setdefault(tuple(canonical(rows[i].value(name)) for name in others), []).append(i)
-    longest = max(map(len, combinations.values()))
-    if len(combinations) == 1 or (len(combinations) <= MOST_LINES and longest > 1):
-        return [
-            (", ".join(_label(rows[own[0]].value(name)) for name in others), own) for own in combinations.values()
-        ], ""
-    everything = [("", sorted(range(len(rows)), key=lambda i: x[i]))]
-    if len(set(x)) == len(rows):  # drawn at random, or each tried once: nothing to average
-        return everything, ""
-    return everything, "mean over the other settings (bars: their range)"
+        lines.setdefault(", ".join(_label(rows[i].value(name)) for name in others), []).append(i)
+    if len(lines) > MOST_LINES or max(map(len, lines.values())) == 1:
+        return {"": np.argsort(x, kind="stable")}
+    return {label: np.array(own) for label, own in lines.items()}
 
 
-def _colours(parts: Sequence[Part], rows: Sequence[Row], others: Sequence[str]) -> Sequence[Any]:
-    """One a line; numbers get lighter as they grow."""
-    numbers = len(others) == 1 and len(parts) > 1 and all(is_number(row.value(others[0])) for row in rows)
-    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(parts)))) if numbers else COLOURS
-
-
-def _line(rows: Sequence[Row], x: np.ndarray, own: Sequence[int]) -> Line:
-    tests = [rows[i].figures["test"] for i in own]
-    ends = 100 * np.array([[math.nan] * 3 if test is None else [*test.values()] for test in tests])
-    return Line(x[own], *ends.T)
-
-
-def _mean_line(rows: Sequence[Row], x: np.ndarray) -> Line:
+def _means(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct places, from left to right, and the mean of the values at each."""
     places = np.unique(x)
-    tests = [np.array([100 * row.share("test") for row, at in zip(rows, x, strict=True) if at == p]) for p in places]
-    return Line(places, *(np.array([f(test) for test in tests]) for f in (np.mean, np.min, np.max)))
+    return places, np.array([values[x == place].mean() for place in places])
 
 
 def _references(
-    axes: Axes, rows: Sequence[Row], x: np.ndarray, numeric: bool, joined: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Draw the ceilings and the baseline where the rows at each place agree on them.
+    axes: Axes, rows: Sequence[Row], x: np.ndarray, lines: Sequence[np.ndarray], how: str
+) -> dict[str, Line2D]:
+    """Draw the ceilings and the baseline: once where rows at the same place agree, else for each line in its colour.
 
     Returns:
-        What the legend says of them, and the names of those on which they do not agree.
+        What the legend says of them.
     """
     shares = {name: 100 * np.array([row.share(name) for row in rows]) for name in REFERENCES}
     same = np.allclose(shares["exact"], shares["oracle"], atol=0.005)
-    drawn, undrawn = {}, []
-    for name in ("exact", "coverage") if same else REFERENCES:
-        label, how = REFERENCES[name]
-        there = ~np.isnan(shares[name])
-        places = np.unique(x[there])
-        found = [shares[name][there & (x == place)] for place in places]
-        alone = numeric and not joined and len(places) > 1 and np.ptp(np.concatenate(found)) > AGREE
-        if alone or any(np.ptp(heights) > AGREE for heights in found):
-            undrawn.append(name)
+    drawn = {}
+    for name, (label, style) in REFERENCES.items():
+        heights = shares[name]
+        if np.isnan(heights).all() or (same and name == "oracle"):
             continue
-        heights = np.array([heights.mean() for heights in found])
-        if not len(heights):
-            continue
-        constant = np.ptp(heights) < 0.05 and len(places) == len(np.unique(x))
-        if numeric:
-            ends = places
-        elif constant:
-            ends, heights = np.array([x.min() - 0.5, x.max() + 0.5]), heights[[0, 0]]
-        else:
-            ends, heights = np.array([places - 0.36, places + 0.36]), np.array([heights, heights])
-        label = "exact search = oracle" if same and name == "exact" else label
-        drawn[label] = axes.plot(ends, heights, linewidth=1.4, zorder=2, **how)[0]
-    return drawn, undrawn
-
-
-def _dress(axes: Axes, scale: Scale, column: str, note: str) -> None:
-    """Name the axis, and put its marks where there are values."""
-    places = np.array(list(scale.places.values()))
-    axes.set_xlabel(column, color=INK)
-    axes.set_title(note, fontsize=8, color="#666666")
-    if scale.numeric:
-        log = places.min() > 0 and places.max() > LOG_FROM * places.min()
-        if log:
-            axes.set_xscale("log")
-        if len(places) <= MOST_TICKS:
-            on_axis = np.log(places) if log else places
-            room = np.ptp(on_axis) / 40  # for a character
-            keep: list[int] = []
-            for i in range(len(places)):
-                if not keep or on_axis[i] - on_axis[keep[-1]] >= room * (len(scale.labels[i]) + 1):
-                    keep.append(i)
-            axes.set_xticks(places[keep], [scale.labels[i] for i in keep])
-            axes.minorticks_off()
-    else:
-        long = sum(map(len, scale.labels)) > 50
-        turn: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if long else {}
-        axes.set_xticks(places, scale.labels, **turn)
-        axes.set_xlim(places.min() - 0.6, places.max() + 0.6)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelleft=True)
+        agree = all(np.ptp(heights[x == place]) <= AGREE for place in x) or len(lines) == 1
+        for i, own in enumerate([np.arange(len(rows))] if agree else lines):
+            places, middle = _means(x[own], heights[own])
+            line: dict[str, Any] = {**style, "color": style["color"] if agree else COLOURS[i], "zorder": 2}
+            if how == "joined":
+                axes.plot(places, middle, **line)
+            elif how == "names":
+                axes.hlines(middle, places - 0.36, places + 0.36, **line)
+            else:
+                axes.plot(places, middle, **line | {"linestyle": "none", "marker": "_"})
+        drawn["exact search = oracle" if same and name == "exact" else label] = Line2D([], [], **style)
+    return drawn
 
 
 def _label(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The runs that a comparison is made of: every results.json, read, and put together where only the seeds differ."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nvf.files.records import read_record
-from nvf.runs.comparison.settings import MISSING, flatten, ignored, is_number, key, order, printable
+from nvf.files.records import LARGEST, own_file, read_record
+from nvf.runs.comparison.settings import order, printable
+from nvf.runs.settings import MISSING, canonical, flatten, is_number, key, matters
 from nvf.statistics import Interval, over_seeds
 
-AGREES = 0.5  # of a query: a share in results.json may be a float32, its number of queries is whole
+AGREES = 0.5  # of a query: a share in results.json may be a float32, its number of queries is an integer
+DEEPEST = 20  # levels of settings
+NAMED = re.compile(r"""^- ['"]?[+~]*([\w./@]+)=([^'"\n]*)""", re.MULTILINE)  # in Hydra's overrides.yaml
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,17 @@ class Run:
 
     path: Path
     modified: float
-    settings: dict[str, Any]  # flat, without seeds and what is ignored
+    settings: dict[str, Any]  # flat, without seeds and what leaves the figures as they are
     seeds: dict[str, Any]
+    named: dict[str, str]  # the settings and choices that the run's command named, as far as Hydra recorded them
     fitted: str  # last: pipeline, or attention
     figures: dict[str, Interval | None]  # validation and test of what was fitted last, stage1, coverage, exact, oracle
     fingerprints: tuple[str, str] | None  # of memory and test queries; None in files that lack one
     top1: float  # test Top-1 of what was fitted last
+
+    def order(self) -> list[Any]:
+        """Sorts runs by their seeds."""
+        return [(name, order(seed)) for name, seed in sorted(self.seeds.items())]
 
     def answered(self) -> np.ndarray | None:
         """Which test queries the fitted model ranks first, (B,) bool; None where that was not saved, or is damaged."""
@@ -34,12 +43,10 @@ class Run:
         try:
             if not path.is_file():
                 return None
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which is never larger than the file
-            sound = isinstance(mapped, np.ndarray) and mapped.ndim == 1 and mapped.dtype == bool
-            answered = np.array(mapped) if sound else None
+            answered = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # no larger than the file
         except Exception:  # there is no end of what a damaged header makes numpy raise
             return None
-        if answered is None or not len(answered) or answered.view(np.uint8).max() > 1:
+        if answered.ndim != 1 or answered.dtype != bool or not len(answered) or answered.view(np.uint8).max() > 1:
             return None
         return answered if abs(int(answered.sum()) - self.top1 * len(answered)) < AGREES else None
 
@@ -65,8 +72,9 @@ class Row:
         return self.runs[0].fitted
 
     def value(self, name: str) -> Any:
-        """Of a setting; MISSING where it has none."""
-        return self.runs[0].settings.get(name, MISSING)
+        """The value of a setting, or the choice of a group; MISSING where it has none."""
+        run = self.runs[0]
+        return (run.named | run.seeds | run.settings).get(name, MISSING)
 
     def share(self, figure: str) -> float:
         """The mean of a figure, NaN where there is none."""
@@ -87,7 +95,7 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
             runs.append(read_run(path, metric))
         except (OSError, ValueError) as fault:
             reason = " ".join(str(fault).split())[:120]
-            notes.append(printable(f"{path} is left out, {reason}: delete it, or run its setting again"))
+            notes.append(f"{path} is left out, {reason}: delete it, or run its setting again")
     newest: dict[Any, dict[Any, Run]] = {}
     replaced = []
     for run in sorted(runs, key=lambda run: run.modified):
@@ -97,11 +105,25 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     if replaced:
         names = ", ".join(str(run.path) for run in replaced[:3]) + " and more" * (len(replaced) > 3)
         notes.append(f"older runs of the same setting and seed are left out, {len(replaced)}: {names}")
-    rows = [
-        Row.of(sorted(same.values(), key=lambda run: [(name, order(run.seeds[name])) for name in sorted(run.seeds)]))
-        for same in newest.values()
-    ]
-    return sorted(rows, key=lambda row: row.runs[0].path), notes
+    rows = [Row.of(sorted(same.values(), key=Run.order)) for same in newest.values()]
+    return sorted(rows, key=lambda row: row.runs[0].path), [printable(note) for note in notes]
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """The settings that tell the rows apart, and those that differ too but follow from them.
+
+    The first are those that the runs' commands named. Where they do not tell all rows apart, every setting that
+    differs does.
+    """
+
+    def differ(name: str) -> bool:
+        return len({canonical(row.value(name)) for row in rows}) > 1
+
+    differing = sorted(filter(differ, {name for row in rows for name in row.runs[0].settings}))
+    named = sorted(filter(differ, {name for row in rows for name in row.runs[0].named}))
+    if len({tuple(canonical(row.value(name)) for name in named) for row in rows}) < len(rows):
+        return differing, []
+    return named, [name for name in differing if name not in named]
 
 
 def read_run(path: Path, metric: str) -> Run:
@@ -111,35 +133,52 @@ def read_run(path: Path, metric: str) -> Run:
         ValueError: it is no results.json, or an old one that lacks the metric.
     """
     found = read_record(path)
-    config, test, val = (_mapping(found, name) for name in ("config", "test", "val"))
+    test, val = _mapping(found, "test"), _mapping(found, "val")
+    # The same settings may have another effect where a clock cuts it.
+    config = {**_mapping(found, "config"), "cut": found.get("cut", {})}
+    if _too_deep(config):
+        raise ValueError(f"its settings are more than {DEEPEST} deep")
+    flat = {printable(name): printable(value) for name, value in flatten(config).items() if matters(name)}
     fitted = "attention" if val.get("pipeline") is None else "pipeline"
-    figures = {
-        "validation": _interval(_mapping(val, fitted), metric),
-        "test": _interval(_mapping(test, fitted), metric),
-        "stage1": _method(test, "attention", metric),
-        "coverage": None if test.get("coverage") is None else _interval(test, "coverage"),
-        "exact": _method(test, "exact", metric),
-        "oracle": _method(test, "oracle", metric),
-    }
     memory, queries = (found.get(name) for name in ("memory", "queries"))
-    cut = _mapping({"cut": {}} | found, "cut")  # the same settings may have another effect where a clock cuts it
-    flat = flatten(config) | flatten(cut, "cut.")
-    seeds = {name: value for name, value in flat.items() if name == "seed" or name.endswith(".seed")}
     return Run(
         path=path,
         modified=path.stat().st_mtime,
-        settings={name: value for name, value in flat.items() if name not in seeds and not ignored(name)},
-        seeds=seeds,
+        settings={name: value for name, value in flat.items() if not _is_seed(name)},
+        seeds={name: value for name, value in flat.items() if _is_seed(name)},
+        named=_named(path.parent / ".hydra" / "overrides.yaml"),
         fitted=fitted,
-        figures=figures,
+        figures={
+            "validation": _interval(_mapping(val, fitted), metric),
+            "test": _interval(_mapping(test, fitted), metric),
+            "stage1": _method(test, "attention", metric),
+            "coverage": None if test.get("coverage") is None else _interval(test, "coverage"),
+            "exact": _method(test, "exact", metric),
+            "oracle": _method(test, "oracle", metric),
+        },
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
         top1=_interval(_mapping(test, fitted), "top1")["value"],
     )
 
 
-def _mapping(of: Any, name: str) -> dict[str, Any]:
-    found = of.get(name) if isinstance(of, dict) else None
-    if not isinstance(found, dict):
+def _named(path: Path) -> dict[str, str]:
+    if not own_file(path) or path.stat().st_size > LARGEST:
+        return {}
+    words = NAMED.findall(path.read_text(encoding="utf-8", errors="replace"))
+    return {name: printable(value) for name, value in words if matters(name) and not _is_seed(name)}
+
+
+def _is_seed(name: str) -> bool:
+    return name == "seed" or name.endswith(".seed")
+
+
+def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_too_deep(part, levels - 1) for part in parts)
+
+
+def _mapping(of: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(found := of.get(name), dict):
         raise ValueError(f"it has no {name}")
     return found
 
@@ -149,8 +188,7 @@ def _method(of: dict[str, Any], name: str, metric: str) -> Interval | None:
 
 
 def _interval(of: dict[str, Any], name: str) -> Interval:
-    found = _mapping(of, name)
-    ends = [float(end) for end in map(found.get, Interval.__annotations__) if is_number(end) and 0 <= float(end) <= 1]
-    if len(ends) < len(Interval.__annotations__):
+    ends = [float(end) for end in map(_mapping(of, name).get, Interval.__annotations__) if is_number(end)]
+    if len(ends) < len(Interval.__annotations__) or not 0 <= min(ends) <= max(ends) <= 1:
         raise ValueError(f"its {name} is not a share with its interval")
     return Interval(value=ends[0], low=ends[1], high=ends[2])

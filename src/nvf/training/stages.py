@@ -1,0 +1,196 @@
+"""Each stage from its settings: its module, its batches, and how it is fitted."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import Recorded, Source
+from nvf.errors import InputError, one_line
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.memory import VectorMemory
+from nvf.models.pipeline import Pipeline
+from nvf.ops.random_streams import stream_seed
+from nvf.training.fit import FitSettings
+from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+
+Settings = Mapping[str, Any]
+MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
+FEWEST_STEPS = 8  # of an epoch: a small log is cut into smaller batches, of at least
+SMALLEST_BATCH = 64
+VARIES = ("transform", "hidden", "keys", "epochs")
+
+
+def variants(config: Settings) -> list[Settings]:
+    """The settings of every stage 1 that the configuration asks to try: one, unless `attention.variants` lists more."""
+    attention = config["attention"]
+    given = attention["variants"]
+    if given is None:
+        return [config]
+    if not isinstance(given, list) or not given or not all(isinstance(variant, dict) for variant in given):
+        raise InputError(f"attention.variants={given} is no list of settings; attention=auto has one to start from")
+    for variant in given:
+        if unknown := set(variant) - {*VARIES}:
+            raise InputError(f"attention.variants names {', '.join(unknown)}; it may name {', '.join(VARIES)}")
+    model = attention["model"]
+    models = [{**model, **{name: variant[name] for name in variant if name in model}} for variant in given]
+    return [
+        {**config, "attention": {**attention, **variant, "model": model, "variants": None}}
+        for variant, model in zip(given, models, strict=True)
+    ]
+
+
+def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
+    """Stage 1, untrained, and its batches."""
+    settings = config["attention"]
+    torch.manual_seed(stream_seed(settings["seed"], "attention"))
+    module = AttentionModule(
+        make(settings["model"], "attention.model", memory=source.memory),
+        k=config["k"],
+        learnable=seen_rows(source) if settings["keys"] == "learned" else None,
+        optimizer=instantiated(config["optimizer"], "optimizer"),
+        **{name: settings[name] for name in ("lr", "schedule", "warmup", "sample", "hard", "seed")},
+    )
+    return module, batches_of(config, "attention", source)
+
+
+def reranker_stage(
+    config: Settings, source: Source, attention: SoftAttention, *, evidence: Evidence | None = None
+) -> tuple[RerankerModule, VectorDataModule]:
+    """Stage 2, untrained, behind a stage 1, and its batches; `evidence` is what `reranker=evidence` weighs."""
+    settings = config["reranker"]
+    torch.manual_seed(stream_seed(settings["seed"], "reranker"))
+    size = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
+    reranker = make(settings["model"], "reranker.model", **size)
+    module = RerankerModule(
+        Pipeline(attention, reranker, k=config["k"], evidence=evidence),
+        optimizer=instantiated(config["optimizer"], "optimizer"),
+        **{name: settings[name] for name in ("lr", "schedule", "scalar_lr_ratio", "seed")},
+    )
+    return module, batches_of(config, "reranker", source, attention=attention, evidence=evidence)
+
+
+def joint_module(config: Settings, source: Source, pipeline: Pipeline) -> JointModule:
+    """Both stages, to be fitted together."""
+    given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
+    return JointModule(
+        pipeline,
+        learnable=seen_rows(source),
+        optimizer=instantiated(config["optimizer"], "optimizer"),
+        **{name: config["joint"][name] for name in given},
+    )
+
+
+def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
+    """How a stage is fitted, with callbacks of its own."""
+    settings, trainer = config[stage], dict(config["trainer"])
+    most = trainer.pop("max_epochs", None)
+    callbacks = [
+        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
+    ]
+    if not trainer.get("enable_progress_bar", True):
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
+
+    def started(folder: Path, name: str, step: int) -> list[Logger]:
+        purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
+        return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
+
+    return FitSettings(
+        stage=stage,
+        epochs=settings["epochs"] and (most or settings["epochs"]),
+        patience=settings["patience"],
+        save_every=config["save_every"],
+        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
+        callbacks=tuple(callbacks),
+        loggers=started,
+        remedies=_memory_remedies(settings, stage, config["attention"]["keys"], memory),
+    )
+
+
+def _memory_remedies(settings: Settings, stage: str, keys: str, memory: VectorMemory) -> tuple[str, ...]:
+    """What to do where a stage's fit needs more memory than there is."""
+    batch = settings["batch_size"]
+    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
+    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
+        remedies.append("look at some rows a step, attention.sample=8192")
+    if keys == "learned":
+        taken = 16 * len(memory) * memory.dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
+        remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
+    return (*remedies, "keep the rows in half the room, data.dtype=float16")
+
+
+def log_of_queries(config: Settings, source: Source) -> Evidence | None:
+    """The evidence that the training queries give, where the reranker weighs any."""
+    if config["reranker"]["kind"] != "evidence":
+        return None
+    assert isinstance(source, Recorded)
+    return Evidence.gather(source.memory, *source.splits["train"])
+
+
+def seen_rows(source: Source) -> torch.Tensor | None:
+    """Which rows answer a training query, (N,) bool; None where every row can."""
+    if not isinstance(source, Recorded):
+        return None
+    seen = torch.zeros(len(source.memory) + 1, dtype=torch.bool)
+    seen[source.splits["train"].targets] = True  # -1, the padding, is the last
+    return seen[:-1].to(source.memory.rows.device)
+
+
+def label(transform: str | Mapping[str, Any]) -> str:
+    """A transform's name: that of its class, where it is a user's own."""
+    return transform if isinstance(transform, str) else str(transform["_target_"]).rpartition(".")[2]
+
+
+def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
+    settings, queries = config[stage], config["queries"]
+    batch_size = settings["batch_size"]
+    if isinstance(source, Recorded) and isinstance(batch_size, int):
+        batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
+    return VectorDataModule(
+        source,
+        stage=stage,
+        batch_size=batch_size,
+        k=config["k"],
+        eval_seed=queries["seed"],
+        **candidates,
+        **{name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")},
+        **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
+    )
+
+
+def make(node: Settings, name: str, **given: Any) -> Any:
+    """Build what a part of the settings names by `_target_`.
+
+    Args:
+        node: `_target_` and arguments.
+        name: of this part, for errors.
+        given: further arguments.
+
+    Raises:
+        InputError: there is no such class or function, or it takes other arguments.
+    """
+    function = instantiated(node, name)
+    try:
+        inspect.signature(function).bind(**given)
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"{name}: {node.get('_target_')} takes other arguments ({fault}); correct them") from None
+    return function(**given)
+
+
+def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
+    """The class or function that a part of the settings names, with its arguments; if `called`, what it makes."""
+    try:
+        return instantiate({**node, "_partial_": not called}, _convert_="all")
+    except InstantiationException as fault:
+        if isinstance(fault.__cause__, InputError):
+            raise fault.__cause__ from None
+        raise InputError(f"{name}: {one_line(fault)}; correct {name}._target_ or its arguments") from None
