@@ -127,9 +127,10 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         texts = texts_of(config["data"].get("dir"), source.memory.given)
         if texts is not None and source.memory.first is not None:
             texts = [texts[vector] for vector in source.memory.first.tolist()]
-        shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
+        logged = max((norms["steps"] for norms in training.values() if norms), default=0)
+        steps = logged * config["trainer"]["log_every_n_steps"] or 1
         try:
-            show(model, val, config["dashboards"], folder, **shown)
+            show(model, val, val_found, config["dashboards"], folder, steps=steps, texts=texts, labels=clusters(config))
         except Exception:  # a picture is not worth a run
             log.exception("not all of what TensorBoard shows could be drawn; the figures below are whole")
     total = time.perf_counter() - started

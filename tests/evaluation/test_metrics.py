@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.evaluation.metrics import MeanAndError, RankCounts
+from nvf.evaluation.metrics import RankCounts
 from nvf.ops.ranks import DEEPEST, MISS, are_targets, candidate_ranks, ndcg, recall, target_ranks
 
 
@@ -74,13 +74,3 @@ def test_recall_and_ndcg_equal_a_loop() -> None:
 def test_a_perfect_order_has_an_ndcg_of_one(answers: int) -> None:
     found = torch.arange(10).expand(7, 10) < answers
     assert ndcg(found, torch.arange(answers).expand(7, answers)).tolist() == [1.0] * 7
-
-
-def test_mean_and_error_add_up_over_batches() -> None:
-    values = torch.rand(100, generator=torch.Generator().manual_seed(0))
-    metric = MeanAndError()
-    for part in values.split(30):
-        metric.update(part)
-    mean, error = metric.compute()
-    assert float(mean) == pytest.approx(float(values.mean()))
-    assert float(error) == pytest.approx(float(values.std(correction=0)) / 10)

@@ -29,28 +29,3 @@ class RankCounts(Metric):
         """The share of queries whose target is among the first `rank` rows, rank <= 10."""
         counts = self.compute()
         return counts[:rank].sum() / counts.sum()
-
-
-class MeanAndError(Metric):
-    """The mean of values a query, and its standard error."""
-
-    full_state_update = False
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-
-    def __init__(self, *, sync_on_compute: bool = True) -> None:
-        super().__init__(sync_on_compute=sync_on_compute)
-        for name in ("count", "total", "squares"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        """Count values, (B,)."""
-        self.count += len(values)
-        self.total += values.double().sum()
-        self.squares += values.double().square().sum()
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard error."""
-        mean = self.total / self.count
-        return mean, ((self.squares / self.count - mean.square()).clamp(min=0) / self.count).sqrt()
