@@ -20,7 +20,7 @@ from nvf.dashboards import figures
 from nvf.dashboards.show import SWITCHES, check_dashboards, exemplary, shortened, show, texts_of
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
-from nvf.evaluation.evaluate import Outcomes, calibration_error, evaluate
+from nvf.evaluation.evaluate import Outcomes, evaluate
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
@@ -199,25 +199,6 @@ def test_the_bins_of_ranks_hold_every_rank_once(rows: int) -> None:
         first, _, last = name.replace(",", "").partition("\u2013")
         assert count == sum(int(first) <= rank <= int(last or first) for rank in ranks)
     assert names[0] == "1"
-
-
-def test_the_bins_of_confidence_equal_a_loop_and_the_figure_of_the_results() -> None:
-    rng = np.random.default_rng(0)
-    confidences = np.concatenate([rng.random(300) ** 0.3, [0.0, 1.0, 0.2]]).astype(np.float32)
-    answered = rng.random(303) < confidences
-    found = figures.reliability(confidences, answered, 15)
-    for place in range(15):
-        low, high = np.float32(place / 15), np.float32((place + 1) / 15)
-        inside = (confidences > low) & (confidences <= high) | ((confidences == 0) & (place == 0))
-        assert found.counts[place] == inside.sum()
-        if inside.any():
-            assert found.confidence[place] == pytest.approx(confidences[inside].mean())
-            assert found.accuracy[place] == pytest.approx(answered[inside].mean())
-        else:
-            assert np.isnan(found.confidence[place])
-    reported = calibration_error(torch.from_numpy(confidences), torch.from_numpy(answered))
-    gaps = np.nan_to_num(np.abs(found.confidence - found.accuracy))
-    assert np.average(gaps, weights=found.counts) == pytest.approx(reported["value"], abs=1e-5)
 
 
 def test_the_heat_maps_columns_are_targets_first_and_bounded() -> None:

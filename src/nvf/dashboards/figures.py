@@ -9,6 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binned_statistic
 
 from nvf.evaluation.report import NAMES
 
@@ -33,14 +34,6 @@ LEAST = 1e-3  # the probability at which the heat map's colours begin
 BARS = 8  # candidates that a query's panel has room for
 
 
-class Reliability(NamedTuple):
-    """The queries whose confidence falls into each bin; (bins,) each, NaN for the means of an empty bin."""
-
-    confidence: np.ndarray  # their mean confidence
-    accuracy: np.ndarray  # the share of them whose answer is right
-    counts: np.ndarray
-
-
 class Panel(NamedTuple):
     """One query's k candidates, in stage 1's order."""
 
@@ -58,23 +51,6 @@ def rank_histogram(ranks: np.ndarray, rows: int) -> tuple[list[str], np.ndarray]
     return names, np.bincount(np.searchsorted(last, ranks), minlength=len(last))
 
 
-def reliability(confidences: np.ndarray, right: np.ndarray, bins: int) -> Reliability:
-    """Group queries by confidence, in equally wide bins of 0..1 that include their upper ends.
-
-    Args:
-        confidences: (B,).
-        right: (B,), 1 where the answer is right, or its share of several right ones.
-        bins: the number of bins.
-    """
-    place = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        confidence, accuracy = (
-            np.bincount(place, weights=values, minlength=bins) / counts for values in (confidences, right)
-        )
-    return Reliability(confidence, accuracy, counts)
-
-
 def heat_map_columns(candidates: np.ndarray, targets: np.ndarray, limit: int) -> np.ndarray:
     """The rows that the heat map shows, (c,): targets first, then best candidates, then second best, up to `limit`.
 
@@ -85,12 +61,10 @@ def heat_map_columns(candidates: np.ndarray, targets: np.ndarray, limit: int) ->
         targets: (n, m), padded with -1.
         limit: at least 1.
     """
-    chosen: dict[int, int] = {}  # the row, and the first query that names it
-    for column in (*targets.T[:1], *candidates.T, *targets.T[1:]):
-        for query, row in enumerate(column.tolist()):
-            if row >= 0 and len(chosen) < limit:
-                chosen[row] = min(query, chosen.get(row, query))
-    return np.array(sorted(chosen, key=chosen.__getitem__), dtype=np.int64)
+    named = np.concatenate([targets[:, :1], candidates, targets[:, 1:]], axis=1)
+    rows = np.array([row for row in dict.fromkeys(named.T.flat) if row >= 0][:limit])
+    first = [(named == row).any(axis=1).argmax() for row in rows]
+    return rows[np.argsort(first, kind="stable")]
 
 
 def draw_ranks(ranks: Mapping[str, np.ndarray], rows: int) -> Figure:
@@ -111,21 +85,29 @@ def draw_ranks(ranks: Mapping[str, np.ndarray], rows: int) -> Figure:
     return figure
 
 
-def draw_reliability(bins: Mapping[str, Reliability], errors: Mapping[str, float]) -> Figure:
+def draw_reliability(
+    confidences: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], errors: Mapping[str, float], bins: int
+) -> Figure:
     """Draw accuracy over confidence, and below it how many queries each bin holds; a column for each method.
 
-    Honest probabilities lie on the diagonal. `errors` are the calibration errors, for the titles.
+    Honest probabilities lie on the diagonal.
+
+    Args:
+        confidences: (B,) by method.
+        right: (B,) by method, 1 where the answer is right, or its share of several right ones.
+        errors: the calibration error by method, for the titles.
+        bins: into how many equally wide bins of 0..1 the confidences fall.
     """
-    figure = Figure((5.6 * len(bins), 6.6))
-    grid = figure.subplots(2, len(bins), squeeze=False, sharex=True, height_ratios=(3, 1))
-    for (method, of), (above, below) in zip(bins.items(), grid.T, strict=True):
-        filled = of.counts > 0
+    figure = Figure((5.6 * len(confidences), 6.6))
+    grid = figure.subplots(2, len(confidences), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for method, (above, below) in zip(confidences, grid.T, strict=True):
+        values = [confidences[method], right[method]]
+        means = binned_statistic(confidences[method], values, bins=bins, range=(0, 1)).statistic  # (2, bins)
         above.plot([0, 1], [0, 1], "--", color="#777777")
-        above.plot(of.confidence[filled], of.accuracy[filled], "o-", color=COLOURS[method])
+        above.plot(*means[:, ~np.isnan(means[0])], "o-", color=COLOURS[method])
         above.set(title=f"{NAMES[method]}: off by {100 * errors[method]:.1f} points on average")
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
-        width = 1 / len(of.counts)
-        below.bar(np.arange(len(of.counts)) * width, of.counts, width, align="edge", color=COLOURS[method], ec="white")
+        below.hist(confidences[method], bins, range=(0, 1), color=COLOURS[method], ec="white")
         below.set(xlabel="probability of the answer", ylabel="queries")
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure

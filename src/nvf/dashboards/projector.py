@@ -20,7 +20,7 @@ def spread(count: int, limit: int) -> np.ndarray:
 
 
 def shown_points(targets: np.ndarray, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose queries, which are shown twice, and rows: together at most `limit`, half of them rows where possible.
+    """Choose queries, which are shown twice, and rows: together at most `limit`, about half of them rows.
 
     The rows are the queries' targets as far as there is room, then others, evenly spaced.
 
@@ -30,11 +30,8 @@ def shown_points(targets: np.ndarray, rows: int, limit: int) -> tuple[np.ndarray
         limit: at least 4.
     """
     queries = spread(len(targets), limit // 4)
-    room = min(rows, limit - 2 * len(queries))
-    named = np.unique(targets[queries])
-    named = named[spread(len(named), room)]
-    others = np.setdiff1d(np.arange(rows), named)
-    return queries, np.sort(np.append(named, others[spread(len(others), room - len(named))]))
+    room = limit - 2 * len(queries)
+    return queries, np.sort([*dict.fromkeys([*targets[queries], *spread(rows, room)])][:room])
 
 
 @torch.no_grad()

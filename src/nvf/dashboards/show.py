@@ -175,12 +175,10 @@ def _add_figures(
         ranks = {name: part.numpy() for name, part in outcomes.ranks.items() if name != "oracle"}
         writer.add_figure("figures/3_ranks", figures.draw_ranks(ranks, len(model.memory)))
     if settings["reliability"]:
-        bins = {
-            name: figures.reliability(part.numpy(), outcomes.share_right(name).numpy(), BINS)
-            for name, part in outcomes.confidences.items()
-        }
-        errors = {name: error["value"] for name, error in found.figures["calibration_error"].items()}
-        writer.add_figure("figures/4_reliability", figures.draw_reliability(bins, errors))
+        confidences = {name: part.numpy() for name, part in outcomes.confidences.items()}
+        right = {name: outcomes.share_right(name).numpy() for name in confidences}
+        errors = {name: found.figures["calibration_error"][name]["value"] for name in confidences}
+        writer.add_figure("figures/4_reliability", figures.draw_reliability(confidences, right, errors, BINS))
 
 
 def exemplary(outcomes: Outcomes, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -91,24 +91,17 @@ def _expected(scores: Tensor, factor: float) -> float:
 
 
 @torch.no_grad()
-def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
-    """Which queries have a target at the head of their list, (B,) bool, in blocks."""
-    return torch.cat([target_ranks(scores, targets) == 1 for scores, targets in _lists(model, batch)])
+def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None = None) -> Tensor:
+    """How well each query is answered, (B,): whether its list begins with a target, `top1`, or its nDCG@10, `ndcg10`.
 
-
-@torch.no_grad()
-def quality(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
-    """How well each query is answered, (B,): by what `criterion` names, nDCG@10, or as `answered` has it."""
-    if criterion(batch.targets) == "top1":
-        return answered(model, batch)
-    return torch.cat([ndcg_of(scores, targets) for scores, targets in _lists(model, batch)])
-
-
-def _lists(model: SoftAttention | Pipeline, batch: QueryBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores in the order of each query's list, (b, N), and its targets, block after block."""
+    Unless `by` names one of the two, `criterion` chooses.
+    """
     model.eval()
+    by, parts = by or criterion(batch.targets), []
     for queries, targets in score_blocks(batch, len(model.memory)):
-        yield model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries), targets
+        scores = model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries)
+        parts.append(ndcg_of(scores, targets) if by == "ndcg10" else target_ranks(scores, targets) == 1)
+    return torch.cat(parts)
 
 
 def clearly_above(quality: Tensor, reference: Tensor) -> bool:

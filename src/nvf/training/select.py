@@ -11,7 +11,6 @@ import torch
 from nvf.data.datamodule import Fold
 from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.evaluation.calibration import (
-    answered,
     clearly_above,
     fit_hub_correction,
     fit_sharpness,
@@ -223,7 +222,7 @@ def _chosen(
 ) -> Chosen:
     found, about = quality(attention, held_out), {name: variant["attention"][name] for name in ("transform", "keys")}
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
-    top1 = float((found if ndcg is None else answered(attention, held_out)).double().mean())
+    top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
     scores = {"val_top1": top1, "val_ndcg10": ndcg}
     about = {**about, "hub_share": share, "epochs": epochs, **scores, "chosen": True}
     return Chosen(attention, variant, epochs, share, found, [about], None)
