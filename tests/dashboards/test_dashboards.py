@@ -182,7 +182,7 @@ def test_bad_settings_are_refused_with_the_remedy(settings: dict[str, Any], says
 def test_queries_won_come_first_then_those_lost_then_the_rest() -> None:
     before, after = torch.tensor([1, 2, 1, 2, 3, 1, 2, 1, 2, 1]), torch.tensor([1, 1, 2, 2, 1, 1, 1, 1, 1, 1])
     none = torch.zeros(10, 1, dtype=torch.long)
-    seen = Outcomes(none, none, {"exact": after, "attention": before, "pipeline": after}, {}, {})
+    seen = Outcomes(none, none, {"exact": after, "attention": before, "pipeline": after}, {}, {}, {}, {})
     assert exemplary(seen, 6).tolist() == [1, 4, 6, 2, 0, 3]  # one was lost, and the others share the places left
     assert exemplary(seen, 100).tolist() == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
     assert exemplary(seen, 1).tolist() == [1]

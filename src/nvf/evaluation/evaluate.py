@@ -1,7 +1,7 @@
 """Every figure next to its baseline, its interval and its ceiling."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +25,13 @@ ROUNDING = 1e-5  # cosines that differ by less are equal
 
 
 class Outcomes(NamedTuple):
-    """What each method answers to each of B queries: CPU tensors by method, of those of METHODS that there are."""
+    """What each method answers to each of B queries; dictionaries are by method, of those of METHODS that there are."""
 
     targets: Tensor  # (B, m) rows, padded with -1
     candidates: Tensor  # (B, k) rows, in stage 1's order
     ranks: dict[str, Tensor]  # (B,), the rank of the best-ranked target, from 1
+    ndcg: dict[str, Tensor]  # (B,), nDCG@10
+    recall: dict[str, Tensor]  # (B,), the share of the targets that are among the first k rows
     confidences: dict[str, Tensor]  # (B,), the probability of the most probable row, by stage 1 and the pipeline
     probabilities: dict[str, Tensor]  # (B, k), of the candidates, by stage 1 and the pipeline
 
@@ -83,27 +85,17 @@ def evaluate(
     """
     model.eval()
     blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
-    parts = [_measure(model, *block, k=k, oracle=oracle) for block in blocks]
-    measured = {
-        name: {method: torch.cat([part[name][method] for part in parts]).cpu() for method in parts[0][name]}
-        for name in parts[0]
-    }
-    names = ("ranks", "confidences", "probabilities")
-    outcomes = Outcomes(batch.targets.cpu(), measured["candidates"]["attention"], *(measured[name] for name in names))
+    parts = [_answer(model, block, k=k, oracle=oracle) for block in blocks]
+    outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
     answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
     last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
-    figures: dict[str, Any] = dict.fromkeys(METHODS)
-    for method, ranks in outcomes.ranks.items():
-        figures[method] = _figures(ranks, measured["ndcg"][method], measured["recall"][method])
+    right, count, reranked = int((answered[last] & covered).sum()), int(covered.sum()), last == "pipeline"
+    figures: dict[str, Any] = {method: _figures(outcomes, method) for method in METHODS}
     known = None if seen is None else ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
     figures["seen_rows"] = None if known is None else _top1_of(known, answered)
     figures["unseen_rows"] = None if known is None else _top1_of(~known, answered)
-    count = int(covered.sum())
     figures["coverage"] = wilson(count, len(covered))
-    reranked = last == "pipeline"
-    figures["rerank_given_coverage"] = (
-        wilson(int((answered[last] & covered).sum()), count) if reranked and count else None
-    )
+    figures["rerank_given_coverage"] = wilson(right, count) if reranked and count else None
     bound = {**answered, "coverage": covered}[ceiling(figures)[0]]
     closed = gap_closed(*(of.numpy() for of in (answered["attention"], answered[last], bound))) if reranked else None
     figures["gap_closed"], figures["gap_closed_interval"] = closed and closed["value"], closed
@@ -114,50 +106,53 @@ def evaluate(
     return Evaluation(figures, against(answered[last], answered["exact"]), outcomes)
 
 
-def _measure(
-    model: SoftAttention | Pipeline, queries: Tensor, targets: Tensor, *, k: int, oracle: Tensor | None
-) -> dict[str, dict[str, Tensor]]:
-    """What `Outcomes` holds of some queries, and their nDCG@10 and recall, by name and method."""
+def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: Tensor | None) -> Outcomes:
+    """Answer queries whose scores can be held at once."""
+    queries, targets = batch
     rows = model.memory.rows
-    scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order the list is
+    scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
     if oracle is not None and oracle is not rows:
         scores["oracle"] = inner_products(queries, oracle)
     if isinstance(model, Pipeline):
-        found = model(queries, answer=False)
-        candidates, logits = found.candidates, {"attention": found.logits, "pipeline": found.log_probs}
-        scores |= {"attention": found.logits, "pipeline": found.ranking}
+        answer = model(queries, answer=False)
+        candidates, logits = answer.candidates, {"attention": answer.logits, "pipeline": answer.log_probs}
+        scores |= {"attention": answer.logits, "pipeline": answer.ranking}
     else:
         scores["attention"] = model(queries)
         candidates, logits = first_topk(scores["attention"], k), {"attention": scores["attention"]}
-    measured: dict[str, dict[str, Tensor]] = {
-        "candidates": {"attention": candidates},
-        "ranks": {},
-        "ndcg": {},
-        "recall": {},
-    }
-    for method, of_rows in scores.items():
-        hits = are_targets(first_topk(of_rows, min(max(k, DEEPEST), len(rows))), targets)
-        measured["ranks"][method] = target_ranks(of_rows, targets)
-        measured["ndcg"][method] = ndcg(hits[:, :DEEPEST], targets)
-        measured["recall"][method] = recall(hits[:, :k], targets)
+    depth = min(max(k, DEEPEST), len(rows))
+    hits = {method: are_targets(first_topk(of_rows, depth), targets) for method, of_rows in scores.items()}
+    ranks = {method: target_ranks(of_rows, targets) for method, of_rows in scores.items()}
+    gains = {method: ndcg(of[:, :DEEPEST], targets) for method, of in hits.items()}
+    recalls = {method: recall(of[:, :k], targets) for method, of in hits.items()}
     if oracle is rows:
-        for name in ("ranks", "ndcg", "recall"):
-            measured[name]["oracle"] = measured[name]["exact"]
+        for measure in (ranks, gains, recalls):
+            measure["oracle"] = measure["exact"]
     totals = {method: of_rows.logsumexp(dim=-1, keepdim=True) for method, of_rows in logits.items()}
-    measured["confidences"] = {m: (logits[m].amax(dim=-1) - totals[m].squeeze(-1)).exp() for m in logits}
-    measured["probabilities"] = {m: (logits[m].gather(-1, candidates) - totals[m]).exp() for m in logits}
-    return {**measured, "candidates": {"attention": candidates}}
+    confidences = {m: (of_rows.amax(dim=-1) - totals[m].squeeze(-1)).exp() for m, of_rows in logits.items()}
+    probabilities = {m: (of_rows.gather(-1, candidates) - totals[m]).exp() for m, of_rows in logits.items()}
+    return Outcomes(targets, candidates, ranks, gains, recalls, confidences, probabilities)
 
 
-def _figures(ranks: Tensor, gains: Tensor, recalls: Tensor) -> dict[str, Interval]:
-    """Every metric of a method with its interval, from the ranks, nDCG@10 and recall of each query, (B,)."""
+def _joined(parts: Sequence[Any]) -> Any:
+    """Tensors, or dictionaries of them, of all blocks as one, on the CPU."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts)).cpu()
+    return {method: _joined([part[method] for part in parts]) for method in parts[0]}
+
+
+def _figures(outcomes: Outcomes, method: str) -> dict[str, Interval] | None:
+    """Every metric of a method with its interval; None if there is no such method."""
+    if method not in outcomes.ranks:
+        return None
+    ranks = outcomes.ranks[method]
     counts = np.bincount(ranks.clamp(max=DEEPEST + 1).numpy() - 1, minlength=DEEPEST + 1)
     return {
         "top1": wilson(int(counts[0]), len(ranks)),
         "top5": wilson(int(counts[:5].sum()), len(ranks)),
         "mrr10": reciprocal_rank(counts),
-        "ndcg10": _mean(gains),
-        "recall": _mean(recalls),
+        "ndcg10": _mean(outcomes.ndcg[method]),
+        "recall": _mean(outcomes.recall[method]),
     }
 
 
