@@ -128,7 +128,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         if texts is not None and source.memory.first is not None:
             texts = [texts[vector] for vector in source.memory.first.tolist()]
         logged = max((norms["steps"] for norms in training.values() if norms), default=0)
-        steps = logged * config["trainer"]["log_every_n_steps"] or 1
+        steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
         try:
             show(model, val, val_found, config["dashboards"], folder, steps=steps, texts=texts, labels=clusters(config))
         except Exception:  # a picture is not worth a run

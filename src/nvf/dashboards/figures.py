@@ -52,14 +52,9 @@ def rank_histogram(ranks: np.ndarray, rows: int) -> tuple[list[str], np.ndarray]
 
 
 def heat_map_columns(candidates: np.ndarray, targets: np.ndarray, limit: int) -> np.ndarray:
-    """The rows that the heat map shows, (c,): targets first, then best candidates, then second best, up to `limit`.
+    """The rows that the heat map shows, (c,): targets, (n, m), before best candidates, (n, k), up to a limit.
 
     They are ordered by the first query that names them, so that the map has a diagonal.
-
-    Args:
-        candidates: (n, k), best first.
-        targets: (n, m), padded with -1.
-        limit: at least 1.
     """
     named = np.concatenate([targets[:, :1], candidates, targets[:, 1:]], axis=1)
     rows = np.array([row for row in dict.fromkeys(named.T.flat) if row >= 0][:limit])
@@ -88,15 +83,9 @@ def draw_ranks(ranks: Mapping[str, np.ndarray], rows: int) -> Figure:
 def draw_reliability(
     confidences: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], errors: Mapping[str, float], bins: int
 ) -> Figure:
-    """Draw accuracy over confidence, and below it how many queries each bin holds; a column for each method.
+    """Draw accuracy over confidence, and below it how many queries each of the bins holds; a column for each method.
 
-    Honest probabilities lie on the diagonal.
-
-    Args:
-        confidences: (B,) by method.
-        right: (B,) by method, 1 where the answer is right, or its share of several right ones.
-        errors: the calibration error by method, for the titles.
-        bins: into how many equally wide bins of 0..1 the confidences fall.
+    Honest probabilities lie on the diagonal. Confidences and what they should be are (B,); the titles name the errors.
     """
     figure = Figure((5.6 * len(confidences), 6.6))
     grid = figure.subplots(2, len(confidences), squeeze=False, sharex=True, height_ratios=(3, 1))
@@ -158,14 +147,7 @@ def _draw_panel(axes: Axes, panel: Panel, shown: np.ndarray) -> None:
 def draw_heat_map(
     maps: Mapping[str, np.ndarray], right: np.ndarray, queries: Sequence[str], rows: Sequence[str]
 ) -> Figure:
-    """Draw a map for each method: queries down, rows across, the darker the more probable, right rows framed.
-
-    Args:
-        maps: (n, c) probabilities by method.
-        right: (n, c) bool.
-        queries: n names.
-        rows: c names.
-    """
+    """Draw a map for each method: n queries down, c rows across, the darker the more probable, right rows framed."""
     n, c = right.shape
     figure = Figure((3 + max(5, 0.3 * c), (0.7 + 0.3 * n) * len(maps) + 0.09 * max(map(len, rows))))
     grid = figure.subplots(len(maps), squeeze=False, sharex=True)[:, 0]

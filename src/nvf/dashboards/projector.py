@@ -19,21 +19,6 @@ def spread(count: int, limit: int) -> np.ndarray:
     return np.arange(count) if count <= limit else np.arange(limit) * count // limit
 
 
-def shown_points(targets: np.ndarray, rows: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose queries, which are shown twice, and rows: together at most `limit`, about half of them rows.
-
-    The rows are the queries' targets as far as there is room, then others, evenly spaced.
-
-    Args:
-        targets: (B,), one row for each query.
-        rows: N.
-        limit: at least 4.
-    """
-    queries = spread(len(targets), limit // 4)
-    room = limit - 2 * len(queries)
-    return queries, np.sort([*dict.fromkeys([*targets[queries], *spread(rows, room)])][:room])
-
-
 @torch.no_grad()
 def add_points(
     writer: SummaryWriter,
@@ -45,6 +30,9 @@ def add_points(
 ) -> None:
     """Write at most `limit` points, each with its kind and the row that it is or is answered by.
 
+    A quarter are queries, evenly spaced, a quarter the same queries transformed, and the rest are rows: the queries'
+    targets as far as there is room, then others, evenly spaced.
+
     Args:
         writer: of the run's folder.
         attention: stage 1.
@@ -55,13 +43,12 @@ def add_points(
     """
     first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # of several targets; the others are padding
     targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
-    queries, rows = shown_points(targets, len(attention.memory), limit)
+    queries = spread(len(targets), limit // 4)
+    room = limit - 2 * len(queries)
+    rows = np.sort([*dict.fromkeys([*targets[queries], *spread(len(attention.memory), room)])][:room])
     raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
-    vectors = [
-        attention.memory.take(torch.from_numpy(rows).to(raw.device)),
-        F.normalize(raw, dim=-1),
-        F.normalize(attention.moved(raw), dim=-1),
-    ]
+    shown = attention.memory.take(torch.from_numpy(rows).to(raw.device))
+    vectors = [shown, raw, F.normalize(attention.moved(raw), dim=-1)]
     of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
     kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
     columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first colours the points and names them

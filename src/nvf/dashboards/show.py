@@ -167,10 +167,8 @@ def _add_figures(
         columns = figures.heat_map_columns(candidates, targets, COLUMNS)
         maps = {name: part[:, columns] for name, part in _probabilities(model, batch.queries[chosen]).items()}
         right = (targets[:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
-        names = [_name(row, texts) for row in columns.tolist()]
-        writer.add_figure(
-            "figures/2_attention", figures.draw_heat_map(maps, right, [f"query {i}" for i in chosen], names)
-        )
+        names = [f"query {query}" for query in chosen], [_name(row, texts) for row in columns.tolist()]
+        writer.add_figure("figures/2_attention", figures.draw_heat_map(maps, right, *names))
     if settings["ranks"]:
         ranks = {name: part.numpy() for name, part in outcomes.ranks.items() if name != "oracle"}
         writer.add_figure("figures/3_ranks", figures.draw_ranks(ranks, len(model.memory)))
