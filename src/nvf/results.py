@@ -81,7 +81,7 @@ def save(
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, *built.queries("test")), **took}
         audit = audit_gradients(model, built.queries("val"))
-        _show(config, built, model, folder)
+        _show(config, built, model, val, gradients, folder)
     together = None
     if joint is not None and before is not None:
         won = against(test.answered, before.answered)
@@ -120,8 +120,15 @@ def save(
     return float(figures[criterion(built.queries("val").targets)]["value"])
 
 
-def _show(config: dict[str, Any], built: Built, model: SoftAttention | Pipeline, folder: Path) -> None:
-    """What TensorBoard shows beside the curves."""
+def _show(
+    config: dict[str, Any],
+    built: Built,
+    model: SoftAttention | Pipeline,
+    val: Evaluation,
+    gradients: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Draw what TensorBoard shows beside the curves."""
     memory = built.source.memory
     texts = texts_of(config["data"].get("dir"), memory.given)
     if texts is not None and memory.first is not None:
@@ -129,8 +136,9 @@ def _show(config: dict[str, Any], built: Built, model: SoftAttention | Pipeline,
     data = config["data"]
     clustered = data["name"] == "clustered"
     labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None
-    known: dict[str, Any] = {"k": built.k, "oracle": built.source.oracle, "texts": texts, "labels": labels}
+    logged = max((norms["steps"] for norms in gradients.values() if norms), default=0)
+    steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
-        show(model, built.queries("val"), config["dashboards"], folder, **known)
+        show(model, built.queries("val"), val, config["dashboards"], folder, steps=steps, texts=texts, labels=labels)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

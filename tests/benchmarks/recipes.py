@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from nvf.data.queries import QueryBatch, Source
-from nvf.evaluation.calibration import answered
+from nvf.evaluation.calibration import quality
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.options import Option, parse
 from nvf.training.build import Settings, build
@@ -96,7 +96,7 @@ class Look(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         assert isinstance(module, RerankerModule)
         if trainer.global_step % EVERY == 0:
-            self.goal.look(lambda: float(answered(module.model, self.test).double().mean()))
+            self.goal.look(lambda: float(quality(module.model, self.test).double().mean()))
             module.train()
 
 

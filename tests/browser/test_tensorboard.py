@@ -164,9 +164,9 @@ def test_scalars_have_charts(look: Look) -> None:
     def shows(seen: dict[str, Any]) -> bool:
         drawn = [picture for picture in seen["pictures"] if picture["tag"] in ("svg", "canvas")]
         titles = "".join(seen["text"].split())  # of which each may be in pieces
-        return "top1/stage1" in titles and "top1/pipeline" in titles and len(drawn) > 3
+        return "val/top1" in titles and "top1/coverage" in titles and len(drawn) >= 2
 
-    look("scalars", "?tagFilter=%5Etop1%2F(stage1%7Cpipeline)#timeseries", shows)
+    look("scalars", "?tagFilter=top1%24%7Ctop1%2Fcoverage#timeseries", shows)
 
 
 def test_the_hparams_table_has_the_test_figures(look: Look) -> None:

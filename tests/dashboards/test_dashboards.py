@@ -17,12 +17,10 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from conftest import SMALL, SMALL_STEPS
 from nvf.dashboards import figures
-from nvf.dashboards.outcomes import Looked, exemplary, look
-from nvf.dashboards.run_curves import progress
-from nvf.dashboards.show import SWITCHES, check_dashboards, show, texts_of
-from nvf.data.queries import Nearest, QueryBatch
+from nvf.dashboards.show import SWITCHES, check_dashboards, exemplary, shortened, show, texts_of
+from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
-from nvf.evaluation.evaluate import calibration_error
+from nvf.evaluation.evaluate import Outcomes, evaluate
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
@@ -89,37 +87,69 @@ FIGURES = {
 }
 
 
+def shown_events(
+    model: SoftAttention | Pipeline, batch: QueryBatch, settings: dict[str, Any], folder: Path, **options: Any
+) -> EventAccumulator:
+    """What is written of a model, without an oracle."""
+    show(model, batch, evaluate(model, batch, k=4, oracle=None), settings, folder, **options)
+    return events(folder)
+
+
 def test_show_writes_a_page_of_scalars_and_every_figure(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path) -> None:
+    found = evaluate(pipeline, batch, k=4, oracle=pipeline.memory.rows.flip(0))
     texts = ["$a\t\u6f22\n" * 30] * 30
-    show(pipeline, batch, CONFIGURED, tmp_path, oracle=pipeline.memory.rows, texts=texts)
+    show(pipeline, batch, found, CONFIGURED, tmp_path, steps=70, texts=texts)
     shown = events(tmp_path)
     assert shown.Tags()["images"] == list(FIGURES.values())
     for tag in FIGURES.values():
         (image,) = shown.Images(tag)
         assert min(image.width, image.height) > 400
-    seen = look(pipeline, batch, k=4, oracle=None)
-    for tag, method in (("exact", "exact search"), ("stage1", "stage 1"), ("pipeline", "pipeline")):
-        for metric, rank in (("top1", 1), ("top5", 5)):
-            assert shown.Scalars(f"{metric}/{tag}")[-1].value == pytest.approx(np.mean(seen.ranks[method] <= rank))
-    assert shown.Scalars("top1/oracle")[-1].value == shown.Scalars("top1/exact")[-1].value
-    layout = layout_pb2.Layout.FromString(shown.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
-    assert all(any(re.match(tag, name) for tag in tags) for name in shown.Tags()["scalars"])
+    for metric in ("top1", "top5"):
+        levels = {name: found.figures[name][metric]["value"] for name in ("exact", "oracle")}
+        for name, level in {**levels, "coverage": found.figures["coverage"]["value"]}.items():
+            points = [(event.step, event.value) for event in shown.Scalars(f"{metric}/{name}")]
+            assert points == [(0, pytest.approx(level)), (70, pytest.approx(level))]
+
+
+def charts(folder: Path) -> dict[str, list[str]]:
+    """The patterns of tags that each chart of the custom page shows."""
+    written = events(folder).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(written)
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def test_the_custom_page_shows_the_curves_of_both_stages_and_their_ceilings(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    off = [f"dashboards.{switch}=false" for switch in SWITCHES[1:]]
+    run(*SMALL, *SMALL_STEPS, "trainer.log_every_n_steps=1", "dashboards=default", *off)
+    folder = tmp_path / "run"
+    logged = {
+        f"{place}: {tag}"
+        for place in (".", "attention", "reranker")
+        for tag in events(folder / place).Tags()["scalars"]
+    }
+    drawn = {
+        title: {tag for tag in logged if any(re.match(pattern, tag.split(": ")[1]) for pattern in patterns)}
+        for title, patterns in charts(folder).items()
+    }
+    for title, metric in (("Top-1", "top1"), ("Top-5", "top5")):
+        curves = {f"{stage}: val/{metric}" for stage in ("attention", "reranker")}
+        assert drawn[title] == curves | {f".: {metric}/{name}" for name in ("exact", "oracle", "coverage")}
+    assert drawn["loss in training"] == {"attention: train/loss", "reranker: train/loss"}
+    assert events(folder).Scalars("top1/exact")[-1].step == 6  # as long as the stages
 
 
 def test_stage_one_alone_is_shown_too(memory: VectorMemory, batch: QueryBatch, tmp_path: Path) -> None:
-    show(SoftAttention(memory), batch, SHOWN, tmp_path, k=50)
-    shown = events(tmp_path)
+    shown = shown_events(SoftAttention(memory), batch, SHOWN, tmp_path)
     assert shown.Tags()["images"] == list(FIGURES.values())
-    assert {"top1/stage1", "top1/exact", "top1/coverage"} <= set(shown.Tags()["scalars"])
-    assert shown.Scalars("top1/coverage")[-1].value == 1  # all 30 rows are candidates
-    assert not {"top1/pipeline", "top1/oracle"} & set(shown.Tags()["scalars"])
+    assert {"top1/exact", "top1/coverage"} <= set(shown.Tags()["scalars"])
+    assert "top1/oracle" not in shown.Tags()["scalars"]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_switch_turns_its_own_item_off(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, switch: str) -> None:
-    show(pipeline, batch, {**SHOWN, switch: False}, tmp_path)
-    shown = events(tmp_path)
+    shown = shown_events(pipeline, batch, {**SHOWN, switch: False}, tmp_path)
     assert set(shown.Tags()["images"]) == {tag for name, tag in FIGURES.items() if name != switch}
     assert ("custom_scalars__config__" in shown.Tags()["tensors"]) == (switch != "scalars_page")
     assert ("top1/exact" in shown.Tags()["scalars"]) == (switch != "scalars_page")
@@ -127,7 +157,8 @@ def test_each_switch_turns_its_own_item_off(pipeline: Pipeline, batch: QueryBatc
 
 
 def test_nothing_is_written_where_all_is_off(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path) -> None:
-    show(pipeline, batch, {**SHOWN, **dict.fromkeys(SWITCHES, False)}, tmp_path)
+    found = evaluate(pipeline, batch, k=4, oracle=None)
+    show(pipeline, batch, found, {**SHOWN, **dict.fromkeys(SWITCHES, False)}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,55 +177,17 @@ def test_bad_settings_are_refused_with_the_remedy(settings: dict[str, Any], says
     check_dashboards(CONFIGURED)
     with pytest.raises(InputError, match=re.escape(says)):
         check_dashboards({**SHOWN, **settings})
-    with pytest.raises(InputError, match=r"dashboards\.projector is missing; conf/dashboards/default\.yaml has it"):
-        check_dashboards({name: value for name, value in SHOWN.items() if name != "projector"})
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("oracle", [False, True])
-def test_what_is_looked_at_equals_a_loop_over_queries(
-    pipeline: Pipeline, batch: QueryBatch, oracle: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nvf.data.queries.ALL_SCORES", 7 * 30)  # several blocks
-    monkeypatch.setattr("nvf.data.queries.FEWEST_QUERIES", 1)
-    warped = pipeline.memory.rows.flip(0)
-    seen = look(pipeline, batch, k=4, oracle=warped if oracle else None)
-    assert ("oracle" in seen.ranks) == oracle
-    for i, (query, targets) in enumerate(zip(*batch, strict=True)):
-        right = [int(row) for row in targets if row >= 0]
-        found = pipeline(query[None])
-        scores = {
-            "exact search": pipeline.memory.rows @ query,
-            "stage 1": found.logits[0].softmax(-1),
-            "pipeline": found.log_probs[0].exp(),
-        }
-        if oracle:
-            scores["oracle"] = warped @ query
-        for method, values in scores.items():
-            best = max(float(values[row]) for row in right)
-            assert seen.ranks[method][i] == 1 + sum(float(value) > best for value in values)
-        for method, confidences in seen.confidences.items():
-            assert confidences[i] == pytest.approx(float(scores[method].max()), rel=1e-4)
-            assert seen.probabilities[method][i] == pytest.approx(
-                scores[method][found.candidates[0]].detach(), rel=1e-4
-            )
-        assert seen.rows[i].tolist() == found.candidates[0].tolist()
-        assert seen.right[i].tolist() == [row in right for row in found.candidates[0].tolist()]
-    covered = [
-        set(rows) & set(targets.tolist()) for rows, targets in zip(seen.rows.tolist(), batch.targets, strict=True)
-    ]
-    assert seen.share("coverage", 1) == pytest.approx(np.mean([bool(shared) for shared in covered]))
 
 
 def test_queries_won_come_first_then_those_lost_then_the_rest() -> None:
-    before, after = np.array([1, 2, 1, 2, 3, 1, 2, 1, 2, 1]), np.array([1, 1, 2, 2, 1, 1, 1, 1, 1, 1])
-    none = np.zeros((10, 1), dtype=int)
-    seen = Looked(none, {"exact search": after, "stage 1": before, "pipeline": after}, {}, none, {})
-    assert exemplary(seen, 6) == [1, 4, 6, 2, 0, 3]  # one was lost, and the others share the places left
-    assert exemplary(seen, 100) == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
-    assert exemplary(seen, 1) == [1]
+    before, after = torch.tensor([1, 2, 1, 2, 3, 1, 2, 1, 2, 1]), torch.tensor([1, 1, 2, 2, 1, 1, 1, 1, 1, 1])
+    none = torch.zeros(10, 1, dtype=torch.long)
+    seen = Outcomes(none, none, {"exact": after, "attention": before, "pipeline": after}, {}, {}, {}, {})
+    assert exemplary(seen, 6).tolist() == [1, 4, 6, 2, 0, 3]  # one was lost, and the others share the places left
+    assert exemplary(seen, 100).tolist() == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
+    assert exemplary(seen, 1).tolist() == [1]
     del seen.ranks["pipeline"]
-    assert exemplary(seen, 2) == [2, 1]  # stage 1 alone, against exact search
+    assert exemplary(seen, 2).tolist() == [2, 1]  # stage 1 alone, against exact search
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 6, 40, 1000, 5000])
@@ -208,60 +201,22 @@ def test_the_bins_of_ranks_hold_every_rank_once(rows: int) -> None:
     assert names[0] == "1"
 
 
-def test_the_bins_of_confidence_equal_a_loop_and_the_figure_of_the_results() -> None:
-    rng = np.random.default_rng(0)
-    confidences = np.concatenate([rng.random(300) ** 0.3, [0.0, 1.0, 0.2]]).astype(np.float32)
-    answered = rng.random(303) < confidences
-    found = figures.reliability(confidences, answered, 15)
-    for place in range(15):
-        low, high = np.float32(place / 15), np.float32((place + 1) / 15)
-        inside = (confidences > low) & (confidences <= high) | ((confidences == 0) & (place == 0))
-        assert found.counts[place] == inside.sum()
-        if inside.any():
-            assert found.confidence[place] == pytest.approx(confidences[inside].mean())
-            assert found.accuracy[place] == pytest.approx(answered[inside].mean())
-        else:
-            assert np.isnan(found.confidence[place])
-    reported = calibration_error(torch.from_numpy(confidences), torch.from_numpy(answered))
-    assert found.error == pytest.approx(reported["value"], abs=1e-5)
-
-
 def test_the_heat_maps_columns_are_targets_first_and_bounded() -> None:
     rows, targets = np.array([[4, 5], [4, 6], [7, 8]]), np.array([[5, -1], [9, 2], [7, -1]])
-    assert figures.matters(rows, targets, 3).tolist() == [5, 9, 7]
-    assert figures.matters(rows, targets, 4).tolist() == [5, 4, 9, 7]
-    assert figures.matters(rows, targets, 100).tolist() == [5, 4, 9, 6, 2, 7, 8]
+    assert figures.heat_map_columns(rows, targets, 3).tolist() == [5, 9, 7]
+    assert figures.heat_map_columns(rows, targets, 4).tolist() == [5, 4, 9, 7]
+    assert figures.heat_map_columns(rows, targets, 100).tolist() == [5, 4, 9, 6, 2, 7, 8]
 
 
 def test_a_crowded_panel_keeps_the_right_candidate_and_stage_ones_order() -> None:
     before = np.linspace(1, 0, 20)
-    panel = figures.Panel("", [""] * 20, before, None, np.arange(20) == 19)
-    assert figures._shown(panel).tolist() == [0, 1, 2, 3, 4, 5, 6, 19]
+    panel = figures.Panel("", [""] * 20, {"attention": before}, np.arange(20) == 19)
+    assert figures.shown_candidates(panel).tolist() == [0, 1, 2, 3, 4, 5, 6, 19]
 
 
 def test_texts_are_shortened_to_one_line() -> None:
-    assert figures.shortened("a\n b\t c") == "a b c"
-    assert figures.shortened("x" * 50, 10) == "x" * 9 + "\u2026"
-
-
-def test_lines_go_on_over_the_stages_and_end_on_what_is_measured() -> None:
-    curves = {
-        "attention": {"top1": [(0, 0.1), (9, 0.5)], "coverage": [(0, 0.2), (9, 0.9)]},
-        "reranker": {"top1": [(0, 0.5), (4, 0.7)], "coverage": [(0, 0.9), (4, 0.9)]},
-        "joint": {},
-    }
-    measured = {"exact search": 0.6, "stage 1": 0.55, "pipeline": 0.75, "coverage": 0.95}
-    lines = progress(curves, "top1", measured)
-    assert lines["stage 1"] == [(0, 0.1), (9, 0.5), (10, 0.55), (15, 0.55)]
-    assert lines["pipeline"] == [(10, 0.5), (14, 0.7), (15, 0.75)]
-    assert lines["exact search"] == [(0, 0.6), (15, 0.6)]
-    assert lines["coverage"] == [(0, 0.2), (9, 0.9), (10, 0.95), (15, 0.95)]
-    joint = progress({**curves, "joint": {"top1": [(2, 0.8)], "coverage": [(2, 0.92)]}}, "top1", measured)
-    assert joint["pipeline"] == [(10, 0.5), (14, 0.7), (17, 0.8), (18, 0.75)]
-    assert joint["stage 1"] == [(0, 0.1), (9, 0.5), (18, 0.55)]
-    assert joint["coverage"] == [(0, 0.2), (9, 0.9), (17, 0.92), (18, 0.95)]
-    alone = progress({stage: {} for stage in curves}, "top1", measured)  # of a model that was loaded
-    assert all(line == [(0, measured[method]), (1, measured[method])] for method, line in alone.items())
+    assert shortened("a\n b\t c") == "a b c"
+    assert shortened("x" * 50, 10) == "x" * 9 + "\u2026"
 
 
 @pytest.mark.parametrize("limit", [4, 40, 4000])
@@ -269,14 +224,13 @@ def test_the_projector_has_a_name_for_every_point(
     pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, limit: int
 ) -> None:
     texts, labels = [f"text\t{row}" for row in range(30)], np.arange(30) // 10
-    show(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts, labels=labels)
+    shown_events(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts, labels=labels)
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
-    points, dim = embedding.tensor_shape
-    vectors = np.fromfile(tmp_path / embedding.tensor_path, dtype="<f4").reshape(points, dim)
+    vectors = np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t")
     lines = [line.split("\t") for line in (tmp_path / embedding.metadata_path).read_text().splitlines()]
     assert lines[0] == ["kind", "row", "cluster", "text", "query"]
-    assert points == len(lines) - 1 <= limit
+    assert len(vectors) == len(lines) - 1 <= limit
     assert len({line[0] for line in lines[1:]}) == 3
     for vector, (kind, row, cluster, text, query) in zip(vectors, lines[1:], strict=True):
         assert text == f"text {row}"
@@ -291,17 +245,6 @@ def test_the_projector_has_a_name_for_every_point(
     if limit == 40:  # the rows shown are the queries' targets first
         rows = {line[1] for line in lines[1:] if line[0] == "row"}
         assert {line[1] for line in lines[1:] if line[0] == "query"} <= rows
-
-
-def test_many_queries_are_thinned_out_evenly(
-    pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nvf.dashboards.show.SCORES", 1)
-    monkeypatch.setattr("nvf.dashboards.show.FEWEST_QUERIES", 60)
-    show(pipeline, batch, SHOWN, tmp_path)
-    seen = look(pipeline, QueryBatch(*(part[::2] for part in batch)), k=4, oracle=None)
-    shown = events(tmp_path).Scalars("top1/pipeline")[-1].value
-    assert shown == pytest.approx(np.mean(seen.ranks["pipeline"] == 1))
 
 
 def test_texts_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,21 +263,6 @@ def test_texts_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         assert str(path) in caplog.text
     path.write_bytes(b"\xff\xfe")
     assert texts_of(tmp_path, 1) is None
-
-
-def test_a_runs_own_curves_are_continued_in_its_folder(finished: tuple[dict[str, Any], Path]) -> None:
-    _, folder = finished
-    model = Pipeline.load(folder / "pipeline")
-    generator = torch.Generator().manual_seed(0)
-    val = Nearest(model.memory).sample(100, generator)
-    show(model, val, {**SHOWN, **dict.fromkeys(SWITCHES[1:], False)}, folder)
-    lines = {name: events(folder).Scalars(f"top1/{name}") for name in ("stage1", "pipeline", "exact")}
-    curve = events(folder / "attention").Scalars("val/top1")
-    end = lines["exact"][-1].step
-    assert end == 12  # two stages of six steps
-    written = [(event.step, event.value) for event in lines["stage1"]]
-    assert set((event.step, event.value) for event in curve) <= set(written)
-    assert all(line[-1].step == end for line in lines.values())
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_run(

@@ -13,7 +13,6 @@ from conftest import SMALL, SMALL_STEPS
 from nvf.data.queries import Noisy, QueryBatch
 from nvf.evaluation.calibration import (
     SHARES,
-    answered,
     clearly_above,
     fit_hub_correction,
     fit_sharpness,
@@ -47,7 +46,7 @@ def test_hubness_equals_its_formula() -> None:
 def test_the_share_that_validates_best_is_taken_and_hubs_give_way() -> None:
     memory, bank, held_out = hubby()
     attention = SoftAttention(memory, transform="identity")
-    before = float(answered(attention, held_out).double().mean())
+    before = float(quality(attention, held_out).double().mean())
     exact = (held_out.queries @ memory.rows.T).argmax(dim=-1) == held_out.targets[:, 0]
     assert before == int(exact.sum()) / 500
     scores = held_out.queries @ memory.rows.T
@@ -55,20 +54,20 @@ def test_the_share_that_validates_best_is_taken_and_hubs_give_way() -> None:
     right = [int(((scores - s * hubs).argmax(dim=-1) == held_out.targets[:, 0]).sum()) for s in SHARES]
     share = fit_hub_correction(attention, bank, held_out)
     assert share == SHARES[right.index(max(right))] > 0
-    assert float(answered(attention, held_out).double().mean()) == max(right) / 500 > before
+    assert float(quality(attention, held_out).double().mean()) == max(right) / 500 > before
     torch.testing.assert_close(attention(held_out.queries), 20 * (scores - share * hubs), rtol=1e-4, atol=1e-4)
     assert fit_hub_correction(attention, bank, held_out) == share  # again, from the start
     fit_hub_correction(attention, bank, held_out, shares=(0.0,))
     assert attention.bias is None
-    assert float(answered(attention, held_out).double().mean()) == before
+    assert float(quality(attention, held_out).double().mean()) == before
 
 
 def test_caution_wants_more_than_a_lucky_few() -> None:
     memory, bank, held_out = hubby()
     attention = SoftAttention(memory, transform="identity")
     share = fit_hub_correction(attention, bank, held_out)
-    plain = answered(SoftAttention(memory, transform="identity"), held_out)
-    places = (answered(attention, held_out) & ~plain).nonzero().squeeze(-1)[:3]  # three wins and no loss
+    plain = quality(SoftAttention(memory, transform="identity"), held_out)
+    places = (quality(attention, held_out) & ~plain).nonzero().squeeze(-1)[:3]  # three wins and no loss
     lucky = QueryBatch(*(torch.cat([part[places], part[plain][:50]]) for part in held_out))
     assert fit_hub_correction(attention, bank, lucky) > 0
     assert fit_hub_correction(attention, bank, lucky, cautious=True) == 0
@@ -97,9 +96,13 @@ def test_clearly_above_pairs_graded_qualities() -> None:
 
 def test_several_answers_are_judged_by_ndcg_and_one_by_top1(pipeline: Pipeline) -> None:
     held_out = Noisy(pipeline.memory, sigma=0.3).sample(100, stream(0, "val"))
-    assert torch.equal(quality(pipeline, held_out), answered(pipeline, held_out))
+    with torch.no_grad():
+        first = pipeline(held_out.queries).ranking.argmax(dim=-1)
+    right = first == held_out.targets[:, 0]
     padded = QueryBatch(held_out.queries, F.pad(held_out.targets, (0, 2), value=-1))
-    assert torch.equal(quality(pipeline, padded), answered(pipeline, held_out))
+    assert torch.equal(quality(pipeline, held_out), right)
+    assert torch.equal(quality(pipeline, padded), right)
+    assert torch.equal(quality(pipeline, padded, by="top1"), right)
     several = QueryBatch(held_out.queries, torch.cat([held_out.targets, (held_out.targets + 1) % 30], dim=-1))
     for model in (pipeline, pipeline.attention):
         found = quality(model, several)
@@ -116,15 +119,22 @@ def test_temperatures_of_several_answers_are_the_best_of_a_grid(pipeline: Pipeli
     asked = Noisy(pipeline.memory, sigma=0.4).sample(300, stream(0, "val"))
     batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 1) % 30], dim=-1))
     batch.targets[::3, 1] = -1
+    start = float(pipeline.attention.beta)
     fit_temperature(pipeline.attention, *batch)
     cosines = pipeline.attention(batch.queries) / pipeline.attention.beta
-    losses = [float(attention_loss(beta * cosines, batch.targets)) for beta in torch.logspace(-1, 3, 401)]
-    assert float(attention_loss(pipeline.attention(batch.queries), batch.targets)) <= min(losses) + 1e-6
+
+    def loss(beta: float) -> float:
+        return float(attention_loss(beta * cosines, batch.targets)) + math.log(beta / start) ** 2 / 2 / 300  # the prior
+
+    assert loss(float(pipeline.attention.beta)) <= min(map(loss, torch.logspace(-1, 3, 401).tolist())) + 1e-6
     scores, rows = pipeline(batch.queries)[3], pipeline(batch.queries).candidates
     labels = (rows.unsqueeze(-1) == batch.targets.unsqueeze(1)).any(dim=-1)
-    losses = [float(reranker_loss(factor * scores, labels)) for factor in torch.logspace(-2, 2, 401)]
-    fit_sharpness(pipeline, batch)
-    assert float(reranker_loss(pipeline(batch.queries).scores, labels)) <= min(losses) + 1e-6
+    covered = int(labels.any(dim=-1).sum())
+
+    def reranked(factor: float) -> float:
+        return float(reranker_loss(factor * scores, labels)) + math.log(factor) ** 2 / 2 / covered
+
+    assert reranked(fit_sharpness(pipeline, batch)) <= min(map(reranked, torch.logspace(-2, 2, 401).tolist())) + 1e-6
 
 
 @pytest.mark.parametrize("model", ["pipeline", "weighing"])
@@ -136,7 +146,7 @@ def test_the_scores_are_as_sharp_as_the_best_of_a_grid(model: str, request: pyte
     def loss() -> float:
         return float(attention_loss(pipeline(held_out.queries).log_probs, held_out.targets))
 
-    before, ranked = pipeline(held_out.queries), answered(pipeline, held_out)
+    before, ranked = pipeline(held_out.queries), quality(pipeline, held_out)
     log_attention = before.logits.log_softmax(dim=-1)
     mass = log_attention.gather(-1, before.candidates).logsumexp(dim=-1, keepdim=True)
     losses = []
@@ -150,7 +160,7 @@ def test_the_scores_are_as_sharp_as_the_best_of_a_grid(model: str, request: pyte
     assert mine == pytest.approx(min(losses), abs=1e-3)
     after = pipeline(held_out.queries).scores.log_softmax(dim=-1)
     torch.testing.assert_close(after, (found * before.scores).log_softmax(dim=-1), atol=1e-4, rtol=1e-4)
-    assert torch.equal(answered(pipeline, held_out), ranked)  # it orders no candidate anew
+    assert torch.equal(quality(pipeline, held_out), ranked)  # it orders no candidate anew
     assert abs(math.log(fit_sharpness(pipeline, held_out))) < abs(math.log(found)) / 2  # little is left to say
 
 
@@ -204,9 +214,7 @@ def test_certain_held_out_queries_leave_every_gradient_alive(model: str, request
     pipeline: Pipeline = request.getfixturevalue(model)
     source = Noisy(pipeline.memory, sigma=0.01)
     drawn = source.sample(3000, stream(0, "val"))
-    held_out = QueryBatch(
-        *(part[answered(pipeline, drawn)] for part in drawn)
-    )  # separable: the best factor is infinite
+    held_out = QueryBatch(*(part[quality(pipeline, drawn)] for part in drawn))  # separable: the best factor is infinite
     fit_temperature(pipeline.attention, *held_out)
     fit_sharpness(pipeline, held_out)
     assert min(audit_gradients(pipeline, held_out)["parameters"].values()) > 1e-12
@@ -233,4 +241,4 @@ def test_no_covered_query_leaves_the_scores_alone(pipeline: Pipeline) -> None:
 def test_a_pipeline_answers_with_its_most_probable_row(pipeline: Pipeline) -> None:
     held_out = Noisy(pipeline.memory, sigma=0.3).sample(200, stream(0, "val"))
     expected = pipeline.search(held_out.queries, k=1).rows[:, 0] == held_out.targets[:, 0]
-    assert torch.equal(answered(pipeline, held_out), expected)
+    assert torch.equal(quality(pipeline, held_out), expected)

@@ -15,6 +15,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
+from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import ndcg
 from nvf.statistics import METRICS, gap_closed, in_percent, mcnemar, p_text, percent, reciprocal_rank, wilson
@@ -30,7 +31,8 @@ def share(right: list[bool]) -> float:
 
 
 def test_figures_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
-    figures, found_against, answered = evaluate(pipeline, batch, k=4, oracle=pipeline.memory.rows)
+    evaluation = evaluate(pipeline, batch, k=4, oracle=pipeline.memory.rows)
+    figures, found_against = evaluation.figures, evaluation.against_exact
     with torch.no_grad():
         scores = {
             "exact": F.normalize(batch.queries, dim=-1) @ pipeline.memory.rows.T,
@@ -53,7 +55,36 @@ def test_figures_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
     pairs = list(zip(found["pipeline"], found["exact"], strict=True))
     assert found_against["wins"] == sum(p == 1 != e for p, e in pairs)
     assert found_against["losses"] == sum(p != 1 == e for p, e in pairs)
-    assert answered.tolist() == [rank == 1 for rank in found["pipeline"]]
+    assert evaluation.answered.tolist() == [rank == 1 for rank in found["pipeline"]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("oracle", [False, True])
+def test_the_outcomes_equal_a_loop_over_queries(pipeline: Pipeline, oracle: bool) -> None:
+    asked = Noisy(pipeline.memory, sigma=0.3).sample(QUERY_BLOCK + 50, stream(0, "test"))  # several blocks
+    targets = torch.cat([asked.targets, (asked.targets + 7) % 30], dim=-1)
+    targets[::3, 1] = -1
+    warped = pipeline.memory.rows.flip(0)
+    seen = evaluate(pipeline, QueryBatch(asked.queries, targets), k=4, oracle=warped if oracle else None).outcomes
+    assert ("oracle" in seen.ranks) == oracle
+    found = pipeline(asked.queries)
+    scores = {
+        "exact": asked.queries @ pipeline.memory.rows.T,
+        "attention": found.logits.softmax(dim=-1),
+        "pipeline": found.log_probs.exp(),
+    }
+    if oracle:
+        scores["oracle"] = asked.queries @ warped.T
+    for method, of_all in scores.items():
+        for rank, row, right in zip(seen.ranks[method].tolist(), of_all.tolist(), targets.tolist(), strict=True):
+            best = max(row[target] for target in right if target >= 0)
+            assert rank == 1 + sum(value > best for value in row)
+    for method, confidences in seen.confidences.items():
+        torch.testing.assert_close(confidences, scores[method].amax(dim=-1))
+        torch.testing.assert_close(seen.probabilities[method], scores[method].gather(-1, found.candidates))
+    assert torch.equal(seen.candidates, found.candidates)
+    for rows, marks, right in zip(seen.candidates.tolist(), seen.right.tolist(), targets.tolist(), strict=True):
+        assert marks == [row in right for row in rows]
 
 
 @pytest.mark.parametrize("k", [4, 12])
@@ -82,7 +113,7 @@ def test_no_list_loses_what_stage_one_has_and_all_figures_are_of_what_a_search_a
 
 
 def test_stage_one_alone_and_no_oracle_leave_nulls(pipeline: Pipeline, batch: QueryBatch) -> None:
-    figures, *_ = evaluate(pipeline.attention, batch, k=4, oracle=None)
+    figures = evaluate(pipeline.attention, batch, k=4, oracle=None).figures
     assert figures["pipeline"] is figures["oracle"] is figures["gap_closed"] is figures["rerank_given_coverage"] is None
     assert figures["coverage"]["value"] >= figures["attention"]["top1"]["value"]
 
@@ -90,7 +121,7 @@ def test_stage_one_alone_and_no_oracle_leave_nulls(pipeline: Pipeline, batch: Qu
 def test_a_memory_of_duplicates_is_evaluated(batch: QueryBatch) -> None:
     memory = VectorMemory(torch.ones(30, 8))
     model = Pipeline(SoftAttention(memory), Reranker(8), k=4)
-    figures, *_ = evaluate(model, batch, k=4, oracle=None)
+    figures = evaluate(model, batch, k=4, oracle=None).figures
     assert figures["exact"]["top1"]["value"] == share([target == 0 for (target,) in batch.targets.tolist()])
     assert figures["pipeline"]["top1"]["value"] < 0.2
 
@@ -298,7 +329,7 @@ def test_the_table_says_what_was_chosen_and_for_whom_it_works() -> None:
 
 def test_items_in_and_not_in_the_log_are_told_apart(pipeline: Pipeline, batch: QueryBatch) -> None:
     seen = torch.arange(30) % 3 == 0
-    figures, *_ = evaluate(pipeline, batch, k=4, oracle=None, seen=seen)
+    figures = evaluate(pipeline, batch, k=4, oracle=None, seen=seen).figures
     right = (batch.queries @ pipeline.memory.rows.T).argmax(dim=-1) == batch.targets[:, 0]
     for name, group in (("seen_rows", seen[batch.targets[:, 0]]), ("unseen_rows", ~seen[batch.targets[:, 0]])):
         assert figures[name]["exact"]["queries"] == int(group.sum())

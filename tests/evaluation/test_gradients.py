@@ -13,7 +13,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
 from nvf.ops.random_streams import stream
 
-NO_FIGURES = {method: {"top1": {"value": 1.0}} for method in ("exact", "oracle", "attention", "pipeline")}
+NO_FIGURES = {method: {"top1": {"value": 1.0, "high": 1.0}} for method in ("exact", "oracle", "attention", "pipeline")}
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_reason_for_a_vanished_gradient_is_true(pipeline: Pipeline, case: st
     elif case == "one":
         model = Pipeline(model.attention, pipeline.reranker, k=1)
     audit = audit_gradients(model, held_out)
-    results = {"test": NO_FIGURES, "gradients": {**audit, "training": {}}}
+    results = {"val": NO_FIGURES, "gradients": {**audit, "training": {}}}
     (line,) = [line for line in remarks(results) if line.startswith("No gradient reaches reranker")]
     assert reason in line
     assert ("untrained" in line) == (case == "zero")

@@ -1,23 +1,20 @@
-"""What TensorBoard shows beside the curves that the LightningModules log."""
+"""What TensorBoard shows beside the curves that are logged while training."""
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from nvf.dashboards.outcomes import Looked, exemplary, look, scored
-from nvf.dashboards.projector import spread, write_points
-from nvf.dashboards.run_curves import write_scalars_page
-from nvf.data.queries import QueryBatch, score_blocks
+from nvf.dashboards.projector import add_points
+from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number, one_line
-from nvf.evaluation.evaluate import BINS, METHODS
+from nvf.evaluation.evaluate import BINS, METHODS, Evaluation, Outcomes
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.statistics import METRICS
@@ -25,15 +22,25 @@ from nvf.statistics import METRICS
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
 SWITCHES = ("scalars_page", "candidates", "heat_map", "ranks", "reliability", "projector")
 NUMBERS = {"queries": (1, 40), "projector_points": (4, 20_000)}
-TEXTS = "texts.jsonl"
 COLUMNS = 40  # of the heat map
-SCORES = 2**28  # that may be computed for the figures, some seconds' worth
-FEWEST_QUERIES = 1000  # whatever they cost
+CHARACTERS = 26  # of a row's name in a figure
+CEILINGS = ("exact", "oracle", "coverage")
+PAGE = {
+    "both stages and their ceilings, on validation queries": {
+        title: ["Multiline", [f"val/{metric}$", *(f"{metric}/{name}$" for name in CEILINGS)]]
+        for metric, title in (("top1", "Top-1"), ("top5", "Top-5"))
+    },
+    "each stage": {
+        "loss on validation queries": ["Multiline", ["val/loss$"]],
+        "loss in training": ["Multiline", ["train/loss$"]],
+        "norms of the gradients": ["Multiline", ["gradients/"]],
+    },
+}
 log = logging.getLogger("nvf")
 
 
 def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
-    """One row of the HPARAMS tab: the run's settings beside its test figures, `hp/method/metric`."""
+    """Write one row of the HPARAMS tab: the run's settings beside its test figures, `hp/method/metric`."""
     figures = results["test"]
     metrics = {
         f"hp/{method}/{metric}": figures[method][metric]["value"]
@@ -45,9 +52,8 @@ def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
     for method, error in figures["calibration_error"].items():
         metrics[f"hp/{method}/calibration_error"] = error["value"]
     settings = _flat({name: results["config"][name] for name in SETTINGS})
-    logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    logger.log_hyperparams(settings, metrics)
-    logger.finalize("success")
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_hparams(settings, metrics, run_name=".")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -61,43 +67,32 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_dashboards(settings: Mapping[str, Any]) -> None:
-    """Raise an InputError unless the settings are the known ones, each a switch or a number within its limits."""
+    """Raise an InputError unless every setting is known, and a switch or a number within its limits."""
     for name, value in settings.items():
         if name in NUMBERS:
             low, high = NUMBERS[name]
             remedy = f"{low} to {high} are shown well"
             check_number(f"dashboards.{name}", value, minimum=low, below=high + 1, whole=True, remedy=remedy)
         elif name not in SWITCHES:
-            known = ", ".join((*SWITCHES, *NUMBERS))
-            raise InputError(f"dashboards.{name}={value} is unknown; choose one of {known}")
+            raise InputError(f"dashboards.{name}={value} is unknown; choose one of {', '.join((*SWITCHES, *NUMBERS))}")
         elif not isinstance(value, bool):
             raise InputError(f"dashboards.{name}={value} is neither true nor false; false leaves it out")
-    for name in (*SWITCHES, *NUMBERS):
-        if name not in settings:
-            raise InputError(f"dashboards.{name} is missing; conf/dashboards/default.yaml has it")
 
 
 def texts_of(folder: str | Path | None, rows: int) -> list[str] | None:
-    """The rows' texts, lines {"text": ...} of a folder's texts.jsonl; None, with a warning, if not one each."""
-    path = None if folder is None else Path(folder) / TEXTS
+    """Read the rows' texts, lines {"text": ...} of a folder's texts.jsonl; None, with a warning, if not one each."""
+    path = None if folder is None else Path(folder) / "texts.jsonl"
     if path is None or not path.is_file():
         return None
-    texts = []
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line, record in enumerate(file, 1):
-                if not record.strip():
-                    continue
-                text = json.loads(record)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"line {line}: text is {type(text).__name__}, not str")
-                text.encode()  # half a surrogate pair is no character
-                texts.append(text)
+            texts = [json.loads(line)["text"] for line in file if line.strip()]
+        for text in texts:
+            str.encode(text)  # fails for half a surrogate pair, and for what is no text
+        if len(texts) != rows:
+            raise ValueError(f"it has {len(texts)} texts for {rows} rows")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
         log.warning("%s: %s; the figures name rows by number", path, one_line(fault))
-        return None
-    if len(texts) != rows:
-        log.warning("%s has %d texts for %d rows; the figures name rows by number", path, len(texts), rows)
         return None
     return texts
 
@@ -105,114 +100,131 @@ def texts_of(folder: str | Path | None, rows: int) -> list[str] | None:
 def show(
     model: SoftAttention | Pipeline,
     batch: QueryBatch,
+    found: Evaluation,
     settings: Mapping[str, Any],
     folder: Path,
     *,
-    k: int = 5,
-    oracle: Tensor | None = None,
+    steps: int = 1,
     texts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
 ) -> None:
-    """Write what TensorBoard shows of a fitted model: a page of scalars, images, and a projector's points.
-
-    More queries than `SCORES` / N, at least `FEWEST_QUERIES`, are thinned out evenly.
+    """Write what TensorBoard shows of a fitted model: a page of scalars, images, and the projector's points.
 
     Args:
         model: stage 1 alone, or the pipeline.
         batch: validation queries.
+        found: what the model reaches on them.
         settings: of conf/dashboards.
-        folder: the run's; its attention/, reranker/ and joint/ hold the stages' curves.
-        k: candidates, where the model is stage 1 alone.
-        oracle: rows (N, D) that an informed search would use; None where nobody knows them.
+        folder: the run's; the folders in it hold the stages' curves.
+        steps: of the longest stage, as the width of level lines.
         texts: of the N rows.
-        labels: clusters of the N rows.
+        labels: the clusters of the N rows.
     """
     if not any(settings[name] for name in SWITCHES):
         return
-    from nvf.dashboards import figures  # matplotlib takes a second to import
+    from matplotlib import rc_context  # which takes a second to import
 
-    model.eval()
-    rows = len(model.memory)
-    several = spread(len(batch.queries), max(FEWEST_QUERIES, SCORES // rows))
-    batch = QueryBatch(*(part[torch.from_numpy(several).to(part.device)] for part in batch))
-    looked = look(model, batch, k=model.k if isinstance(model, Pipeline) else min(k, rows), oracle=oracle)
-    chosen = exemplary(looked, settings["queries"])
-    with SummaryWriter(str(folder)) as writer:
+    from nvf.dashboards.figures import STYLE
+
+    with SummaryWriter(str(folder)) as writer, rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that the font lacks: a box stands for them
         if settings["scalars_page"]:
-            write_scalars_page(writer, looked, folder)
-        images = {}
-        if settings["candidates"]:
-            images["1 candidates"] = figures.draw_candidates(
-                [_panel(looked, i, int(several[i]), texts) for i in chosen]
-            )
-        if settings["heat_map"]:
-            images["2 attention"] = _heat_map(model, batch, looked, chosen, several, texts)
-        if settings["ranks"]:
-            shown = {method: ranks for method, ranks in looked.ranks.items() if method != "oracle"}
-            images["3 ranks"] = figures.draw_ranks(shown, rows)
-        if settings["reliability"]:
-            shares = 1 / (looked.targets >= 0).sum(axis=1)  # that several right rows have of the probability
-            images["4 reliability"] = figures.draw_reliability(
-                {
-                    method: figures.reliability(confidences, (looked.ranks[method] == 1) * shares, BINS)
-                    for method, confidences in looked.confidences.items()
-                }
-            )
-        for name, image in images.items():
-            writer.add_image(f"figures/{name.replace(' ', '_')}", image, dataformats="HWC")
-    if settings["projector"]:
-        attention = model.attention if isinstance(model, Pipeline) else model
-        write_points(attention, batch, several, settings["projector_points"], folder, texts, labels)
+            _add_scalars_page(writer, found.figures, steps)
+        _add_figures(writer, model.eval(), batch, found, settings, texts)
+        if settings["projector"]:
+            attention = model.attention if isinstance(model, Pipeline) else model
+            add_points(writer, attention, batch, settings["projector_points"], texts, labels)
 
 
-def _panel(looked: Looked, query: int, number: int, texts: Sequence[str] | None) -> Any:
+def _add_scalars_page(writer: SummaryWriter, figures: Mapping[str, Any], steps: int) -> None:
+    """Write the page, which shows the stages' own curves, and the ceilings as level lines."""
+    writer.add_custom_scalars(PAGE)
+    for metric in ("top1", "top5"):
+        for name in CEILINGS:
+            if figures[name] is not None:
+                ceiling = figures[name] if name == "coverage" else figures[name][metric]
+                for step in (0, steps):
+                    writer.add_scalar(f"{metric}/{name}", ceiling["value"], step)
+
+
+def _add_figures(
+    writer: SummaryWriter,
+    model: SoftAttention | Pipeline,
+    batch: QueryBatch,
+    found: Evaluation,
+    settings: Mapping[str, Any],
+    texts: Sequence[str] | None,
+) -> None:
+    from nvf.dashboards import figures
+
+    outcomes = found.outcomes
+    chosen = exemplary(outcomes, settings["queries"])
+    if settings["candidates"]:
+        figure = figures.draw_candidates([_panel(outcomes, query, texts) for query in chosen.tolist()])
+        writer.add_figure("figures/1_candidates", figure)
+    if settings["heat_map"]:
+        candidates, targets = (part.numpy()[chosen] for part in (outcomes.candidates, outcomes.targets))
+        columns = figures.heat_map_columns(candidates, targets, COLUMNS)
+        maps = {name: part[:, columns] for name, part in _probabilities(model, batch.queries[chosen]).items()}
+        right = (targets[:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
+        names = [f"query {query}" for query in chosen], [_name(row, texts) for row in columns.tolist()]
+        writer.add_figure("figures/2_attention", figures.draw_heat_map(maps, right, *names))
+    if settings["ranks"]:
+        ranks = {name: part.numpy() for name, part in outcomes.ranks.items() if name != "oracle"}
+        writer.add_figure("figures/3_ranks", figures.draw_ranks(ranks, len(model.memory)))
+    if settings["reliability"]:
+        confidences = {name: part.numpy() for name, part in outcomes.confidences.items()}
+        right = {name: outcomes.share_right(name).numpy() for name in confidences}
+        errors = {name: found.figures["calibration_error"][name]["value"] for name in confidences}
+        writer.add_figure("figures/4_reliability", figures.draw_reliability(confidences, right, errors, BINS))
+
+
+def exemplary(outcomes: Outcomes, count: int) -> np.ndarray:
+    """Choose at most `count` queries: some that the last method won over the one before it, some it lost, and others.
+
+    Each kind has a third of the places, and those that another kind does not fill.
+    """
+    now, was = ((outcomes.ranks[method] == 1).numpy() for method in outcomes.compared)
+    kinds = np.where(now == was, 2, np.where(now, 0, 1))  # won, lost, alike
+    turns = np.zeros(len(kinds), dtype=int)  # a query's place among those of its kind
+    for kind in range(3):
+        turns[kinds == kind] = np.arange((kinds == kind).sum())
+    chosen = np.lexsort((kinds, turns))[:count]
+    return chosen[kinds[chosen].argsort(kind="stable")]
+
+
+def _panel(outcomes: Outcomes, query: int, texts: Sequence[str] | None) -> Any:
     from nvf.dashboards.figures import Panel
 
-    ranks = {method: int(ranks[query]) for method, ranks in looked.ranks.items()}
-    before, after = ("stage 1", "pipeline") if "pipeline" in ranks else ("exact search", "stage 1")
-    was, now = ranks[before] == 1, ranks[after] == 1
-    verdict = "won" if now and not was else "lost" if was and not now else "right as before" if now else "wrong still"
-    right = looked.right[query]
-    title = f"query {number}: {verdict}, rank {ranks[before]:,} \u2192 {ranks[after]:,}"
-    title += "" if right.any() else ", target no candidate"
-    names = [_name(row, texts) for row in looked.rows[query].tolist()]
+    after, before = (int(outcomes.ranks[method][query]) for method in outcomes.compared)
+    verdicts = {(True, True): "right as before", (False, True): "won", (True, False): "lost"}
+    verdict = verdicts.get((before == 1, after == 1), "wrong still")
+    right = outcomes.right[query].numpy()
+    title = f"query {query}: {verdict}, rank {before:,} \u2192 {after:,}"
     return Panel(
-        title,
-        names,
-        looked.probabilities["stage 1"][query],
-        looked.probabilities["pipeline"][query] if "pipeline" in looked.probabilities else None,
+        title if right.any() else f"{title}, target no candidate",
+        [_name(row, texts) for row in outcomes.candidates[query].tolist()],
+        {method: of[query].numpy() for method, of in outcomes.probabilities.items()},
         right,
     )
 
 
-def _name(row: int, texts: Sequence[str] | None, width: int = 26) -> str:
-    from nvf.dashboards.figures import shortened
+def _name(row: int, texts: Sequence[str] | None) -> str:
+    return f"row {row}" if texts is None else shortened(f"{row}: {texts[row]}")
 
-    return f"row {row}" if texts is None else shortened(f"{row}: {texts[row]}", width)
+
+def shortened(text: str, width: int = CHARACTERS) -> str:
+    """A text as one line of at most `width` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else f"{line[: width - 1].rstrip()}\u2026"
 
 
 @torch.no_grad()
-def _heat_map(
-    model: SoftAttention | Pipeline,
-    batch: QueryBatch,
-    looked: Looked,
-    chosen: Sequence[int],
-    numbers: np.ndarray,
-    texts: Sequence[str] | None,
-) -> np.ndarray:
-    from nvf.dashboards import figures
-
-    columns = figures.matters(looked.rows[chosen], looked.targets[chosen], COLUMNS)
-    shown = QueryBatch(*(part[list(chosen)] for part in batch))
-    maps: dict[str, list[np.ndarray]] = {}
-    for queries, _ in score_blocks(shown, len(model.memory)):
-        for method, (scores, total, _) in scored(model, queries).items():
-            some = scores[:, torch.from_numpy(columns)] - total.unsqueeze(-1)
-            maps.setdefault(method, []).append(some.exp().cpu().numpy())
-    right = (looked.targets[chosen][:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
-    return figures.draw_heat_map(
-        {method: np.concatenate(parts) for method, parts in maps.items()},
-        right,
-        [f"query {numbers[query]}" for query in chosen],
-        [_name(row, texts, 20) for row in columns.tolist()],
-    )
+def _probabilities(model: SoftAttention | Pipeline, queries: torch.Tensor) -> dict[str, np.ndarray]:
+    """Every row's probability for a few queries, (n, N), by method."""
+    if isinstance(model, Pipeline):
+        answer = model(queries, answer=False)
+        logs = {"attention": answer.logits, "pipeline": answer.log_probs}
+    else:
+        logs = {"attention": model(queries)}
+    return {method: of.softmax(dim=-1).cpu().numpy() for method, of in logs.items()}

@@ -1,7 +1,7 @@
-"""What fitted stages still learn without a gradient step: their temperatures, and a correction of stage 1's hubs."""
+"""What is fitted to validation queries after training: both temperatures, and a correction of stage 1's hubs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ CLEAR = 2.0  # standard errors
 
 
 def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
-    """Set beta to the minimum of the loss over held-out queries, which orders no row anew.
+    """Set beta, within BETA_RANGE, to the minimum of the loss over held-out queries; the order of rows stays.
 
-    Training stops where Top-1 is best, not where the probabilities are right; what the pipeline says of the rows
-    outside the candidates depends on both. The minimum, see `_best_factor`, is sought within BETA_RANGE. As many
-    queries are used as keep the scores few, at least FEWEST_QUERIES.
+    Training stops where Top-1 is best, not where the probabilities are right. Of many queries over many rows, some are
+    used.
     """
     rows = len(attention.memory)
     count = max(FEWEST_QUERIES, min(256, SCORES // rows), ALL_SCORES // rows)
@@ -41,8 +40,7 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
 def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; returns the factor.
 
-    Temperature scaling (arXiv 1706.04599) of the share that each candidate gets; it changes no Top-1. Queries whose
-    target is no candidate say nothing of it.
+    This is temperature scaling (arXiv 1706.04599): no Top-1 changes. Only queries with a right candidate count.
     """
     pipeline.eval()
     scores, labels = [], []
@@ -60,20 +58,17 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
 
 
 def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> float:
-    """The most probable factor f, by bisection on the sign of the slope of its loss in log f.
+    """Find the factor f with the least loss, by bisection on the sign of the loss's slope in log f.
 
-    The loss is the sum over queries of logsumexp(f scores) - logsumexp(f right), plus (log f)^2 / 2: a normal prior of
-    deviation 1 on log f. Where all held-out queries are answered right, the sum alone is least at infinity; as a weak
-    prior does in logistic regression (doi 10.1214/08-AOAS191), this one leaves f at what so many queries support.
-
-    The slope is a difference of expected scores, which rounding swallows unless they are taken from the largest.
+    The loss is the sum over queries of logsumexp(f scores) - logsumexp(f right), plus (log f)^2 / 2, a normal prior on
+    log f. Without a prior, f would be infinite where all held-out queries are answered right (doi 10.1214/08-AOAS191).
 
     Args:
         scores: (B, n).
         right: (B, m), those of the right ones, padded with -inf.
         within: the least and the largest f.
     """
-    largest = scores.amax(dim=-1, keepdim=True)
+    largest = scores.amax(dim=-1, keepdim=True)  # taken off, or rounding would swallow the slope
     scores, right = scores - largest, right - largest
     low, high = (math.log(end) for end in within)
     for _ in range(20):
@@ -91,32 +86,24 @@ def _expected(scores: Tensor, factor: float) -> float:
 
 
 @torch.no_grad()
-def answered(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
-    """Which queries have a target at the head of their list, (B,) bool, in blocks."""
-    return torch.cat([target_ranks(scores, targets) == 1 for scores, targets in _lists(model, batch)])
+def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None = None) -> Tensor:
+    """How well each query is answered, (B,): whether its list begins with a target, `top1`, or its nDCG@10, `ndcg10`.
 
-
-@torch.no_grad()
-def quality(model: SoftAttention | Pipeline, batch: QueryBatch) -> Tensor:
-    """How well each query is answered, (B,): by what `criterion` names, nDCG@10, or as `answered` has it."""
-    if criterion(batch.targets) == "top1":
-        return answered(model, batch)
-    return torch.cat([ndcg_of(scores, targets) for scores, targets in _lists(model, batch)])
-
-
-def _lists(model: SoftAttention | Pipeline, batch: QueryBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores in the order of each query's list, (b, N), and its targets, block after block."""
+    Unless `by` names one of the two, `criterion` chooses.
+    """
     model.eval()
+    by, parts = by or criterion(batch.targets), []
     for queries, targets in score_blocks(batch, len(model.memory)):
-        yield model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries), targets
+        scores = model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries)
+        parts.append(ndcg_of(scores, targets) if by == "ndcg10" else target_ranks(scores, targets) == 1)
+    return torch.cat(parts)
 
 
 def clearly_above(quality: Tensor, reference: Tensor) -> bool:
     """Whether a quality, (B,), exceeds that of a reference by CLEAR standard errors of the paired difference.
 
-    If the two are alike, each query's difference is as likely to have the other sign, and their sum has the variance
-    sum d^2: of Top-1, wins and losses together. Of several searches that are as good as the reference, one always looks
-    better on a few queries.
+    If the two are equally good, each query's difference d is as likely to have the other sign, so the sum of all has
+    the variance sum d^2. For Top-1, that is the number of wins and losses.
     """
     difference = quality.double() - reference.double()
     return float(difference.sum()) > CLEAR * math.sqrt(float(difference.square().sum()))
@@ -137,17 +124,17 @@ def fit_hub_correction(
         attention: a fitted stage 1; without a bias at a share of 0.
         bank: the training queries, (n, D).
         held_out: validation queries with their targets.
-        shares: to choose from, in the order that decides between equals.
-        cautious: take none but the first that is not clearly above it.
+        shares: to choose from; of equally good ones, the first is taken.
+        cautious: take the first unless another is clearly above it.
     """
     attention.bias = None
     hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
-    found = []
+    qualities = []
     for share in shares:
         attention.bias = -share * hubs if share else None
-        found.append(quality(attention, held_out))
-    best = max(range(len(shares)), key=lambda place: float(found[place].double().sum()))  # the first of equals
-    if cautious and not clearly_above(found[best], found[0]):
+        qualities.append(quality(attention, held_out))
+    best = max(range(len(shares)), key=lambda place: float(qualities[place].double().sum()))  # the first of equals
+    if cautious and not clearly_above(qualities[best], qualities[0]):
         best = 0
     attention.bias = -shares[best] * hubs if shares[best] else None
     return shares[best]

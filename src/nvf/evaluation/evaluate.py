@@ -1,15 +1,15 @@
 """Every figure next to its baseline, its interval and its ceiling."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nvf.data.queries import QueryBatch, score_blocks
-from nvf.evaluation.metrics import MeanAndError, RankCounts
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
@@ -19,11 +19,35 @@ from nvf.ops.ranks import DEEPEST, are_targets, ndcg, recall, target_ranks
 from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
-PROBABLE = ("attention", "pipeline")  # the methods that give rows probabilities
 BINS = 15  # of confidence, equally wide
 CALIBRATION_RESAMPLES = 200
-ALONE = {"sync_on_compute": False}  # the other processes of a run do not evaluate
-ROUNDING = 1e-5  # cosines nearer than this are one
+ROUNDING = 1e-5  # cosines that differ by less are equal
+
+
+class Outcomes(NamedTuple):
+    """What each method answers to each of B queries; dictionaries are by method, of those of METHODS that there are."""
+
+    targets: Tensor  # (B, m) rows, padded with -1
+    candidates: Tensor  # (B, k) rows, in stage 1's order
+    ranks: dict[str, Tensor]  # (B,), the rank of the best-ranked target, from 1
+    ndcg: dict[str, Tensor]  # (B,), nDCG@10
+    recall: dict[str, Tensor]  # (B,), the share of the targets that are among the first k rows
+    confidences: dict[str, Tensor]  # (B,), the probability of the most probable row, by stage 1 and the pipeline
+    probabilities: dict[str, Tensor]  # (B, k), of the candidates, by stage 1 and the pipeline
+
+    @property
+    def right(self) -> Tensor:
+        """Which candidates are targets, (B, k) bool."""
+        return are_targets(self.candidates, self.targets)
+
+    @property
+    def compared(self) -> tuple[str, str]:
+        """The last method, and the one that it is held against."""
+        return ("pipeline", "attention") if "pipeline" in self.ranks else ("attention", "exact")
+
+    def share_right(self, method: str) -> Tensor:
+        """Of each query 1 / m where the first answer is one of its m targets, else 0, (B,)."""
+        return (self.ranks[method] == 1) / (self.targets >= 0).sum(dim=-1)
 
 
 class Evaluation(NamedTuple):
@@ -31,7 +55,12 @@ class Evaluation(NamedTuple):
 
     figures: dict[str, Any]  # the block `test` of results.json
     against_exact: dict[str, Any]  # queries won and lost, and McNemar's p
-    answered: Tensor  # (B,) bool, whose target is ranked first
+    outcomes: Outcomes
+
+    @property
+    def answered(self) -> Tensor:
+        """The queries whose target the model ranks first, (B,) bool."""
+        return self.outcomes.ranks[self.outcomes.compared[0]] == 1
 
 
 @torch.no_grad()
@@ -44,64 +73,104 @@ def evaluate(
     seen: Tensor | None = None,
     title: str = "evaluation",
 ) -> Evaluation:
-    """Figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
+    """Compute the figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
     Args:
         model: stage 1 alone, or the pipeline.
         batch: the queries and targets to report on.
         k: the number of candidates that coverage and recall count.
-        oracle: rows (N, D) that an informed search would use; None where nobody knows them.
-        seen: which rows answer a training query, (N,) bool; None where that is no question.
+        oracle: the rows (N, D) that an informed search would use; None where nobody knows them.
+        seen: which rows answer a training query, (N,) bool; None where no row is known to.
         title: of the progress bar.
     """
-    attention = model.attention if isinstance(model, Pipeline) else model
-    rows = attention.memory.rows
-    missing = {"oracle"} if oracle is None else set()
-    missing |= set() if isinstance(model, Pipeline) else {"pipeline"}
-    counted = {method: _Counts(k).to(rows.device) for method in METHODS if method not in missing}
-    if oracle is rows:
-        counted["oracle"] = counted["exact"]
-    first: dict[str, list[Tensor]] = {method: [] for method in (*METHODS, "coverage")}  # whether the target is
-    confidences: dict[str, list[Tensor]] = {method: [] for method in PROBABLE if method in counted}
-    last = "pipeline" if isinstance(model, Pipeline) else "attention"
     model.eval()
-    for queries, targets in tqdm(score_blocks(batch, len(rows)), title, leave=False, delay=3):
-        probable: dict[str, Tensor] = {}  # the logarithms of probabilities, but for a constant
-        known = None if seen is None else ((targets >= 0) & seen[targets]).any(dim=-1)
-        scores = {"exact": inner_products(unit(queries), rows)}
-        if oracle is not None and oracle is not rows:
-            scores["oracle"] = inner_products(queries, oracle)
-        if isinstance(model, Pipeline):
-            found = model(queries, answer=False)
-            probable, candidates = {"attention": found.logits, "pipeline": found.log_probs}, found.candidates
-            scores |= {"attention": found.logits, "pipeline": found.ranking}
-        else:
-            scores["attention"] = probable["attention"] = model(queries)
-            candidates = first_topk(scores["attention"], k)
-        ranks = {method: counted[method].update(scores[method], targets, known) for method in scores}
-        first["coverage"].append(are_targets(candidates, targets).any(dim=-1))
-        for method in ranks:
-            first[method].append(ranks[method] == 1)
-        for method in confidences:
-            confidences[method].append((probable[method].amax(dim=-1) - probable[method].logsumexp(dim=-1)).exp())
-
-    figures: dict[str, Any] = {method: counted[method].figures() if method in counted else None for method in METHODS}
-    for name, of in (("seen_rows", True), ("unseen_rows", False)):
-        figures[name] = None if seen is None else {method: counted[method].top1(of) for method in counted}
-    counts = (batch.targets >= 0).sum(dim=-1)
-    answered = {method: torch.cat(parts) for method, parts in first.items() if parts}
-    answered.setdefault("oracle", answered["exact"])
-    right, covered = int((answered[last] & answered["coverage"]).sum()), int(answered["coverage"].sum())
-    figures["coverage"] = wilson(covered, len(batch.queries))
-    reranked = figures["pipeline"] is not None
-    figures["rerank_given_coverage"] = wilson(right, covered) if reranked and covered else None
-    ends = (answered[name].cpu().numpy() for name in ("attention", last, ceiling(figures)[0]))
-    closed = gap_closed(*ends) if reranked else None
+    blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
+    parts = [_answer(model, block, k=k, oracle=oracle) for block in blocks]
+    outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
+    answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
+    last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
+    right, count, reranked = int((answered[last] & covered).sum()), int(covered.sum()), last == "pipeline"
+    figures: dict[str, Any] = {method: _figures(outcomes, method) for method in METHODS}
+    known = None if seen is None else ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
+    figures["seen_rows"] = None if known is None else _top1_of(known, answered)
+    figures["unseen_rows"] = None if known is None else _top1_of(~known, answered)
+    figures["coverage"] = wilson(count, len(covered))
+    figures["rerank_given_coverage"] = wilson(right, count) if reranked and count else None
+    bound = {**answered, "coverage": covered}[ceiling(figures)[0]]
+    closed = gap_closed(*(of.numpy() for of in (answered["attention"], answered[last], bound))) if reranked else None
     figures["gap_closed"], figures["gap_closed_interval"] = closed and closed["value"], closed
     figures["calibration_error"] = {
-        method: calibration_error(torch.cat(parts), answered[method] / counts) for method, parts in confidences.items()
+        method: calibration_error(confidences, outcomes.share_right(method))
+        for method, confidences in outcomes.confidences.items()
     }
-    return Evaluation(figures, against(answered[last], answered["exact"]), answered[last])
+    return Evaluation(figures, against(answered[last], answered["exact"]), outcomes)
+
+
+def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: Tensor | None) -> Outcomes:
+    """Answer queries whose scores can be held at once."""
+    queries, targets = batch
+    rows = model.memory.rows
+    scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
+    if oracle is not None and oracle is not rows:
+        scores["oracle"] = inner_products(queries, oracle)
+    if isinstance(model, Pipeline):
+        answer = model(queries, answer=False)
+        candidates, logits = answer.candidates, {"attention": answer.logits, "pipeline": answer.log_probs}
+        scores |= {"attention": answer.logits, "pipeline": answer.ranking}
+    else:
+        scores["attention"] = model(queries)
+        candidates, logits = first_topk(scores["attention"], k), {"attention": scores["attention"]}
+    depth = min(max(k, DEEPEST), len(rows))
+    hits = {method: are_targets(first_topk(of_rows, depth), targets) for method, of_rows in scores.items()}
+    ranks = {method: target_ranks(of_rows, targets) for method, of_rows in scores.items()}
+    gains = {method: ndcg(of[:, :DEEPEST], targets) for method, of in hits.items()}
+    recalls = {method: recall(of[:, :k], targets) for method, of in hits.items()}
+    if oracle is rows:
+        for measure in (ranks, gains, recalls):
+            measure["oracle"] = measure["exact"]
+    totals = {method: of_rows.logsumexp(dim=-1, keepdim=True) for method, of_rows in logits.items()}
+    confidences = {m: (of_rows.amax(dim=-1) - totals[m].squeeze(-1)).exp() for m, of_rows in logits.items()}
+    probabilities = {m: (of_rows.gather(-1, candidates) - totals[m]).exp() for m, of_rows in logits.items()}
+    return Outcomes(targets, candidates, ranks, gains, recalls, confidences, probabilities)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Tensors, or dictionaries of them, of all blocks as one, on the CPU."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts)).cpu()
+    return {method: _joined([part[method] for part in parts]) for method in parts[0]}
+
+
+def _figures(outcomes: Outcomes, method: str) -> dict[str, Interval] | None:
+    """Every metric of a method with its interval; None if there is no such method."""
+    if method not in outcomes.ranks:
+        return None
+    ranks = outcomes.ranks[method]
+    counts = np.bincount(ranks.clamp(max=DEEPEST + 1).numpy() - 1, minlength=DEEPEST + 1)
+    return {
+        "top1": wilson(int(counts[0]), len(ranks)),
+        "top5": wilson(int(counts[:5].sum()), len(ranks)),
+        "mrr10": reciprocal_rank(counts),
+        "ndcg10": _mean(outcomes.ndcg[method]),
+        "recall": _mean(outcomes.recall[method]),
+    }
+
+
+def _mean(values: Tensor) -> Interval:
+    """The mean of values in 0..1, (B,), with its interval."""
+    count, values = len(values), values.double()
+    mean = values.sum() / count
+    variance = (values.square().sum() / count - mean.square()).clamp(min=0)
+    return mean_interval(float(mean), float((variance / count).sqrt()), count=count)
+
+
+def _top1_of(group: Tensor, answered: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Every method's Top-1 on a group of the queries, (B,) bool; None if it is empty."""
+    count = int(group.sum())
+    return {
+        method: {"queries": count, "top1": wilson(int(right[group].sum()), count)} if count else None
+        for method, right in answered.items()
+    }
 
 
 def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
@@ -130,8 +199,6 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
         worst = blockwise_topk(projected, keys, k).scores[:, -1:]
         alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
         shares.append((found >= worst - alike).float().mean(dim=-1))
-    share = torch.cat(shares).double()
-    error = float(share.std(correction=0)) / len(share) ** 0.5
     rows, rate = _timed_search(pipeline, queries)
     right = int((pipeline.memory.rows_of(rows) == targets).any(dim=-1).sum())
     pipeline.index = None
@@ -142,7 +209,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
     return {
         "kind": index.kind,
         "settings": index.settings,
-        "recall": mean_interval(float(share.mean()), error, count=len(share)),
+        "recall": _mean(torch.cat(shares)),
         "top1": wilson(right, len(queries)),
         "queries_per_second": {"index": rate, "exact": exact_rate},
     }
@@ -174,47 +241,6 @@ def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
     draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(CALIBRATION_RESAMPLES)]
     spread = float(torch.stack([error(drawn) for drawn in draws]).std())
     return mean_interval(float(error(torch.arange(len(right)))), spread, count=len(right))
-
-
-class _Counts(nn.Module):
-    """What is counted of one method, over batches."""
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.k = k
-        self.ranks, self.ndcg, self.recall = RankCounts(**ALONE), MeanAndError(**ALONE), MeanAndError(**ALONE)
-        # Of rows not in the log, and of rows in it.
-        self.known = nn.ModuleList([RankCounts(**ALONE), RankCounts(**ALONE)])
-
-    def update(self, scores: Tensor, targets: Tensor, known: Tensor | None) -> Tensor:
-        """Count a batch's scores, (B, N), of which `known` says whose target answers a training query; its ranks."""
-        ranks = target_ranks(scores, targets)
-        self.ranks.update(ranks)
-        gains = are_targets(first_topk(scores, min(max(self.k, DEEPEST), scores.shape[1])), targets)
-        self.ndcg.update(ndcg(gains[:, :DEEPEST], targets))
-        self.recall.update(recall(gains[:, : self.k], targets))
-        if known is not None:
-            for of, counts in enumerate(self.known):
-                counts.update(ranks[known == bool(of)])  # type: ignore[operator]  # mypy: any Module
-        return ranks
-
-    def figures(self) -> dict[str, Interval]:
-        """Every metric with its interval."""
-        counts = self.ranks.compute().cpu().numpy()
-        total = int(counts.sum())
-        return {
-            "top1": wilson(int(counts[0]), total),
-            "top5": wilson(int(counts[:5].sum()), total),
-            "mrr10": reciprocal_rank(counts),
-            "ndcg10": mean_interval(*map(float, self.ndcg.compute()), count=total),
-            "recall": mean_interval(*map(float, self.recall.compute()), count=total),
-        }
-
-    def top1(self, known: bool) -> dict[str, Any] | None:
-        """Top-1 of the queries whose target answers a training query, or of the others; None if there are none."""
-        counts = self.known[int(known)].compute()  # type: ignore[operator]
-        total = int(counts.sum())
-        return {"queries": total, "top1": wilson(int(counts[0]), total)} if total else None
 
 
 def ceiling(figures: Mapping[str, Any]) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Whether gradients arrive: their norms on the query and on each part of the model, in training and at its end."""
+"""The norms of the gradients on the query and on each part of the model, which say whether every part is trained."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ AUDITED = 256  # queries
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor belongs to, by its name: a parameter's, or `query`."""
+    """The part that a tensor belongs to; its name is a parameter's, or `query`."""
     *modules, last = name.split(".")
     if "reranker" in modules:
         return "reranker"
@@ -24,7 +24,7 @@ def part_of(name: str) -> str:
 
 
 def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
-    """The norm of the gradient on each part that has one, from the gradients of named tensors; no host waits."""
+    """The norm of the gradient on each part that has one, from the gradients of named tensors; stays on the device."""
     squares: dict[str, Tensor] = {}
     for name, gradient in gradients:
         if gradient is not None:
@@ -47,32 +47,37 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     for parameter in frozen:
         parameter.requires_grad_(True)
     logits = model(queries, answer=False).log_probs if isinstance(model, Pipeline) else model(queries)
-    gradients = torch.autograd.grad(attention_loss(logits, batch.targets[:AUDITED]), list(named.values()))
+    loss = attention_loss(logits, batch.targets[:AUDITED])
+    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     for parameter in frozen:
         parameter.requires_grad_(False)
-    found = dict(zip(named, gradients, strict=True))
-    parts = {part: float(norm) for part, norm in norms(found.items()).items()}
-    single = {name: float(gradient.norm()) for name, gradient in found.items() if name != "query"}
+    parts = {part: float(norm) for part, norm in norms(gradients.items()).items()}
+    single = {name: float(gradient.norm()) for name, gradient in gradients.items() if name != "query"}
+
+    def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
     return {
-        **{part: _number(parts[part]) if part in parts else None for part in PARTS},
-        "parameters": {name: _number(value) for name, value in single.items()},
+        **dict.fromkeys(PARTS),
+        **finite(parts),
+        "parameters": finite(single),
         "finite": all(math.isfinite(value) for value in (parts["query"], *single.values())),
         "vanished": [name for name, value in single.items() if value == 0],
     }
 
 
 def failures(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each part whose gradient in training was not finite, or zero in the end; `summary` of each stage."""
+    """A line for each part whose gradient in training was not finite, or zero in the end.
+
+    Args:
+        training: for each stage the number of steps, and the counts and norms of each part.
+    """
     lines = []
-    for stage, found in training.items():
-        for part in (part for part in PARTS if part in found):
-            told = f"{stage}: the gradient on the {part} was {{}} of {found['steps']} steps"
-            if lost := found[part]["not_finite"]:
+    for stage, summary in training.items():
+        for part in (part for part in PARTS if part in summary):
+            told = f"{stage}: the gradient on the {part} was {{}} of {summary['steps']} steps"
+            if lost := summary[part]["not_finite"]:
                 lines.append(told.format(f"not finite in {lost}"))
-            if found[part]["last"] == 0:  # in the first step it may well be: some last layers start at zero
-                lines.append(told.format(f"zero in {found[part]['zero']}") + ", the last among them")
+            if summary[part]["last"] == 0:  # in the first step it may well be: some last layers start at zero
+                lines.append(told.format(f"zero in {summary[part]['zero']}") + ", the last among them")
     return lines
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
 """What a run prints: the table, and a plain line for each thing that is not as it should be."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvf.evaluation.evaluate import ceiling
@@ -8,62 +8,80 @@ from nvf.evaluation.gradients import failures, part_of
 from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
+Figures = Mapping[str, Any]
 
 
-def table(results: Mapping[str, Any], queries: int) -> str:
-    """A row a method, in percent with 95% intervals, and below it what bounds the pipeline and what it rests on."""
-    figures, against = results["test"], results["against_exact"]
+def table(results: Figures, queries: int) -> str:
+    """A row for each method, in percent with 95% intervals, and below it what bounds the pipeline and where it is from.
+
+    Args:
+        results: as results.json has them.
+        queries: the number of test queries.
+    """
     titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
-    lines = [
-        f"test queries: {queries:,}; percent (95% interval)",
-        "".ljust(14) + "".join(title.ljust(20) for title in titles.values()).rstrip(),
+    rows = [("", [*titles.values()])]
+    rows += [
+        (name, [in_percent(results["test"][method][metric]) for metric in METRICS])
+        for method, name in NAMES.items()
+        if results["test"][method] is not None
     ]
-    for method, name in NAMES.items():
-        if figures[method] is not None:
-            lines.append(name.ljust(14) + "".join(in_percent(figures[method][m]).ljust(20) for m in METRICS).rstrip())
+    lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows]
+    entries = [name.ljust(26) + text for entries in (_figures, _origin) for name, text in entries(results)]
+    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines, *entries])
+
+
+def _figures(results: Figures) -> Iterator[tuple[str, str]]:
+    """Yield the figures that are no method's own, each with its name."""
+    figures, errors = results["test"], results["test"]["calibration_error"]
     if (distance := results.get("collection_distance")) is not None:
-        lines.append(
-            _entry("exact search", f"by cosine, which is not what the collection does: it searches by {distance}")
-        )
-    lines.append(_entry("coverage", in_percent(figures["coverage"]) + "  target among the candidates"))
+        yield "exact search", f"by cosine, which is not what the collection does: it searches by {distance}"
+    yield "coverage", f"{in_percent(figures['coverage'])}  target among the candidates"
     if figures["rerank_given_coverage"] is not None:
-        lines.append(_entry("reranker given coverage", in_percent(figures["rerank_given_coverage"])))
+        yield "reranker given coverage", in_percent(figures["rerank_given_coverage"])
     if figures["pipeline"] is not None:
         (name, value), closed = ceiling(figures), figures["gap_closed_interval"]
         told = f"{in_percent(closed)}  of" if closed else f"{'-':>5}  no clear gap from"
-        lines.append(_entry("gap closed", f"{told} stage 1 to {name} {percent(value)}"))
-    lines.append(_entry("against exact search", _won_and_lost(against)))
-    errors = figures["calibration_error"]
-    shown = ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
-    lines.append(_entry("calibration error", shown))
+        yield "gap closed", f"{told} stage 1 to {name} {percent(value)}"
+    yield "against exact search", _won_and_lost(results["against_exact"])
+    yield "calibration error", ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     if (index := results.get("index")) is not None:
-        lines += _index(index, results["config"]["k"])
+        recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
+        rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
+        told = f"recall of the exact {results['config']['k']} candidates {recall}, pipeline Top-1 {top1}"
+        yield f"index {index['kind']}", told
+        yield "", f"{rates['index']} queries/s, searched exactly {rates['exact']}"
     if (joint := results.get("joint")) is not None:
-        lines.append(_entry("before joint training", _before(joint["before"])))
-        done = _won_and_lost(joint["against"]) if joint["kept"] else "not clearly better on validation, so not kept"
-        lines.append(_entry("joint training", done))
+        before, kept = joint["before"], joint["kept"]
+        coverage, error = (percent(of["value"]) for of in (before["coverage"], before["calibration_error"]["pipeline"]))
+        told = _top1({method: before[method] for method in ("attention", "pipeline")})
+        yield "before joint training", f"{told}; coverage {coverage}, calibration error {error}"
+        told = _won_and_lost(joint["against"]) if kept else "not clearly better on validation, so not kept"
+        yield "joint training", told
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
         if figures.get(group) and figures[group]["exact"] is not None:
-            lines.append(_entry(name, _by_method(figures[group])))
+            yield name, f"{_top1(figures[group])} ({figures[group]['exact']['queries']:,} queries)"
+
+
+def _origin(results: Figures) -> Iterator[tuple[str, str]]:
+    """Yield what limits have cut, where stage 1 is from, and what it was chosen among."""
     for stage, cut in results.get("cut", {}).items():
-        name = "stage 1" if stage == "attention" else "joint training"
-        lines.append(_entry(f"{name} was cut", f"to {cut_in_words(cut)}"))
+        yield f"{'stage 1' if stage == 'attention' else 'joint training'} was cut", f"to {cut_in_words(cut)}"
     if (by := results.get("attention_fitted_by")) is not None:
-        lines.append(_entry("stage 1", f"reused, as {by['folder']} fitted it in {by['seconds']:.0f} s"))
+        yield "stage 1", f"reused, as {by['folder']} fitted it in {by['seconds']:.0f} s"
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
-        name = "stage 1, by validation" if variant["chosen"] else ""
         score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]  # what chose
-        lines.append(_entry(name, f"{percent(score):>5}  {_describe(variant)}"))
-    return "\n".join(lines)
+        told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
+        told = told if variant["epochs"] else "exact search"
+        told += f", {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else ""
+        yield "stage 1, by validation" if variant["chosen"] else "", f"{percent(score):>5}  {told}"
 
 
-def remarks(results: Mapping[str, Any]) -> list[str]:
-    """One plain line for each thing that is not as it should be, with what to try; test figures decide none."""
+def remarks(results: Figures) -> list[str]:
+    """One plain line for each thing that is not as it should be, with a remedy; test figures decide none."""
     figures, lines = results["val"], []
     if below := _below(figures, "pipeline", "attention"):
-        remedy = "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention."
-        lines.append(f"{below}: {remedy}")
+        lines.append(f"{below}: try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention.")
     if below := _below(figures, "attention", "exact"):
         remedy = (
             "exact search is the oracle of these queries, so no method can be better in expectation."
@@ -75,77 +93,39 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             "Queries are spread over items more evenly than by chance, which has 1 or more (dispersion "
             f"{law['dispersion']:.2f}, asked again {law['asked_again']:.2f}): how often an item is in the log tells "
-            "how the queries were dealt, not what will be asked. "
-            f"The reranker ignores {', '.join(law['ignored'])}."
+            f"how the queries were dealt, not what will be asked. The reranker ignores {', '.join(law['ignored'])}."
         )
-    gradients = results.get("gradients")
-    if gradients and not gradients["finite"]:
-        lines.append("A gradient is not finite: lower the learning rates.")
-    lines += failures(gradients["training"] if gradients else {})
-    if gradients:
-        # Where a whole part has no gradient, no layer of its own holds it up.
-        idle = [name for name in gradients["vanished"] if gradients[part_of(name)] == 0]
-        blocked = [name for name in gradients["vanished"] if name not in idle]
-        for names, reason in (
-            (idle, "no audited answer depends on it, as with k=1, or all are certain to float32's last digit"),
-            (
-                blocked,
-                "the layer behind is zero, as in an untrained start, or the units died; try a lower learning rate",
-            ),
-        ):
-            if names:
+    if gradients := results.get("gradients"):
+        lines += [] if gradients["finite"] else ["A gradient is not finite: lower the learning rates."]
+        lines += failures(gradients["training"])
+        reasons = {
+            True: "no audited answer depends on it, as with k=1, or all are certain to float32's last digit",
+            False: "the layer behind is zero, as in an untrained start, or the units died; try a lower learning rate",
+        }
+        for idle, reason in reasons.items():  # where all of a part has no gradient, no layer of its own blocks it
+            if names := [name for name in gradients["vanished"] if (gradients[part_of(name)] == 0) == idle]:
                 lines.append(f"No gradient reaches {', '.join(names)}: {reason}.")
     return lines
 
 
-def _below(figures: Mapping[str, Any], method: str, reference: str) -> str | None:
-    """That a method's validation Top-1 is below another's, where its interval is."""
+def _below(figures: Figures, method: str, reference: str) -> str | None:
+    """That a method's validation Top-1 is below another's; None unless all of its interval is."""
     if figures[method] is None or figures[method]["top1"]["high"] >= figures[reference]["top1"]["value"]:
         return None
     one, other = (f"{NAMES[name]} ({percent(figures[name]['top1']['value'])})" for name in (method, reference))
     return f"On validation queries, {one} is below {other}"
 
 
-def _index(index: Mapping[str, Any], k: int) -> list[str]:
-    """What searching with an index finds, and how fast."""
-    recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
-    rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
-    return [
-        _entry(f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"),
-        _entry("", f"{rates['index']} queries/s, searched exactly {rates['exact']}"),
-    ]
-
-
-def _won_and_lost(against: Mapping[str, Any]) -> str:
+def _won_and_lost(against: Figures) -> str:
     return f"{against['wins']} queries won, {against['losses']} lost (McNemar p {p_text(against['p'])})"
 
 
-def _before(figures: Mapping[str, Any]) -> str:
-    """What separate training had reached."""
-    shares = [f"{NAMES[method]} {percent(figures[method]['top1']['value'])}" for method in ("attention", "pipeline")]
-    coverage, error = figures["coverage"]["value"], figures["calibration_error"]["pipeline"]["value"]
-    return f"Top-1 of {', '.join(shares)}; coverage {percent(coverage)}, calibration error {percent(error)}"
+def _top1(figures: Figures) -> str:
+    shares = [f"{NAMES[m]} {percent(found['top1']['value'])}" for m, found in figures.items() if found is not None]
+    return f"Top-1 of {', '.join(shares)}"
 
 
-def _entry(name: str, text: str) -> str:
-    return name.ljust(26) + text
-
-
-def _by_method(group: Mapping[str, Any]) -> str:
-    """Top-1 of every method on some of the queries."""
-    shares = [f"{NAMES[m]} {percent(found['top1']['value'])}" for m, found in group.items() if found is not None]
-    return f"Top-1 of {', '.join(shares)} ({group['exact']['queries']:,} queries)"
-
-
-def _describe(variant: Mapping[str, Any]) -> str:
-    if variant["epochs"]:
-        name = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
-    else:
-        name = "exact search"
-    return f"{name}, {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else name
-
-
-def cut_in_words(cut: Mapping[str, Any]) -> str:
+def cut_in_words(cut: Figures) -> str:
     """What a limit has cut, in words."""
     parts = [f"{cut['kept'][what] or 'no'} of {asked} {what}" for what, asked in cut["asked"].items() if asked]
     return f"{', '.join(parts)}, by {cut['by']}"

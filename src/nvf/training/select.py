@@ -12,7 +12,6 @@ import torch
 from nvf.data.datamodule import Fold
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.evaluation.calibration import (
-    answered,
     clearly_above,
     fit_hub_correction,
     fit_sharpness,
@@ -210,7 +209,7 @@ def _chosen(
 ) -> Chosen:
     found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
-    top1 = float((found if ndcg is None else answered(attention, held_out)).double().mean())
+    top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
     about = {"transform": label(variant.settings["transform"]), "keys": variant.settings["keys"]}
     about |= {"hub_share": share, "epochs": epochs, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}
     return Chosen(attention, variant, epochs, share, found, [about])

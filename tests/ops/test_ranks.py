@@ -1,4 +1,4 @@
-"""Ranks and counts against sorting and loops."""
+"""Ranks, recall and nDCG against sorting and loops."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.evaluation.metrics import MeanAndError, RankCounts
-from nvf.ops.ranks import DEEPEST, MISS, are_targets, candidate_ranks, ndcg, recall, target_ranks
+from nvf.ops.ranks import MISS, are_targets, candidate_ranks, ndcg, recall, target_ranks
 
 
 @given(
@@ -42,18 +41,6 @@ def test_candidate_ranks_know_misses() -> None:
     assert candidate_ranks(scores, labels).tolist() == [3, MISS, 2]
 
 
-def test_counts_add_up_over_batches_and_processes() -> None:
-    ranks = torch.tensor([1, 1, 2, 5, 10, 11, 500, MISS])
-    whole, parts = RankCounts(), [RankCounts(), RankCounts()]
-    whole.update(ranks)
-    for part, share in zip(parts, ranks.split(5), strict=True):
-        part.update(share)
-    assert torch.equal(whole.compute(), sum(part.compute() for part in parts))
-    assert whole.compute().tolist() == [2, 1, 0, 0, 1, 0, 0, 0, 0, 1, 3]
-    assert whole.share(5) == pytest.approx(4 / 8)
-    assert whole.compute().shape == (DEEPEST + 1,)
-
-
 def test_recall_and_ndcg_equal_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     for depth in (1, 4, 10):
@@ -74,13 +61,3 @@ def test_recall_and_ndcg_equal_a_loop() -> None:
 def test_a_perfect_order_has_an_ndcg_of_one(answers: int) -> None:
     found = torch.arange(10).expand(7, 10) < answers
     assert ndcg(found, torch.arange(answers).expand(7, answers)).tolist() == [1.0] * 7
-
-
-def test_mean_and_error_add_up_over_batches() -> None:
-    values = torch.rand(100, generator=torch.Generator().manual_seed(0))
-    metric = MeanAndError()
-    for part in values.split(30):
-        metric.update(part)
-    mean, error = metric.compute()
-    assert float(mean) == pytest.approx(float(values.mean()))
-    assert float(error) == pytest.approx(float(values.std(correction=0)) / 10)
