@@ -10,15 +10,15 @@ Every fault is an InputError that names the file, the line and the fix.
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nvf.data.splits import SPLITS
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 from nvf.files.ids import checked_ids, padded, shown
 
 
@@ -71,8 +71,7 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
     places: dict[str, str] = {}
     ids: list[str | int] = []
     texts = []
-    path = _find(folder, "documents", "id, text")
-    for line in _lines(path):
+    for line in _lines(folder, "documents", "id, text"):
         name = line.checked_id(line.field(id_column, "id_column"))
         if (other := places.setdefault(str(name), line.place)) != line.place:
             raise InputError(f"{line.place}: id {shown(name)} is also that of {other}; make each its own")
@@ -80,7 +79,7 @@ def read_documents(folder: Path, *, id_column: str, text_column: str) -> Documen
         texts.append(line.text(text_column, "text_column"))
     if any(isinstance(name, str) for name in ids):
         ids = [str(name) for name in ids]
-    return Documents(checked_ids(ids, len(texts), str(path)), texts)
+    return Documents(checked_ids(ids, len(texts), f"{folder}: documents"), texts)
 
 
 def read_queries(
@@ -93,7 +92,7 @@ def read_queries(
     rows = {str(name): row for row, name in enumerate(documents.ids.tolist())}
     targets: dict[str | None, dict[str, dict[int, None]]] = {}  # by split and text, the rows in order
     lines: Counter[str | None] = Counter()
-    for line in _lines(_find(folder, "queries", "query, id")):
+    for line in _lines(folder, "queries", "query, id"):
         split = line.fields.get("split")
         if split is not None and split not in SPLITS:
             raise InputError(f"{line.place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
@@ -127,59 +126,53 @@ def _targets(line: Line, column: str | None, rows: dict[str, int]) -> list[int]:
     return [rows[str(name)] for name in names]
 
 
-def _find(folder: Path, stem: str, columns: str) -> Path:
+def _lines(folder: Path, stem: str, columns: str) -> Iterator[Line]:
+    """Read the file with this stem, .jsonl or .csv, of which there must be one."""
     paths = [folder / f"{stem}{ending}" for ending in (".jsonl", ".csv")]
     given = [path for path in paths if path.is_file()]
     if not given:
         raise InputError(f"{paths[0]} is missing, and so is {paths[1].name}; it holds {columns}")
     if len(given) > 1:
         raise InputError(f"{folder} holds both {paths[0].name} and {paths[1].name}; keep one")
-    return given[0]
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    empty = True
+    path, number, empty = given[0], 1, True
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, fields in (_json_lines if path.suffix == ".jsonl" else _csv_rows)(path, file):
-                empty = False
-                yield Line(f"{path}: line {number}", fields)
-    except UnicodeDecodeError as fault:
-        raise InputError(f"{path} is not UTF-8 ({fault}); save it as UTF-8") from None
-    except OSError as fault:
-        raise InputError(f"{path} cannot be read ({fault}); check who may, and the disk") from None
+            if path.suffix == ".jsonl":
+                for number, text in enumerate(file, 1):
+                    if text.strip():
+                        empty = False
+                        yield Line(f"{path}: line {number}", _json_fields(text))
+            else:
+                csv.field_size_limit(2**31 - 1)  # the limit of 131,072 characters is less than a document may have
+                reader = csv.DictReader(file, strict=True)
+                _check_header(reader.fieldnames or [])
+                number = reader.line_num + 1
+                for fields in reader:
+                    empty, number = False, reader.line_num
+                    yield Line(f"{path}: line {number}", _csv_fields(fields))
+                    number += 1
+    except (ValueError, RecursionError, OSError, csv.Error) as fault:
+        form = "one JSON object a line" if path.suffix == ".jsonl" else "CSV, whose first line names the columns"
+        raise InputError(f"{path}: line {number} cannot be read ({one_line(fault)}); write {form}, in UTF-8") from None
     if empty:
         raise InputError(f"{path} is empty; give at least one line")
 
 
-def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-            if "\\ud" in text.lower():  # half a pair, as of an emoji cut in two, is no character
-                json.dumps(fields, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as fault:
-            raise InputError(f"{path}: line {line} is not JSON in UTF-8 ({fault}); write one object a line") from None
-        if not isinstance(fields, dict):
-            raise InputError(f"{path}: line {line} is no JSON object; write one object a line")
-        yield line, fields
+def _json_fields(text: str) -> dict[str, Any]:
+    fields = json.loads(text)
+    if "\\ud" in text.lower():  # half a pair, as of an emoji cut in two, is no character
+        json.dumps(fields, ensure_ascii=False).encode()
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    return fields
 
 
-def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the limit of 131,072 characters is less than a document may have
-    reader = csv.DictReader(file, strict=True)
-    line = 0  # the last line that was read without a fault
-    try:
-        names = reader.fieldnames or []  # reads the header
-        line = reader.line_num
-        if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-            raise InputError(f"{path}: line {line} names the column {shown(twice[0])} twice; name each once")
-        for fields in reader:
-            line = reader.line_num
-            if None in fields:
-                raise InputError(f"{path}: line {line} has more fields than the header; quote texts with commas")
-            yield line, {name: text for name, text in fields.items() if text is not None}
-    except csv.Error as fault:
-        raise InputError(f"{path}: line {line + 1} is not CSV ({fault}); correct it") from None
+def _check_header(names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise ValueError(f"it names the column {shown(twice[0])} twice")
+
+
+def _csv_fields(fields: dict[Any, Any]) -> dict[str, Any]:
+    if None in fields:
+        raise ValueError("it has more fields than the header; quote texts with commas")
+    return {name: text for name, text in fields.items() if text is not None}
