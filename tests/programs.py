@@ -56,7 +56,7 @@ class Program:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._process.kill()
+        self.kill()
         self._process.join()
         self._streams.cleanup()
 
@@ -73,6 +73,9 @@ class Program:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit status, or minus the number of the signal that killed it."""

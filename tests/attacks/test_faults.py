@@ -195,18 +195,18 @@ def test_too_little_memory_is_told_with_what_to_lower(tmp_path: Path) -> None:
     script = (
         "import resource, sys, torch, nvf.training.select, nvf.evaluation\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, taken + 2**31))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, taken + 2**29))\n"
         "from nvf.train import main\n"
         "main()\n"
     )
     (tmp_path / "limited.py").write_text(script)
-    words = [*WORDS, "attention.batch_size=4000000", "attention.hidden=512"]
+    words = [*WORDS, "attention.batch_size=1000000", "attention.hidden=512"]
     done = subprocess.run(
         [sys.executable, "limited.py", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert re.match(
-        r"error: attention: out of memory \(.*\); lower attention.batch_size=4000000 to 2000000, or ", done.stderr
+        r"error: attention: out of memory \(.*\); lower attention.batch_size=1000000 to 500000, or ", done.stderr
     ), done.stderr
 
 
