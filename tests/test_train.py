@@ -251,15 +251,20 @@ TYPED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(TEXTS) - {"resume", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"})
-)
-def test_text_stays_the_text_that_was_typed(name: str) -> None:
+NAMES = sorted(set(TEXTS) - {"resume", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"})
+
+
+@pytest.mark.parametrize("text", [*TYPED, "null"])
+def test_text_stays_the_text_that_was_typed(text: str) -> None:
+    names = [name for name in NAMES if text != "null" or name in COLUMNS]
+    config = compose_config("data=qdrant", *spelled([f"{name}={text}" for name in names]))
+    found = {name: functools.reduce(dict.__getitem__, name.split("."), config) for name in names}
+    assert found == dict.fromkeys(names, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_of_a_sweep_stay_the_texts_that_were_typed(name: str) -> None:
     parser = OverridesParser.create()
-    for text in (*TYPED, *(["null"] if name in COLUMNS else [])):
-        (word,) = spelled([f"{name}={text}"])
-        config = compose_config("data=qdrant", word)
-        assert functools.reduce(dict.__getitem__, name.split("."), config) == text
     (word,) = spelled([f"{name}={','.join(TYPED)}"])
     sweep = parser.parse_override(word)
     assert [parser.parse_override(f"{name}={one}").value() for one in sweep.sweep_string_iterator()] == TYPED
