@@ -30,7 +30,7 @@ SMALL_STEPS = ["attention.epochs=2", "attention.steps_per_epoch=3", "reranker.ep
 
 
 FOLDERS = {"attacks": "attack", "browser": "browser"}  # the mark of all tests in a folder
-STARTS = {"command", "Program", "Popen", "subprocess", "spawn"}  # the names of what starts a process
+STARTS = {"command", "Program", "Process", "subprocess", "start_processes"}  # the names of what starts a process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

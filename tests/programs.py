@@ -86,12 +86,17 @@ class Program:
 
     def wait_until_stopped(self) -> None:
         """Wait until SIGSTOP has come."""
+        wait_for(lambda: state(self.pid) == "T", unless=self.ended)
 
-        def stopped() -> bool:
-            found = subprocess.run(["ps", "-o", "state=", "-p", str(self.pid)], capture_output=True, text=True)
-            return found.stdout.startswith("T")
+    def children(self) -> list[int]:
+        """The processes that it has started."""
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
 
-        wait_for(stopped, unless=self.ended)
+
+def state(pid: int) -> str:
+    """The letter that ps has for the state of a process, T where it was stopped; Z, too, where there is none."""
+    return subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() or "Z"
 
 
 def wait_for(condition: Callable[[], Any], *, unless: Callable[[], bool] = lambda: False) -> None:

@@ -25,6 +25,7 @@ from nvf import InputError, Pipeline
 from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settle, spelled
 from nvf.train import CONF
 from nvf.training.build import build_source, check
+from programs import PATIENCE
 
 Run = Callable[..., dict[str, Any]]
 CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
@@ -430,7 +431,7 @@ def test_a_notebooks_command_line_is_not_read(tmp_path: Path, monkeypatch: pytes
 def test_a_run_needs_no_streams(tmp_path: Path) -> None:
     words = " ".join([*DEBUG, "hydra.run.dir=run"])
     done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m nvf.train {words} <&- >&- 2>&-"], cwd=tmp_path, timeout=300, check=False
+        ["sh", "-c", f"{sys.executable} -m nvf.train {words} <&- >&- 2>&-"], cwd=tmp_path, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0
     assert (tmp_path / "run/results.json").is_file()

@@ -31,6 +31,7 @@ from nvf.options import parse
 from nvf.search import OPTIONS, search
 from nvf.statistics import wilson
 from nvf.train import CONF
+from programs import PATIENCE
 from seals import reseal
 
 faiss = pytest.importorskip("faiss")
@@ -259,7 +260,7 @@ def test_faiss_and_torch_share_a_process_in_either_order(order: str) -> None:
         "same = [torch.equal(index.search(q, 1)[1], (q @ keys.T).topk(1).indices) for _ in range(20)];"
         "print(all(same), faiss.omp_get_max_threads(), torch.get_num_threads())"
     )
-    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True 3 3\n", "")
 
 
