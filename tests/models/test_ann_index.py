@@ -491,7 +491,7 @@ def test_a_user_without_faiss_types_one_line(place: Path) -> None:
     assert done.returncode == 0
     assert "index=hnsw" not in done.stdout
     assert done.stderr.count("\n") == 1
-    assert "pip install 'nvf[faiss]'" in done.stderr
+    assert "pip install -e '.[faiss]'" in done.stderr
     done = command(*words, "index=flat", module="nvf.search", cwd=place, PYTHONPATH=str(place))
     assert (done.returncode, done.stderr) == (0, "")
 
