@@ -301,7 +301,7 @@ def test_what_stops_half_way_leaves_nothing(place: Path, stub: Stub, monkeypatch
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(InputError, match=re.escape("pip install 'nvf[text]'")):
+    with pytest.raises(InputError, match=re.escape("pip install -e '.[text]'")):
         load_model("all-MiniLM-L6-v2", torch.device("cpu"))
 
 

@@ -109,7 +109,7 @@ def load_model(name: str, device: "torch.device") -> Any:
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
-        raise InputError("embedding texts needs sentence-transformers: pip install 'nvf[text]'") from None
+        raise InputError("embedding needs sentence-transformers: pip install -e '.[text]' in NVF's folder") from None
     disable_progress_bar()  # of reading the weights
     place = (name == PACKAGED and _packaged()) or Path(name).expanduser()
     if not place.is_dir() and name.startswith((".", "/", "~")):

@@ -23,6 +23,7 @@ from nvf import InputError
 from nvf.data.folder import read_memory
 from nvf.files import npy
 from nvf.models.memory import VectorMemory
+from programs import PATIENCE
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("qdrant_client")
@@ -245,7 +246,7 @@ def test_damaged_copies_are_refused_or_read_right(place: Path, attempts: Callabl
         env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
         capture_output=True,
         text=True,
-        timeout=attempts(120, 1200),
+        timeout=attempts(PATIENCE, 1200),
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"{lines[-1:]}: {done.stderr[-3000:]}"

@@ -26,7 +26,7 @@ try:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError:
-    raise InputError("pyarrow, which reads .parquet files, is not installed; pip install 'nvf[parquet]'") from None
+    raise InputError("reading .parquet files needs pyarrow: pip install -e '.[parquet]' in NVF's folder") from None
 
 BLOCK = 8192  # rows
 ROWS_A_BYTE = 1024  # more than equal vectors take, run-length encoded and compressed

@@ -25,7 +25,7 @@ try:
     from qdrant_client import QdrantClient
     from qdrant_client.http.exceptions import ApiException
 except ImportError:
-    raise InputError("qdrant-client, which reads collections, is not installed; pip install 'nvf[qdrant]'") from None
+    raise InputError("reading a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
 
 if TYPE_CHECKING:
     from qdrant_client.models import VectorParams
