@@ -26,7 +26,7 @@ from nvf.models.memory import VectorMemory
 from nvf.models.reranker import Reranker, reranker_loss
 from nvf.ops.random_streams import stream
 from nvf.statistics import wilson
-from nvf.training.build import build_source
+from nvf.training.build import build_source, fit_settings
 from nvf.training.fit import fit
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]
@@ -249,7 +249,8 @@ def test_the_plain_loop_trains_as_lightning_does(stage: str, tmp_path: Path) -> 
     source = build_source(config)
     stage_one = SoftAttention(source.memory, transform="linear")
     module, data = loops.built(config, stage, source, stage_one)
-    fit(config, stage, module, data, tmp_path, start_competes=False)
+    how = fit_settings(config, stage, source.memory)
+    fit(module, data, how, folder=tmp_path, name=stage, start_competes=False)
     other, _ = loops.built(config, stage, source, stage_one)
     generators = (stream(0, f"train/{stage}", 0, step, 0) for step in range(4))
     losses = list(loops.plain(other, config, stage, source, generators))

@@ -82,7 +82,11 @@ def test_a_new_user_types_one_line(tmp_path: Path) -> None:
     assert "Warning" not in done.stdout + done.stderr
     (run,) = tmp_path.glob("outputs/[0-9]*/*")
     assert {path.name for path in run.iterdir()} >= {".hydra", "train.log", "checkpoints", "pipeline", "results.json"}
-    assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints/reranker").iterdir()} == {
+        "best.ckpt",
+        "best.safetensors",
+        "last.ckpt",
+    }
     assert "exact search" in (run / "train.log").read_text()
 
     hits = Pipeline.load(run / "pipeline").search(np.random.default_rng(0).standard_normal((7, 8)), k=5)
@@ -151,7 +155,7 @@ BAD_SETTINGS = [
     (["queries=noisy", "queries.sigma=-0.1"], "queries.sigma=-0.1 is not a number of at least 0"),
     (["data=embeddings"], "data.dir is not set; name the folder"),
     (["queries=recorded"], "data=synthetic has no recorded queries; choose queries=nearest"),
-    (["attention_checkpoint=none.ckpt"], "attention_checkpoint=none.ckpt does not exist; name"),
+    (["attention_checkpoint=none.safetensors"], "attention_checkpoint=none.safetensors does not exist; name"),
     (["attention.epochs=0"], "attention.epochs=0 is not a whole number of at least 1; raise it"),
     (["attention.steps_per_epoch=null"], "generated queries never end; set steps_per_epoch"),
     (["stage=joint", "joint.relaxation=[1,0]"], "joint.relaxation=0 is not a number above 0"),

@@ -3,10 +3,9 @@
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nvf.errors import InputError, one_line
 
@@ -15,7 +14,6 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 SAID_BY_OTHERS = ("No space left on device", "os error 28", "Disk quota exceeded")  # Rust's and C++'s libraries
 ALLOCATION = re.compile(r"tried to allocate ([\d.]+)\s*(bytes|KiB|MiB|GiB)", re.IGNORECASE)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 
 
 def disk_is_full(fault: BaseException) -> bool:
@@ -60,21 +58,13 @@ def check_place(folder: Path) -> None:
 
 
 @contextmanager
-def fitting_in_memory(config: Mapping[str, Any], stage: str, rows: int, dim: int) -> Iterator[None]:
-    """Turn a failed allocation in the fit of a stage into an InputError that says what to lower, and to what."""
+def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
+    """Turn a failed allocation in the fit of a stage into an InputError that names these remedies."""
     try:
         yield
     except (MemoryError, RuntimeError) as fault:
         if not out_of_memory(fault):
             raise
-        batch, settings = config[stage]["batch_size"], config["attention"]
-        remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
-        if stage == "attention" and settings["sample"] is None and rows > MANY_ROWS:
-            remedies.append("look at some rows a step, attention.sample=8192")
-        if settings["keys"] == "learned":
-            taken = 16 * rows * dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
-            remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
-        remedies.append("keep the rows in half the room, data.dtype=float16")
         raise InputError(f"{stage}: out of memory ({amounts(fault)}); {', or '.join(remedies)}") from None
 
 

@@ -78,7 +78,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     source = build_source(config)
     check(config, source)
     check_index(config["index"], rows=len(source.memory), fits=config["stage"]["fit"])
-    rank, own = start_processes(config), folder
+    rank, own = start_processes(config["trainer"], threads=config["threads"]), folder
     folder = agreed(folder)  # a cluster gives each process one of its own
     if rank:
         log.setLevel(logging.ERROR)  # the first process says it all

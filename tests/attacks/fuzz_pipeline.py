@@ -28,7 +28,7 @@ from nvf.train import train
 
 FILES = {
     "pipeline": [door for door in doors.DOORS if door.startswith(("hnsw", "ivf", "kept"))],
-    "checkpoint": [door for door in doors.DOORS if door.endswith(".ckpt")],
+    "checkpoint": [door for door in doors.DOORS if door.startswith(doors.CHECKPOINTS)],
     "results": [
         door for door in doors.DOORS if door.endswith((".json", ".npy")) and door.startswith(("run/", "sweeps"))
     ],

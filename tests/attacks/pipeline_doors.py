@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))  # where seals.py is, for the program
@@ -37,8 +38,8 @@ from nvf.runs.comparison.table import compare
 from nvf.runs.resume import decided, recorded
 from nvf.runs.sweep import earlier
 from nvf.training.cache import Entry
-from nvf.training.checkpointing import saved_progress
 from nvf.training.checkpoints import attention_within, load_attention
+from nvf.training.fit import saved_step
 from seals import reseal
 
 ROOM, SECONDS = 2**30, 20  # for one copy
@@ -71,8 +72,9 @@ def _kept(folder: Path) -> Any:
 
 
 def _attention(path: Path) -> Any:
-    about = torch.load(path.with_name("untouched"), weights_only=True)["nvf"]["settings"]
-    attention = SoftAttention(VectorMemory.synthetic(**MEMORY), **about)
+    with safe_open(path.with_name("untouched"), "pt") as file:
+        settings = json.loads(file.metadata()["nvf"])["settings"]
+    attention = SoftAttention(VectorMemory.synthetic(**MEMORY), **settings)
     load_attention(attention, path)
     return attention.state_dict()
 
@@ -93,9 +95,9 @@ PIPELINE = ("config.json", "memory.safetensors", "weights.safetensors", "ids.jso
 CHECKPOINTS = "run/checkpoints"
 DOORS: dict[str, Callable[[Path], Any]] = {
     **{f"{kind}/{name}": lambda path: _search(path.parent) for kind in ("hnsw", "ivf") for name in PIPELINE},
-    f"{CHECKPOINTS}/attention/best.ckpt": _attention,
-    f"{CHECKPOINTS}/reranker/best.ckpt": _within,
-    f"{CHECKPOINTS}/reranker/last.ckpt": lambda path: saved_progress(path.parent),
+    f"{CHECKPOINTS}/attention/best.safetensors": _attention,
+    f"{CHECKPOINTS}/reranker/best.safetensors": _within,
+    f"{CHECKPOINTS}/reranker/last.ckpt": saved_step,
     "kept/about.json": lambda path: _kept(path.parent),
     "kept/attention.safetensors": lambda path: _kept(path.parent),
     "run/results.json": lambda path: _figures(path.parent),
@@ -127,7 +129,7 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
     train(place / "run", place / "cache")
     (entry,) = (path for path in (place / "cache").iterdir() if path.name != "locks")
     shutil.move(entry, place / "kept")
-    shutil.copy(place / CHECKPOINTS / "attention/best.ckpt", place / CHECKPOINTS / "attention/untouched")
+    shutil.copy(place / CHECKPOINTS / "attention/best.safetensors", place / CHECKPOINTS / "attention/untouched")
     (place / "run/decisions.json").write_text('{"x": [1, 2]}')
     (place / "sweeps/day/time").mkdir(parents=True)
     (place / "sweeps/day/time/sweep.json").write_text(json.dumps({"overrides": ASKED}))

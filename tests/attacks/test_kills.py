@@ -54,7 +54,7 @@ def bits(run: Path) -> dict[str, Any]:
         weights[str(path.relative_to(run))] = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
     saved = {path.name: path.read_bytes() for path in run.glob("pipeline/*")}
     curves = {
-        str(folder.relative_to(run)): sorted(scalars(folder))
+        str(folder.relative_to(run)): sorted({*scalars(folder)})
         for folder in {path.parent for path in run.rglob("events.out.tfevents.*")} - {run}
     }
     return {"results": results, "weights": weights, "pipeline": saved, "curves": curves, "answered": answers(run)}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,17 @@ import numpy as np
 import pytest
 import torch
 from pipeline_doors import CHECKPOINTS, DOORS, PIPELINE, UNHASHED, furnish, opened
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf.errors import InputError
-from nvf.files.tensors import check_archive, read_archive
+from nvf.files.records import sealed
 from nvf.models.pipeline import Pipeline
 from nvf.train import train
+from nvf.training.build import build_source
+from nvf.training.checkpoints import hashed
+from nvf.training.select import fit_attention
 from programs import PATIENCE
 
 
@@ -167,88 +171,53 @@ def test_a_pipeline_has_its_files_in_its_folder(place: Path, tmp_path: Path) -> 
     assert Pipeline.load(tmp_path / "link").index is not None
 
 
-def claims(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(checkpoint: dict[str, Any]) -> None:
-        checkpoint["nvf"]["settings"] |= {name: value}
-
-    return change
+Weights, About = dict[str, torch.Tensor], dict[str, Any]
 
 
-def not_finite(checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"]["model.attention.log_beta"].fill_(torch.inf)
+def claims(**settings: Any) -> Callable[[Weights, About], None]:
+    return lambda _, about: about["settings"].update(settings)
 
 
-def repeated(checkpoint: dict[str, Any]) -> None:
-    name = next(name for name, tensor in checkpoint["state_dict"].items() if tensor.ndim == 2)
-    checkpoint["state_dict"][name] = torch.zeros(1).expand(checkpoint["state_dict"][name].shape)
+def weighs(value: torch.Tensor) -> Callable[[Weights, About], None]:
+    return lambda weights, _: weights.update({"attention.log_beta": value})
 
 
-def sparse(checkpoint: dict[str, Any]) -> None:
-    checkpoint["state_dict"]["model.attention.log_beta"] = torch.zeros(2, 2).to_sparse()
-
-
-CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "wide": (claims("hidden", 10**9), r"should be \(1000000000, 8\)"),
-    "name": (claims("os", "system"), "is damaged .TypeError"),
-    "settings": (lambda c: c["nvf"].update(settings=[1]), "is damaged"),
-    "about": (lambda c: c.update(nvf=["stage"]), "not a checkpoint of NVF"),
-    "stage": (lambda c: c["nvf"].update(stage=7), "not a checkpoint of NVF"),
-    "weights": (lambda c: c.update(state_dict=3), "not a checkpoint of NVF"),
-    "weight": (lambda c: c["state_dict"].update({"model.attention.log_beta": 3}), "is no plain tensor"),
-    "infinite": (not_finite, "has NaN or infinite values"),
-    "repeated": (repeated, "is no plain tensor"),
-    "sparse": (sparse, "its pickle names 'torch._utils _rebuild_sparse_tensor'"),
-    "whole": (lambda c: c["state_dict"].update({"model.attention.log_beta": torch.tensor(3)}), "torch.int64, but"),
+CLAIMS: dict[str, tuple[Callable[[Weights, About], Any], str]] = {
+    "wide": (claims(hidden=10**9), r"should be \(1000000000, 8\)"),
+    "name": (claims(os="system"), "is damaged .TypeError"),
+    "settings": (lambda _, about: about.update(settings=[1]), "is damaged"),
+    "stage": (lambda _, about: about.update(stage=7), "not a checkpoint of NVF"),
+    "deep": (claims(hidden=json.loads("[" * 40 + "]" * 40)), "not a checkpoint of NVF"),
+    "infinite": (weighs(torch.tensor(torch.inf)), "has NaN or infinite values"),
+    "whole": (weighs(torch.tensor(3)), "torch.int64, but"),
+    "shape": (weighs(torch.zeros(2)), "but should be"),
+    "missing": (lambda weights, _: weights.pop("attention.log_beta"), "is missing or unknown"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CLAIMS.values(), ids=CLAIMS)
 def test_a_checkpoint_takes_no_more_than_it_has(
-    place: Path, change: Callable[[dict[str, Any]], Any], message: str
+    place: Path, change: Callable[[Weights, About], Any], message: str
 ) -> None:
-    path = place / CHECKPOINTS / "reranker/best.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, path)
+    door = f"{CHECKPOINTS}/reranker/best.safetensors"
+    weights = load_file(place / door)
+    with safe_open(place / door, "pt") as file:
+        about = json.loads(file.metadata()["nvf"])
+    change(weights, about)
+    about = sealed({name: value for name, value in about.items() if name != "digest"} | {"weights": hashed(weights)})
+    save_file(weights, place / door, {"nvf": json.dumps(about)})
     with pytest.raises(InputError, match=message):
-        DOORS[f"{CHECKPOINTS}/reranker/best.ckpt"](path)
+        DOORS[door](place / door)
 
 
-def rewritten(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """Write a zip again, each record changed."""
-    with zipfile.ZipFile(path) as archive:
-        records = {record.filename: archive.read(record) for record in archive.infolist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in records.items():
-            archive.writestr(name, change(name, data))
-
-
-def test_archives_that_claim_more_than_they_have(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.pt"
-
-    def save() -> None:
-        torch.save(OrderedDict(weight=torch.arange(251.0)), path)
-
-    save()
-    assert torch.equal(read_archive(path)["weight"], torch.arange(251.0))
-    rewritten(path, lambda name, data: data + bytes(2**27) * name.endswith("data/0"), zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 2**20
-    with pytest.raises(ValueError, match="compressed or encrypted records"):
-        check_archive(path)
-    save()
-    rewritten(path, lambda _, data: data.replace(b"K\xfb", b"J\x00\x00\x00\x40"))  # 251 numbers: 2**30
-    with pytest.raises(RuntimeError, match=r"resize|out of bounds|storage"):
-        read_archive(path)
-    save()
-    rewritten(path, lambda _, data: data.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n"))
-    with pytest.raises(ValueError, match="names 'builtins bytearray'"):
-        check_archive(path)
-    save()
-    data = bytearray(path.read_bytes())
-    data[data.index(np.arange(251, dtype=np.float32).tobytes()) + 4] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"'bomb/data/0' is damaged"):
-        check_archive(path)
+def test_a_last_checkpoint_runs_no_code(place: Path, tmp_path: Path) -> None:
+    folder, sentinel = place / CHECKPOINTS / "attention", tmp_path / "sentinel"
+    for kind in ("torch", "legacy torch"):
+        (folder / "last.ckpt").write_bytes(evils(sentinel)[kind])
+        config = compose_config(*SMALL, *SMALL_STEPS, "dashboards=none", "cache=off", "stage=attention")
+        with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+            fit_attention(config, build_source(config), place / "run")
+        assert not sentinel.exists()
 
 
 def test_an_array_that_claims_more_than_it_has(place: Path) -> None:

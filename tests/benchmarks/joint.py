@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
         found: dict[str, list[dict[str, Any]]] = {}
         for seed in given.get("seeds", "0,1,2").split(","):
             at = home / setting.replace(" ", "-").replace(",", "") / seed
-            checkpoint = at / APART / "checkpoints/reranker/best.ckpt"
+            checkpoint = at / APART / "checkpoints/reranker/best.safetensors"
             for method, more in methods(overrides, checkpoint).items():
                 name = method.replace(" ", "-").replace(",", "").replace(":", "")
                 results = run([*overrides, *more, f"seed={seed}"], at / name)

@@ -26,7 +26,7 @@ from nvf.models.reranker import reranker_loss
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import are_targets
 from nvf.options import Option, parse, whole
-from nvf.training.build import Settings, attention_stage, build_source, reranker_stage
+from nvf.training.build import Settings, attention_stage, build_source, fit_settings, reranker_stage
 from nvf.training.fit import fit
 from nvf.training.modules import AttentionModule, RerankerModule
 from timing import COMMON, in_turn, interleaved, settings, table, watched_by, write_json
@@ -70,16 +70,17 @@ def with_lightning(config: Settings, stage: str, source: Source, attention: Soft
     module, data = built(config, stage, source, attention)
     ends = Ends()
     with tempfile.TemporaryDirectory() as folder, watched_by(ends):
-        fit(config, stage, module, data, Path(folder), start_competes=False)
+        how = fit_settings(config, stage, source.memory)
+        fit(module, data, how, folder=Path(folder), name=stage, start_competes=False)
     return ends.seconds
 
 
 def optimiser(module: Module, config: Settings, stage: str, steps: int) -> tuple[Any, Any]:
     """Fused Adam and its schedule, as the module has them."""
-    rates = module.learning_rates()
-    adam = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in rates], fused=True)
+    groups = module.parameter_groups()
+    peaks = [group["lr"] for group in groups]
+    adam = torch.optim.Adam(groups, fused=True)
     assert config[stage]["schedule"] == "onecycle"
-    peaks = [lr for _, lr in rates]
     return adam, torch.optim.lr_scheduler.OneCycleLR(adam, peaks, total_steps=steps, pct_start=module.warmup)
 
 
@@ -156,7 +157,8 @@ def compare(steps: int, repeats: int, batch: int, words: Sequence[str] = ()) -> 
     source = build_source(config)
     module, data = attention_stage(config, source)
     with tempfile.TemporaryDirectory() as folder:
-        fit(config, "attention", module, data, Path(folder), start_competes=False)
+        how = fit_settings(config, "attention", source.memory)
+        fit(module, data, how, folder=Path(folder), name="attention", start_competes=False)
     figures = []
     for stage, name in STAGES.items():
         given = (config, stage, source, module.attention if stage == "reranker" else None)

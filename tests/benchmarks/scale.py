@@ -71,7 +71,7 @@ def step_of(memory: VectorMemory, method: str, *, batch: int, sample: int) -> Ca
             loss = attention_loss(attention(queries), targets)
         else:
             module.seed += 1  # without a trainer the step is always the first: another seed draws another sample
-            loss = module.measure(given)[0]
+            loss = module.loss(given)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -1,13 +1,12 @@
 """The gradient audit: it sees what is there, in training and after it, and says what is not."""
 
 import json
-import math
 
 import pytest
 import torch
 
 from nvf.data.queries import Noisy, QueryBatch
-from nvf.evaluation.gradients import PARTS, GradientLog, audit_gradients, failures, norms
+from nvf.evaluation.gradients import audit_gradients, norms
 from nvf.evaluation.report import remarks
 from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.pipeline import Pipeline
@@ -83,20 +82,3 @@ def test_a_part_without_gradient_is_left_out() -> None:
         [("query", torch.full((4,), 3.0)), ("model.log_beta", None), ("model.transform.network.weight", None)]
     )
     assert found == {"query": 6.0}
-
-
-def test_the_log_counts_what_is_lost() -> None:
-    log = GradientLog()
-    for query, reranker in ((0.0, 1.0), (2.0, math.inf), (1.0, math.nan), (4.0, 0.0)):
-        log.add({"query": torch.tensor(query), "reranker": torch.tensor(reranker)})
-    summary = log.summary()
-    assert summary["steps"] == 4
-    assert set(summary) & set(PARTS) == {"query", "reranker"}
-    assert summary["query"] == {"first": 0.0, "last": 4.0, "smallest": 0.0, "largest": 4.0, "zero": 1, "not_finite": 0}
-    assert summary["reranker"]["not_finite"] == 2
-    json.dumps(summary, allow_nan=False)
-    assert failures({"joint": summary}) == [
-        "joint: the gradient on the reranker was not finite in 2 of 4 steps",
-        "joint: the gradient on the reranker was zero in 1 of 4 steps, the last among them",
-    ]
-    assert failures({"attention": GradientLog().summary()}) == []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf.errors import InputError
@@ -17,6 +18,7 @@ from nvf.training.build import attention_stage, build_source
 from nvf.training.checkpoints import load_attention
 from nvf.training.select import fit_attention
 
+KEPT = {"best.ckpt", "best.safetensors", "last.ckpt"}
 Run = Callable[..., dict[str, Any]]
 
 
@@ -34,7 +36,8 @@ def test_one_seed_gives_one_result(run: Run, tmp_path: Path) -> None:
 def test_the_best_epoch_goes_on(run: Run, tmp_path: Path) -> None:
     results = run(*SMALL, "stage=attention", "attention.epochs=6", "attention.steps_per_epoch=4", "attention.lr=0.1")
     best = torch.load(tmp_path / "run/checkpoints/attention/best.ckpt", weights_only=True)
-    assert results["val"]["attention"]["top1"]["value"] == pytest.approx(best["progress"]["best"], abs=1e-6)
+    (kept,) = [state for name, state in best["callbacks"].items() if name.startswith("KeepBest")]
+    assert results["val"]["attention"]["top1"]["value"] == pytest.approx(float(kept["best_model_score"]), abs=1e-6)
     assert results["test"]["pipeline"] is None
     assert not (tmp_path / "run/pipeline").exists()
 
@@ -49,10 +52,10 @@ def test_the_untrained_start_wins_over_harmful_training(
     top1 = {method: results["val"][method]["top1"]["value"] for method in ("exact", "attention", "pipeline")}
     assert top1["exact"] == top1["attention"] == top1["pipeline"]
     assert "no epoch validates better than the untrained start" in caplog.text
-    assert {path.name for path in (tmp_path / "run/checkpoints/attention").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (tmp_path / "run/checkpoints/attention").iterdir()} == KEPT
     source = build_source(compose_config("data=embeddings", f"data.dir={folder}"))
     module, _ = attention_stage(compose_config("data=embeddings", f"attention={transform}"), source)
-    load_attention(module.attention, tmp_path / "run/checkpoints/attention/best.ckpt")
+    load_attention(module.attention, tmp_path / "run/checkpoints/attention/best.safetensors")
     queries = torch.randn(5, 8)
     assert torch.equal(module.attention.transform(queries), queries)
 
@@ -72,7 +75,7 @@ def test_recorded_queries_stop_early(run: Run, tmp_path: Path, folder: Path) -> 
 
 def test_stage_one_can_be_had_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     first = run(*SMALL, *SMALL_STEPS, "stage=attention", folder=tmp_path / "first")
-    path = tmp_path / "first/checkpoints/attention/best.ckpt"
+    path = tmp_path / "first/checkpoints/attention/best.safetensors"
     second = run(*SMALL, *SMALL_STEPS, f"attention_checkpoint={path}", folder=tmp_path / "second")
     whole = run(*SMALL, *SMALL_STEPS, folder=tmp_path / "whole")
     assert second["test"] == whole["test"]
@@ -94,7 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stage1")
     config = compose_config(*SMALL, *SMALL_STEPS, "trainer.enable_progress_bar=false")
     fit_attention(config, build_source(config), folder)
-    return folder / "checkpoints/attention/best.ckpt"
+    return folder / "checkpoints/attention/best.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -118,14 +121,16 @@ def test_a_damaged_or_missing_checkpoint_is_refused(checkpoint: Path, tmp_path: 
     module, _ = attention_stage(config, build_source(config))
     whole = checkpoint.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut.ckpt").write_bytes(whole[:size])
+        (tmp_path / "cut.safetensors").write_bytes(whole[:size])
         with pytest.raises(InputError, match="is truncated or not a checkpoint of NVF"):
-            load_attention(module.attention, tmp_path / "cut.ckpt")
+            load_attention(module.attention, tmp_path / "cut.safetensors")
     with pytest.raises(InputError, match="does not exist; name a run's"):
-        load_attention(module.attention, tmp_path / "none.ckpt")
+        load_attention(module.attention, tmp_path / "none.safetensors")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(InputError, match="not a checkpoint of NVF"):
-        load_attention(module.attention, tmp_path / "foreign.ckpt")
+    save_file(module.attention.state_dict(), tmp_path / "foreign.safetensors")
+    for foreign in ("foreign.ckpt", "foreign.safetensors"):
+        with pytest.raises(InputError, match="not a checkpoint of NVF"):
+            load_attention(module.attention, tmp_path / foreign)
 
 
 def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None:
@@ -133,7 +138,7 @@ def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None
     config = compose_config(*SMALL)
     module, _ = attention_stage(config, build_source(config))
     with pytest.raises(InputError, match="has stage reranker, but this run attention"):
-        load_attention(module.attention, tmp_path / "run/checkpoints/reranker/best.ckpt")
+        load_attention(module.attention, tmp_path / "run/checkpoints/reranker/best.safetensors")
 
 
 JOINT = ["stage=joint", "joint.epochs=2", "joint.steps_per_epoch=3"]
@@ -148,7 +153,9 @@ def test_joint_training_goes_on_from_both_stages(run: Run, tmp_path: Path) -> No
     assert apart["joint"] is None
     assert whole["seconds"]["joint"] > 0
     checkpoints = tmp_path / "whole/checkpoints"
-    paths = {stage: f"{stage}_checkpoint={checkpoints / stage / 'best.ckpt'}" for stage in ("attention", "reranker")}
+    paths = {
+        stage: f"{stage}_checkpoint={checkpoints / stage / 'best.safetensors'}" for stage in ("attention", "reranker")
+    }
     for given in ([paths["reranker"]], [*paths.values()]):
         again = run(*SMALL, *SMALL_STEPS, *JOINT, log, *given, folder=tmp_path / f"again{len(given)}")
         assert again["test"] == whole["test"]
@@ -204,8 +211,8 @@ def test_relaxed_joint_training_is_timed_before_it_has_a_trainer(run: Run, folde
     ("overrides", "message"),
     [
         (
-            ["reranker_checkpoint=none.ckpt"],
-            "reranker_checkpoint=none.ckpt does not exist; name a run's",
+            ["reranker_checkpoint=none.safetensors"],
+            "reranker_checkpoint=none.safetensors does not exist; name a run's",
         ),
         (["reranker_checkpoint=ATTENTION"], "has stage attention, but this run reranker; name a run's"),
         (["reranker_checkpoint=RERANKER", "seed=1"], "has memory sha256:.*; fit the stages anew"),
@@ -219,7 +226,7 @@ def test_joint_training_refuses_what_does_not_fit(
     run: Run, tmp_path: Path, checkpoints: Path, overrides: list[str], message: str
 ) -> None:
     for stage in ("attention", "reranker"):
-        path = str(checkpoints / stage / "best.ckpt")
+        path = str(checkpoints / stage / "best.safetensors")
         overrides = [override.replace(stage.upper(), path) for override in overrides]
     with pytest.raises(InputError, match=message):
         run(*SMALL, *JOINT, *overrides)
@@ -229,7 +236,7 @@ def test_joint_training_refuses_what_does_not_fit(
 def test_a_reranker_of_another_log_is_refused(run: Run, tmp_path: Path, folder: Path) -> None:
     few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
     run(*few, folder=tmp_path / "first")
-    path = tmp_path / "first/checkpoints/reranker/best.ckpt"
+    path = tmp_path / "first/checkpoints/reranker/best.safetensors"
     np.save(folder / "queries.npy", np.load(folder / "queries.npy") + 0.01)
     with pytest.raises(InputError, match="was made with another log of queries; fit the stages anew"):
         run(*few, f"reranker_checkpoint={path}", folder=tmp_path / "second")

@@ -38,7 +38,7 @@ def test_a_reused_stage_1_gives_the_same_run(run: Run, tmp_path: Path, monkeypat
     assert without_time(second) == without_time(alone)
     ours, theirs = (Pipeline.load(tmp_path / name / "pipeline").state_dict() for name in ("alone", "second"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert (tmp_path / "second/checkpoints/attention/best.ckpt").is_file()
+    assert (tmp_path / "second/checkpoints/attention/best.safetensors").is_file()
     assert list((tmp_path / "second/attention").glob("events.out.tfevents.*"))  # its curves are there too
 
 

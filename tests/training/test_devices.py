@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from nvf.data.queries import Nearest
 from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.memory import VectorMemory
 from nvf.ops.ranks import target_ranks
-from nvf.training.build import attention_stage, build_source, reranker_stage
+from nvf.training.build import attention_stage, build_source, check_sharded, fit_settings, reranker_stage
 from nvf.training.devices import part_processes, start_processes
 from nvf.training.fit import fit
 from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, sharded_loss, sharded_ranks
@@ -161,8 +162,14 @@ def test_rows_that_some_rank_would_lack_are_refused() -> None:
     ],
 )
 def test_what_several_devices_cannot_do_is_refused_before_they_start(words: list[str], message: str) -> None:
+    config = compose_config(*TWO, *words)
+
+    def start() -> None:
+        check_sharded(config)
+        start_processes(config["trainer"], threads=None)
+
     with pytest.raises(InputError, match=message):
-        start_processes(compose_config(*TWO, *words))
+        start()
 
 
 # --- fits ---
@@ -185,8 +192,8 @@ def fitted(stage: str, folder: Path, *words: str) -> tuple[dict[str, Tensor], di
     else:
         exact = SoftAttention(source.memory, transform="identity")  # every target is a candidate
         module, data = reranker_stage(config, source, exact)
-    with patch("torch.optim.Adam", lambda groups, fused: torch.optim.SGD(groups, momentum=0.9)):
-        fit(config, stage, module, data, folder, start_competes=True)
+    module.optimizer = partial(torch.optim.SGD, momentum=0.9)
+    fit(module, data, fit_settings(config, stage, source.memory), folder=folder, name=stage, start_competes=True)
     assert not any(weight.requires_grad for weight in module.parameters())
     last = torch.load(folder / "checkpoints" / stage / "last.ckpt", weights_only=True)["state_dict"]
     return module.state_dict(), last
@@ -274,7 +281,11 @@ def test_ddp_leaves_one_run(tmp_path: Path) -> None:
     assert results["joint"]["before"]["coverage"]["value"] <= 1
     assert results["gradients"]["training"].keys() == {"attention", "reranker", "joint"}
     for stage in ("attention", "reranker", "joint"):
-        assert {path.name for path in (run / "checkpoints" / stage).iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert {path.name for path in (run / "checkpoints" / stage).iterdir()} == {
+            "best.ckpt",
+            "best.safetensors",
+            "last.ckpt",
+        }
     assert (run / "train.log").read_text().count("test queries") == 1
     assert len(Pipeline.load(run / "pipeline").search(torch.randn(3, 8), k=5).rows) == 3
 

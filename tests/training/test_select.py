@@ -58,7 +58,7 @@ def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shi
     assert results["test"]["seen_rows"]["exact"]["queries"] == 300
     assert results["test"]["unseen_rows"]["exact"] is None
     assert results["duplicates"] == {}
-    assert (tmp_path / "run/checkpoints/attention/best.ckpt").is_file()
+    assert (tmp_path / "run/checkpoints/attention/best.safetensors").is_file()
     again = Pipeline.load(tmp_path / "run/pipeline")
     assert again.search(np.load(shifted / "queries.npy")[:7], k=3).rows.shape == (7, 3)
 
@@ -104,7 +104,7 @@ def test_a_log_that_is_no_guide_does_not_pull_logged_items_down(run: Run, tmp_pa
 
 def test_the_checkpoint_of_the_chosen_variant_stands_in_for_fitting(run: Run, shifted: Path, tmp_path: Path) -> None:
     first = run("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention")
-    checkpoint = tmp_path / "run/checkpoints/attention/best.ckpt"
+    checkpoint = tmp_path / "run/checkpoints/attention/best.safetensors"
     again = run(
         *("data=embeddings", f"data.dir={shifted}", *SHORT, "stage=attention", f"attention_checkpoint={checkpoint}"),
         folder=tmp_path / "again",

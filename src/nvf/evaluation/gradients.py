@@ -33,46 +33,6 @@ def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
     return {part: squares[part].sqrt() for part in PARTS if part in squares}
 
 
-class GradientLog:
-    """What the norms were over the steps of a fit that were looked at."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor | float]] = []
-
-    def add(self, found: dict[str, Tensor]) -> None:
-        """Note the norms of a step."""
-        self.steps.append({**found})
-
-    def state(self) -> list[dict[str, float]]:
-        """What a checkpoint keeps of it."""
-        self.steps = [{part: float(norm) for part, norm in step.items()} for step in self.steps]
-        return self.steps  # type: ignore[return-value]
-
-    def restore(self, steps: list[dict[str, float]]) -> None:
-        """Go on from a checkpoint."""
-        self.steps = [{**step} for step in steps]
-
-    def summary(self) -> dict[str, Any]:
-        """The number of steps; for each part its first, last, smallest and largest finite norm, and two counts.
-
-        `zero` and `not_finite` count the steps in which the norm was so.
-        """
-        found: dict[str, Any] = {"steps": len(self.steps)}
-        for part in PARTS:
-            values = [float(step[part]) for step in self.steps if part in step]
-            finite = [value for value in values if math.isfinite(value)]
-            if values:
-                found[part] = {
-                    "first": _number(values[0]),
-                    "last": _number(values[-1]),
-                    "smallest": min(finite, default=None),
-                    "largest": max(finite, default=None),
-                    "zero": values.count(0.0),
-                    "not_finite": len(values) - len(finite),
-                }
-        return found
-
-
 def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[str, Any]:
     """Norms of the gradient of the model's loss on the first queries of a batch, frozen parameters included.
 

@@ -1,7 +1,7 @@
 """What lets a run go on where it stopped: its settings, what it decided by the clock, and that no other is at it.
 
 A run's folder holds run.json, written before the first stage is fitted; each stage's last.ckpt, see
-`nvf.training.checkpointing`; and decisions.json, where a time limit is set. What lies between two fits, such as
+`nvf.training.callbacks`; and decisions.json, where a time limit is set. What lies between two fits, such as
 calibration, is computed again.
 """
 

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 
 from nvf.data.datamodule import Fold, VectorDataModule
@@ -18,10 +20,13 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.ops.random_streams import stream_seed
 from nvf.training.checkpoints import attention_within, load_attention, load_reranker
+from nvf.training.devices import SHARDED, on_one_device
+from nvf.training.fit import FitSettings
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 
 log = logging.getLogger("nvf")
 Settings = Mapping[str, Any]
+MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 FEWEST_STEPS = 8  # an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
 LIMITS = ("work", "budget_s")  # of `data`, on what a run may take
@@ -116,6 +121,31 @@ def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> tuple[J
     return module, _build_data(config, "joint", source, evidence=pipeline.evidence)
 
 
+def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
+    """How a stage is fitted."""
+    settings = config[stage]
+    return FitSettings(
+        stage=stage,
+        epochs=settings["epochs"],
+        patience=settings["patience"],
+        save_every=config["save_every"],
+        trainer=partial(L.Trainer, **config["trainer"]),
+        remedies=_memory_remedies(config, stage, memory),
+    )
+
+
+def _memory_remedies(config: Settings, stage: str, memory: VectorMemory) -> tuple[str, ...]:
+    """What to do where a stage's fit needs more memory than there is."""
+    batch, settings = config[stage]["batch_size"], config["attention"]
+    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
+    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
+        remedies.append("look at some rows a step, attention.sample=8192")
+    if settings["keys"] == "learned":
+        taken = 16 * len(memory) * memory.dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
+        remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
+    return (*remedies, "keep the rows in half the room, data.dtype=float16")
+
+
 def untrained_pipeline(config: Settings, attention: SoftAttention, evidence: Evidence | None) -> Pipeline:
     """A stage 1 with a new reranker behind it."""
     settings = config["reranker"]
@@ -136,6 +166,7 @@ def check(config: Settings, source: Source) -> None:
         InputError: whatever is wrong with them.
     """
     fits = stages(config)
+    check_sharded(config)
     for stage in fits:
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None or name == "epochs":
@@ -170,6 +201,27 @@ def check(config: Settings, source: Source) -> None:
         pipeline = loaded_pipeline(config, source, attention)
     if "joint" in fits:
         joint_stage(config, source, pipeline)
+
+
+def check_sharded(config: Settings) -> None:
+    """Refuse what a memory that several devices share cannot do.
+
+    Raises:
+        InputError: another stage than stage 1, learned keys, or a sample of the rows.
+    """
+    if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
+        return
+    if stages(config) != ["attention"]:
+        raise InputError(
+            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
+            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.safetensors"
+        )
+    if any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
+        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
+    if (sample := config["attention"]["sample"]) is not None:
+        raise InputError(
+            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
+        )
 
 
 def stages(config: Settings) -> list[str]:

@@ -1,23 +1,28 @@
-"""Checkpoints of the stages: what they say of themselves, and how they are loaded."""
+"""The fitted weights of a stage as a safetensors file that says what they were fitted for, and how it is loaded."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, one_line
-from nvf.files.records import check_settings
-from nvf.files.tensors import DAMAGE, fill, read_archive
+from nvf.files.atomic import written_whole
+from nvf.files.records import check_settings, is_whole, sealed
+from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
-from nvf.training.modules import RerankerModule, StageModule
 
+WEIGHTS = "best.safetensors"
+STAGES = ("attention", "reranker", "joint")
 REMEDIES = {
-    "stage": "name a run's checkpoints/{}/best.ckpt",
+    "stage": f"name a run's checkpoints/{{}}/{WEIGHTS}",
     "memory": "fit the stages anew, or run on the data and seed that it was made for",
     "settings": "give attention= and its settings the values that it was made with",
     "reranker": "give reranker= and its settings the values that it was made with",
@@ -25,14 +30,31 @@ REMEDIES = {
 }
 
 
+def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str) -> None:
+    """Write a model's weights, with its settings and the memory's hash as metadata, atomically."""
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    about = sealed({"stage": stage, **_description(model), "weights": hashed(weights)})
+    with written_whole(path) as partial:
+        save_file(weights, partial, {"nvf": json.dumps(about)})
+
+
+def hashed(weights: Mapping[str, Tensor]) -> str:
+    """The hash of tensors and their names, by which damage to a file is noticed; safetensors has none."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
 def load_attention(attention: SoftAttention, path: str | Path) -> None:
-    """Load stage 1's weights that a run saved for the same memory, frozen; nothing in the file can run code.
+    """Load stage 1's weights that a run saved for the same memory, frozen.
 
     Raises:
         InputError: no such file, a damaged one, another memory, or another shape.
     """
     about, weights = _read(path, "attention")
-    _compare(about, describe(attention), path, "attention")
+    _compare(about, _description(attention), path, "attention")
     _fill(attention, weights, path, "attention")
     attention.requires_grad_(False)
 
@@ -61,58 +83,47 @@ def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
         InputError: as for `load_attention`; another k, or another log of queries.
     """
     about, weights = _read(path, "reranker")
-    mine = describe(pipeline)
+    mine = _description(pipeline)
     _compare(about, {name: mine[name] for name in ("memory", "reranker", "k")}, path, "reranker")
     _fill(pipeline.reranker, _under("reranker.", weights), path, "reranker")
     if pipeline.evidence is not None:
-        log = _under("evidence.", weights)
-        kept = pipeline.evidence.state_dict()
-        if log.keys() != kept.keys() or any(not _equal(log[name], mine.cpu()) for name, mine in kept.items()):
+        log, kept = _under("evidence.", weights), pipeline.evidence.state_dict()
+        if log.keys() != kept.keys() or any(not _equal(log[name], own.cpu()) for name, own in kept.items()):
             raise InputError(f"reranker_checkpoint={path} was made with another log of queries; {REMEDIES['memory']}")
 
 
-def describe(model: SoftAttention | Pipeline) -> dict[str, Any]:
-    """What a checkpoint says of the model in it."""
+def _description(model: SoftAttention | Pipeline) -> dict[str, Any]:
+    """What a file says of the model in it, as JSON values."""
     attention = model.attention if isinstance(model, Pipeline) else model
-    about = {"memory": attention.memory.fingerprint, "settings": attention.settings}
-    return {**about, "reranker": model.reranker.settings, "k": model.k} if isinstance(model, Pipeline) else about
-
-
-class Describe(Callback):
-    """Writes into each checkpoint what it was made for."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(module, StageModule)
-        model = module.model if isinstance(module, RerankerModule) else module.attention
-        checkpoint["nvf"] = {"stage": self.stage, **describe(model)}
+    about: dict[str, Any] = {"memory": attention.memory.fingerprint, "settings": attention.settings}
+    if isinstance(model, Pipeline):
+        about |= {"reranker": model.reranker.settings, "k": model.k}
+    return dict(json.loads(json.dumps(about)))
 
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of itself, and its weights."""
+    """What a file says of itself, and its weights."""
     path, remedy = Path(path), REMEDIES["stage"].format(kind)
     if not path.exists():
         raise InputError(f"{kind}_checkpoint={path} does not exist; {remedy}")
     try:
-        checkpoint = read_archive(path)
-        about, weights = checkpoint["nvf"], _under("model.", checkpoint["state_dict"])
-        stage = about["stage"]
-        if not isinstance(about, dict) or not isinstance(stage, str):
-            raise TypeError("what it says of itself is of another type")
+        weights = read_tensors(path)
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["nvf"])
         check_settings(about)
-    except Exception as fault:  # whatever a damaged file makes torch raise
+        if not is_whole(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
+            raise ValueError("it is not what was saved")
+    except DAMAGE as fault:
         raise InputError(
             f"{kind}_checkpoint={path} is truncated or not a checkpoint of NVF ({one_line(fault)}); {remedy}"
         ) from None
-    if (stage == "attention") != (kind == "attention"):
-        raise InputError(f"{kind}_checkpoint={path} has stage {stage}, but this run {kind}; {remedy}")
+    if (about["stage"] == "attention") != (kind == "attention"):
+        raise InputError(f"{kind}_checkpoint={path} has stage {about['stage']}, but this run {kind}; {remedy}")
     return about, weights
 
 
-def _equal(found: Any, mine: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.dtype == mine.dtype and torch.equal(found, mine)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path, kind: str) -> None:

@@ -3,8 +3,9 @@
 import atexit
 import os
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -12,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from nvf.errors import InputError
-from nvf.training.build import Settings, stages, variants
 
 T = TypeVar("T")
 SHARDED = "sharded"  # trainer.strategy for a memory that the devices share
@@ -20,18 +20,23 @@ GRACE = 3  # seconds that the other processes have to end once the first one doe
 REFUSED = ("spawn", "fork", "notebook")  # strategies whose processes begin in the middle of a run
 
 
-def start_processes(config: Settings) -> int:
+def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     """Start the other processes of a run whose trainer wants several; returns this one's rank.
+
+    Args:
+        trainer: the arguments that the user gives the Trainer.
+        threads: of each process; None deals the cores out.
 
     Each runs the whole program and meets the others here; none outlives the first.
 
     Raises:
         InputError: devices that are not there, or what cannot be done on several.
     """
-    trainer = config["trainer"]
-    if trainer.get("devices", "auto") in (1, "1") and trainer.get("num_nodes", 1) == 1:
+    if on_one_device(trainer):
         return 0
-    _check_several(config)
+    strategy = str(trainer.get("strategy", "auto"))
+    if any(word in strategy for word in REFUSED):
+        raise InputError(f"trainer.strategy={strategy} is not supported; choose ddp")
     try:
         places = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer}
         fabric = L.Fabric(**places, strategy="ddp")
@@ -39,11 +44,16 @@ def start_processes(config: Settings) -> int:
         raise refusal(fault) from None
     if fabric.world_size == 1:
         return 0
-    if config["threads"] is not None:
-        os.environ["OMP_NUM_THREADS"] = str(config["threads"])  # or Lightning deals the cores out
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning deals the cores out
     fabric.launch()
     atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # a cluster looks after its own
     return fabric.global_rank
+
+
+def on_one_device(trainer: Mapping[str, Any]) -> bool:
+    """Whether a Trainer with these arguments needs no other process."""
+    return trainer.get("devices", "auto") in (1, "1") and trainer.get("num_nodes", 1) == 1
 
 
 def part_processes() -> None:
@@ -84,23 +94,6 @@ def largest(device: torch.device, *values: int) -> tuple[int, ...]:
     found = torch.tensor(values, device=device)
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
     return tuple(found.tolist())
-
-
-def _check_several(config: Settings) -> None:
-    strategy = str(config["trainer"].get("strategy", "auto"))
-    if any(word in strategy for word in REFUSED):
-        raise InputError(f"trainer.strategy={strategy} is not supported; choose ddp")
-    if strategy == SHARDED and stages(config) != ["attention"]:
-        raise InputError(
-            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
-            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.ckpt"
-        )
-    if strategy == SHARDED and any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
-        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
-    if strategy == SHARDED and (sample := config["attention"]["sample"]) is not None:
-        raise InputError(
-            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
-        )
 
 
 def refusal(fault: Exception) -> InputError:

@@ -11,7 +11,8 @@ from nvf.data.queries import Source
 from nvf.evaluation.report import cut_in_words
 from nvf.runs.resume import decided
 from nvf.training.build import VARIES, Settings, attention_stage, variants
-from nvf.training.modules import JointModule, StageModule
+from nvf.training.modules import JointModule
+from nvf.training.stage import StageModule
 
 log = logging.getLogger("nvf")
 SHARE = 0.65  # of a limit for stage 1 in all its variants and folds
@@ -93,7 +94,7 @@ def _epoch_seconds(module: StageModule, data: VectorDataModule) -> float:
     for step in range(3):
         if step == 1:
             started = time.perf_counter()
-        module.measure(batch)[0].backward()
+        module.loss(batch).backward()
     module.zero_grad()
     return (time.perf_counter() - started) / 2 * len(batches)
 

@@ -26,6 +26,7 @@ from nvf.ops.ranks import criterion
 from nvf.training.build import (
     Settings,
     attention_stage,
+    fit_settings,
     fixed_queries,
     joint_stage,
     loaded_attention,
@@ -36,7 +37,8 @@ from nvf.training.build import (
     variants,
 )
 from nvf.training.cache import Kept, opened
-from nvf.training.checkpointing import LAST
+from nvf.training.callbacks import LAST
+from nvf.training.checkpoints import WEIGHTS
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
 
@@ -109,17 +111,17 @@ def _fit_variants(config: Settings, source: Source, folder: Path, held_out: Quer
         module, data = attention_stage(variant, source)
         name = f"{variant['attention']['transform']}-{variant['attention']['keys']}" if several else ""
         starts_well = module.attention.transform.starts_at_exact_search
-        epochs, gradients = fit(
-            variant, "attention", module, data, folder, start_competes=starts_well, name=f"attention/{name}".rstrip("/")
-        )
+        settings = fit_settings(variant, "attention", source.memory)
+        place = f"attention/{name}".rstrip("/")
+        epochs, gradients = fit(module, data, settings, folder=folder, name=place, start_competes=starts_well)
         chosen = _calibrated(variant, source, held_out, module.attention, epochs)._replace(gradients=gradients)
-        fitted.append((chosen, checkpoints / name / "best.ckpt"))
+        fitted.append((chosen, checkpoints / name / WEIGHTS))
     exact = quality(SoftAttention(source.memory, transform="identity"), held_out)
     clear = [pair for pair in fitted if clearly_above(pair[0].quality, exact)]
     best = max(float(chosen.quality.double().sum()) for chosen, _ in clear or fitted[:1])
     chosen, checkpoint = next(pair for pair in clear or fitted if float(pair[0].quality.double().sum()) == best)
     if several:
-        shutil.copyfile(checkpoint, checkpoints / "best.ckpt")
+        shutil.copyfile(checkpoint, checkpoints / WEIGHTS)
     return chosen._replace(tried=[{**other.tried[0], "chosen": other is chosen} for other, _ in fitted])
 
 
@@ -150,7 +152,9 @@ def fit_reranker(
             pipeline.reranker.standardise(samples.evidence, evidence.law()["ignored"])  # type: ignore[union-attr]
         if "reranker" in stages(config):
             starts_well = pipeline.reranker.starts_at_stage_one
-            gradients = fit(config, "reranker", module, data, folder, start_competes=starts_well).gradients
+            settings = fit_settings(config, "reranker", source.memory)
+            fitted = fit(module, data, settings, folder=folder, name="reranker", start_competes=starts_well)
+            gradients = fitted.gradients
     fit_sharpness(pipeline, fixed_queries(config, source, "val"))
     return pipeline, gradients
 
@@ -173,7 +177,8 @@ def fit_joint(config: Settings, source: Source, pipeline: Pipeline, folder: Path
     before = quality(pipeline, held_out)
     module, data = joint_stage(config, source, pipeline)
     config, cut = plan_joint(config, module, data, folder)
-    epochs, gradients = fit(config, "joint", module, data, folder, start_competes=True)
+    settings = fit_settings(config, "joint", source.memory)
+    epochs, gradients = fit(module, data, settings, folder=folder, name="joint", start_competes=True)
     kept = epochs > 0 and (not isinstance(source, Recorded) or clearly_above(quality(pipeline, held_out), before))
     if kept:
         fit_sharpness(pipeline, held_out)
@@ -199,7 +204,8 @@ def cross_fit(chosen: Chosen, source: Source, folder: Path, count: int) -> list[
         rest = QueryBatch(*(tensor[part != number] for tensor in train))
         partial = Recorded(source.memory, {**source.splits, "train": rest})
         module, data = attention_stage(chosen.config, partial)
-        fit_blindly(chosen.config, "attention", module, data, folder, chosen.epochs, name=f"{FOLDS}/{number + 1}")
+        settings = fit_settings(chosen.config, "attention", source.memory)
+        fit_blindly(module, data, settings, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=chosen.epochs)
         if chosen.hub_share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(chosen.hub_share,))
         fit_temperature(module.attention, *held_out)

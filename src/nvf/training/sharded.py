@@ -23,7 +23,8 @@ from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import TopK, blockwise_topk, inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg
-from nvf.training.modules import AttentionModule, Measured
+from nvf.training.modules import AttentionModule
+from nvf.training.stage import Judged
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
@@ -185,15 +186,12 @@ class ShardedAttentionModule(AttentionModule):
             mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))  # over all nodes
             self.model = ShardedAttention.of(self.model, mesh)
 
-    def measure(self, batch: QueryBatch) -> Measured:
+    def judge(self, batch: QueryBatch) -> Judged:
         logits = self.model(batch.queries)
-
-        def found(count: int | None) -> tuple[Tensor, ...]:
-            ranks = sharded_ranks(logits, batch.targets)[:count]
-            first = self.model.candidates(batch.queries[:count], min(DEEPEST, len(self.model.memory))).rows
-            return ranks, ranks <= self.k, ndcg(are_targets(first, batch.targets[:count]), batch.targets[:count])
-
-        return sharded_loss(logits, batch.targets), found
+        ranks = sharded_ranks(logits, batch.targets)
+        first = self.model.candidates(batch.queries, min(DEEPEST, len(self.model.memory))).rows
+        gains = ndcg(are_targets(first, batch.targets), batch.targets)
+        return Judged(sharded_loss(logits, batch.targets), ranks, ranks <= self.k, gains)
 
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         with loss_parallel():
