@@ -2,19 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process for each core, each with one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test attack audit lint types setup dashboard clean
+.PHONY: train test test-all attack audit lint types setup dashboard clean
 
 train: setup
 	$(BIN)/python -m nvf.train $(ARGS)
 
+# Every promise once, in minutes.
 test: lint types $(VENV)/.installed-text
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m 'not slow and not browser' $(ARGS)
 
-# The attacks of `make test`, with all their attempts.
+# With repeats at length, and in a browser where there is one.
+test-all: lint types $(VENV)/.installed-text
+	$(PYTEST) $(ARGS)
+
+# The attacks, with all their attempts.
 attack: $(VENV)/.installed-text
-	NVF_ATTACK=full $(BIN)/python -m pytest tests/attacks $(ARGS)
+	NVF_ATTACK=full $(PYTEST) tests/attacks $(ARGS)
 
 # In an environment of its own. Strict: a version that the service does not know is an error, not a clean bill, as it is
 # with a mirror of PyPI that has no advisories; ARGS="-s osv" asks another service.

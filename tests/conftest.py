@@ -2,11 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
 import numpy as np
 import pytest
@@ -20,10 +21,46 @@ from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.train import CONF, train
+from programs import command
 
+__all__ = ["command"]  # which tests take from here, as all that they share
 torch.set_num_threads(1)
 SMALL = ["data.rows=40", "data.dim=8", "queries.val_samples=200", "queries.test_samples=300"]
 SMALL_STEPS = ["attention.epochs=2", "attention.steps_per_epoch=3", "reranker.epochs=2", "reranker.steps_per_epoch=3"]
+
+
+FOLDERS = {"attacks": "attack", "browser": "browser"}  # the mark of all tests in a folder
+STARTS = {"command", "Program", "Process", "subprocess", "start_processes"}  # the names of what starts a process
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the folder that they are in, and by whether they start processes."""
+    known: dict[FunctionType, bool] = {}
+    for item in items:
+        for name in (*(FOLDERS.get(part) for part in item.path.parts), "benchmark" * ("benchmark" in item.path.stem)):
+            if name:
+                item.add_marker(name)
+        fixtures = getattr(item, "_fixtureinfo", None)
+        used = [each.func for several in fixtures.name2fixturedefs.values() for each in several] if fixtures else []
+        if any(_starts(function, known) for function in (getattr(item, "function", None), *used)):
+            item.add_marker("process")
+
+
+def _starts(function: Any, known: dict[FunctionType, bool]) -> bool:
+    """Whether a function of the tests, or one that it names, starts a process."""
+    if not isinstance(function, FunctionType) or "/tests/" not in function.__code__.co_filename:
+        return False
+    if function not in known:
+        known[function] = False  # while it is looked into, it may come by itself again
+        names = _names(function.__code__)
+        others = (function.__globals__.get(name) for name in names)
+        known[function] = bool(names & STARTS) or any(_starts(other, known) for other in others)
+    return known[function]
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def compose_config(*overrides: str) -> dict[str, Any]:
@@ -49,21 +86,6 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return results
 
     return _run
-
-
-def command(
-    *arguments: str, cwd: Path, module: str = "nvf.train", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`python -m nvf.train`, or another module of ours, as a user types it."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def without_time(results: dict[str, Any]) -> dict[str, Any]:

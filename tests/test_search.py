@@ -222,7 +222,7 @@ def test_parquet_without_pyarrow_names_the_extra(place: Path, monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "nvf.data.parquet", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for given in ({"queries": place / "q.parquet"}, {"output": place / "a.parquet"}):
-        with pytest.raises(InputError, match=re.escape("pip install 'nvf[parquet]'")):
+        with pytest.raises(InputError, match=re.escape("pip install -e '.[parquet]'")):
             ask(place, **given)
 
 

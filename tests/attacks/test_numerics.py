@@ -130,9 +130,16 @@ def test_every_float_type_answers_as_float64_does(
         assert np.abs(whole.answer.double().detach().numpy() - answer).max(initial=0) <= error
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kept", [torch.float16, torch.float32])
-@pytest.mark.parametrize("dim", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("threads", "kept"),
+    [
+        (1, torch.float32),
+        (2, torch.float16),
+        pytest.param(1, torch.float16, marks=pytest.mark.slow),
+        pytest.param(2, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("dim", [1, pytest.param(7, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize(("rows", "distinct"), [(37, 1), (103, 9), (3001, 1), (3001, 100)])
 def test_of_equal_rows_the_smallest_comes_first(
     rows: int, distinct: int, dim: int, kept: torch.dtype, threads: int, attempts: Callable[[int, int], int]

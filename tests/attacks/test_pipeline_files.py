@@ -28,6 +28,7 @@ from nvf.train import train
 from nvf.training.build import build_source
 from nvf.training.checkpoints import hashed
 from nvf.training.select import fit_attention
+from programs import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_every_door_opens_and_no_pickle_gets_through_it(place: Path, tmp_path: P
 def test_damaged_copies(place: Path, hashes: str, attempts: Callable[[int, int], int]) -> None:
     count = attempts(10, 1000)
     program = [sys.executable, str(Path(__file__).with_name("pipeline_doors.py")), str(place), str(count), "0", hashes]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60 + 2 * count, check=False)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE + 2 * count, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, (done.returncode, lines[-1:], done.stderr[-2000:])
     expected = {line["door"]: line["expected"] for line in lines if "expected" in line}
@@ -148,7 +149,7 @@ def test_what_is_no_file_is_refused(place: Path, tmp_path: Path, kind: str) -> N
         kept = tmp_path / "kept"
         (place / door).rename(kept)
         NO_FILES[kind](place / door, kept)
-        signal.alarm(20)
+        signal.alarm(PATIENCE)
         found = opened(place / door, door)
         signal.alarm(0)
         assert found in ("refused", "nothing", "False"), (door, found)

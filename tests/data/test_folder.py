@@ -191,7 +191,7 @@ def test_given_splits_are_kept(folder: Path) -> None:
     for split, part in zip(SPLITS, (slice(0, 300), slice(300, 350), slice(350, 400)), strict=True):
         np.save(folder / f"{split}_queries.npy", queries[part])
         np.save(folder / f"{split}_targets.npy", targets[part])
-    with pytest.raises(InputError, match="keep either your splits or the whole"):
+    with pytest.raises(InputError, match="keep either your splits or the one file"):
         read(folder)
     (folder / "queries.npy").unlink()
     (folder / "targets.npy").unlink()
@@ -270,7 +270,10 @@ FAULTS = {
     "pickle": (lambda f: np.save(f / "corpus.npy", np.array([{}], dtype=object)), r"corpus.npy is truncated or not"),
     "text": (lambda f: (f / "corpus.npy").write_text("id,vector\n"), r"corpus.npy is truncated or not a plain .npy"),
     "nothing": (lambda f: (f / "corpus.npy").write_bytes(b""), r"corpus.npy is truncated or not a plain .npy"),
-    "archive": (lambda f: np.savez((f / "corpus.npy").open("wb"), a=np.ones(3)), r"archive of arrays"),
+    "archive": (
+        lambda f: np.savez((f / "corpus.npy").open("wb"), a=np.ones(3)),
+        r"corpus.npy is truncated or not a plain .npy",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from nvf import InputError, Pipeline
 from nvf.data.folder import read_memory as read_folder
 from nvf.data.folder import read_recorded
 from nvf.evaluation.report import table
+from programs import PATIENCE
 
 client = pytest.importorskip("qdrant_client")
 models = pytest.importorskip("qdrant_client.models")
@@ -246,7 +247,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
         with pytest.raises(InputError, match=r"data.path=.*storage is open in another process; close it there"):
             read(storage)
     finally:
-        other.communicate("\n", timeout=30)
+        other.communicate("\n", timeout=PATIENCE)
     assert len(read(storage)) == 50
 
 

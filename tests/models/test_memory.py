@@ -73,7 +73,7 @@ def test_ids_are_no_part_of_the_fingerprint() -> None:
         (np.array(4), "memory: 1 ids for 3 rows"),
         (np.eye(3), r"row 0 has the id \[1.0, 0.0, 0.0\], which is not an integer or a string"),
         (np.array([1.0, 2.0, 3.0]), "row 0 has the id 1.0, which is not an integer or a string"),
-        (np.array([1, "b", 3], dtype=object), "row 1 has the id 'b', which is not the type of the first"),
+        (np.array([1, "b", 3], dtype=object), "row 1 has the id 'b', which is not"),
         (np.array([0, 1, True], dtype=object), "row 2 has the id True"),
         (np.array(["a", "b", "a"]), "row 2 has the id 'a' of row 0; give each row an integer or a string of its own"),
         (np.array([0, 1, 2**64], dtype=object), "do not fit into 64 bits"),

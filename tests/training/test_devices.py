@@ -2,10 +2,8 @@
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from nvf.training.devices import part_processes, start_processes
 from nvf.training.fit import fit
 from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, sharded_loss, sharded_ranks
 from nvf.training.stages import attention_stage, fit_settings, reranker_stage
+from programs import Program, state, wait_for
 
 RANKS = 2
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
@@ -43,7 +42,7 @@ def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (work, folder, port), nprocs=RANKS)
+    mp.start_processes(_process, (work, folder, port), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -301,24 +300,14 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
 
 def test_a_stopped_run_stops_all_its_processes(tmp_path: Path) -> None:
     words = [*SMALL, "stage=attention", "attention.steps_per_epoch=1", "attention.epochs=10000", "trainer=ddp", *TWO]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nvf.train", *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    try:
-        wait_for(lambda: list(tmp_path.glob("outputs/*/*/checkpoints/attention/best.ckpt")))
-        process.terminate()
-        _, told = process.communicate(timeout=60)  # the other process holds the pipe, too
-    finally:
-        process.kill()
-    assert process.returncode == 143
-    assert "Traceback" not in told.decode()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    with Program(*words, cwd=tmp_path) as process:
+        wait_for(lambda: list(tmp_path.glob("outputs/*/*/checkpoints/attention/best.ckpt")), unless=process.ended)
+        others = process.children()
+        process.send(signal.SIGTERM)
+        assert process.wait() == 143
+        assert others
+        wait_for(lambda: all(state(pid) == "Z" for pid in others))
+        assert "Traceback" not in process.stderr
 
 
 def test_a_sharded_run_finds_what_a_run_on_one_device_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Answers to queries as a file, written as they come: .npy, .parquet or .jsonl.
+"""Answers to queries as a file, written block by block: .npy, .parquet or .jsonl.
 
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .parquet  a row a query: query int64, ids list, probabilities list of float
@@ -8,12 +8,12 @@ Best first in all three; `query` counts from 0 in the order of the queries; `ids
 has none.
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
@@ -21,10 +21,8 @@ from nvf.errors import InputError
 from nvf.files.atomic import written_whole
 from nvf.models.pipeline import Hits
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 ENDINGS = (".npy", ".parquet", ".jsonl")
+Blocks = Iterable[tuple[np.ndarray, Hits]]  # what the user calls the rows, (b, k): ids, or row numbers; and the hits
 
 
 def check_output(output: Path, queries: Path) -> None:
@@ -40,69 +38,49 @@ def check_output(output: Path, queries: Path) -> None:
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
-    """Write the answers to `count` queries, given in blocks of (b, k); whole or not at all."""
-    with written_whole(output) as partial:
+    """Write the answers to `count` queries, given in blocks of (b, k), atomically."""
+    blocks = ((block.rows if block.ids is None else block.ids, block) for block in hits)
+    with written_whole(output) as partial, partial.open("wb") as file:
         if output.suffix == ".npy":
-            _write_npy(partial, hits, count, k)
+            _write_npy(file, blocks, count, k)
         elif output.suffix == ".parquet":
-            _write_parquet(partial, hits)
+            _write_parquet(file, blocks)
         else:
-            _write_jsonl(partial, hits)
+            _write_jsonl(file, blocks)
 
 
-def _write_npy(path: Path, hits: Iterable[Hits], count: int, k: int) -> None:
+def _write_npy(file: IO[bytes], blocks: Blocks, count: int, k: int) -> None:
     dtype = np.dtype([("rows", np.int64, (k,)), ("probabilities", np.float32, (k,))])
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for block in hits:
-            answers = np.empty(len(block.rows), dtype)
-            answers["rows"], answers["probabilities"] = block.rows, block.probabilities
-            file.write(answers.tobytes())
+    np.lib.format.write_array_header_1_0(file, header)
+    for _, block in blocks:
+        answers = np.empty(len(block.rows), dtype)
+        answers["rows"], answers["probabilities"] = block.rows, block.probabilities
+        file.write(answers.tobytes())
 
 
-def _write_jsonl(path: Path, hits: Iterable[Hits]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for start, block in _numbered(hits):
-            pairs = zip(_names(block).tolist(), block.probabilities.tolist(), strict=True)
-            for query, (names, probabilities) in enumerate(pairs, start):
-                answer = {"query": query, "ids": names, "probabilities": probabilities}
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+def _write_jsonl(file: IO[bytes], blocks: Blocks) -> None:
+    numbers = itertools.count()
+    for names, block in blocks:
+        for ids, probabilities, query in zip(names.tolist(), block.probabilities.tolist(), numbers, strict=False):
+            answer = {"query": query, "ids": ids, "probabilities": probabilities}
+            file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
 
 
-def _write_parquet(path: Path, hits: Iterable[Hits]) -> None:
-    from nvf.data.parquet import pq  # needs pyarrow, which is an extra
+def _write_parquet(file: IO[bytes], blocks: Blocks) -> None:
+    from nvf.data.parquet import pa, pq  # needs pyarrow, which is an extra
 
-    tables = (_table(start, block) for start, block in _numbered(hits))
-    first = next(tables)
-    with pq.ParquetWriter(path, first.schema) as file:
-        for table in chain([first], tables):
-            file.write_table(table)
-
-
-def _table(start: int, block: Hits) -> "pa.Table":
-    from nvf.data.parquet import pa
-
-    b, k = block.rows.shape
-    ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
-    names = _names(block).ravel()
-    # Integers that neither int64 nor uint64 has all of come as objects, like strings.
-    kind = pa.decimal128(20) if names.dtype == object and not isinstance(names[0], str) else None
-    ids, probabilities = (
-        pa.ListArray.from_arrays(ends, values)
-        for values in (pa.array(names, type=kind), pa.array(block.probabilities.ravel()))
-    )
-    return pa.table({"query": np.arange(start, start + b), "ids": ids, "probabilities": probabilities})
-
-
-def _names(block: Hits) -> np.ndarray:
-    """What the user calls the rows, (b, k): their ids, or the row numbers where there are none."""
-    return block.rows if block.ids is None else block.ids
-
-
-def _numbered(hits: Iterable[Hits]) -> Iterator[tuple[int, Hits]]:
-    """Each block with the number of its first query."""
-    start = 0
-    for block in hits:
-        yield start, block
-        start += len(block.rows)
+    writer, start = None, 0
+    for names, block in blocks:
+        b, k = block.rows.shape
+        # Integers that neither int64 nor uint64 has all of come as objects, like strings.
+        kind = pa.decimal128(20) if names.dtype == object and not isinstance(names[0, 0], str) else None
+        ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
+        values = {"ids": pa.array(names.ravel(), type=kind), "probabilities": pa.array(block.probabilities.ravel())}
+        lists = {name: pa.ListArray.from_arrays(ends, flat) for name, flat in values.items()}
+        table = pa.table({"query": np.arange(start, start + b), **lists})
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+        start += b
+    if writer is not None:
+        writer.close()

@@ -1,4 +1,4 @@
-"""A folder of the user's own embeddings, checked at the door; either all .npy or all .parquet.
+"""Readers of a folder of the user's own embeddings, which is either all .npy or all .parquet.
 
     corpus.npy                                                  (N, D) float16/32/64
     ids.json                                                    if the rows have ids: a list of integers or strings
@@ -11,7 +11,7 @@
                                                                 and a time, if data.columns.time names it
     or {train,val,test}_queries.parquet
 
-Every fault raises an InputError that names the file, the row where there is one, and the remedy.
+Every fault is an InputError that names the file, the row where there is one, and the fix.
 """
 
 import logging
@@ -36,9 +36,9 @@ log = logging.getLogger("nvf")
 
 
 def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **stored: Any) -> VectorMemory:
-    """The corpus of a folder as a memory, (N, D) distinct rows, with the ids that the folder gives its vectors.
+    """Read the corpus of a folder as a memory, (N, D) distinct rows, with the ids that the folder gives its vectors.
 
-    `stored` may say how the memory keeps its rows, `dtype` and `mapped`; of a corpus.npy no whole copy is made.
+    `stored` may say how the memory keeps its rows, `dtype` and `mapped`; a corpus.npy is read in blocks.
     """
     folder = Path(folder)
     if _corpus_format(folder) == "parquet":
@@ -60,10 +60,10 @@ def read_recorded(
     columns: Mapping[str, str] = COLUMNS,
     by_id: bool = False,
 ) -> Recorded:
-    """The queries of a folder, in which identical ones are one: the user's splits, or 80/10/10 by time or by seed.
+    """Read the queries of a folder: the user's splits, or 80/10/10 by time or by seed; identical queries are one.
 
     Args:
-        by_id: the memory is not from this folder, so that targets.npy holds ids, as .parquet files always do, and
+        by_id: whether the memory is from elsewhere, so that targets.npy holds ids, as .parquet files always do, and
             the queries may be in either format.
     """
     folder = Path(folder)
@@ -72,26 +72,31 @@ def read_recorded(
     kind = names[0].rpartition(".")[2] if names else corpus or "parquet"
     if corpus not in (None, kind):
         raise InputError(f"{folder} holds corpus.{corpus}, but {names[0]}; give both as .npy or both as .parquet")
-
-    whole, column = not names or names[0] in PARTS[kind], columns.get("time")
-    if not whole and (column is not None or (folder / TIMES).exists()):
-        named = f"data.columns.time={column}" if column is not None else folder / TIMES
-        raise InputError(f"{named} splits queries, but {folder} holds splits, {names[0]}; keep one of them")
-    prefixes = [""] if whole else [f"{split}_" for split in SPLITS]
-    given = [_read_pair(folder, prefix, kind, memory, columns, by_id) for prefix in prefixes]
-    if whole:
+    column = columns.get("time")
+    if not names or names[0] in PARTS[kind]:
+        given = [_read_pair(folder, "", kind, memory, columns, by_id)]
         times = _read_times(folder, kind, column, len(given[0].queries))
         splits = deal(given[0], folder / PARTS[kind][0], seed, times)
+        duplicates = {}
+    elif column is not None or (folder / TIMES).exists():
+        named = f"data.columns.time={column}" if column is not None else folder / TIMES
+        raise InputError(f"{named} splits queries, but {folder} holds splits, {names[0]}; keep one of them")
     else:
+        given = [_read_pair(folder, f"{split}_", kind, memory, columns, by_id) for split in SPLITS]
         splits = {split: merge(batch)[0] for split, batch in zip(SPLITS, given, strict=True)}
+        duplicates = repeats(splits)
     merged = sum(len(batch.queries) for batch in given) - sum(len(batch.queries) for batch in splits.values())
     if merged:
         log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
-    if whole:
-        return Recorded(memory, splits, merged=merged)
-    duplicates = repeats(splits)
     if duplicates:
-        log.warning("%s: %s", folder, _warn_of(duplicates, splits))
+        pairs = [(pair.split("/"), count) for pair, count in duplicates.items()]
+        shared = [f"{count} of {len(splits[b].queries)} {b} queries are also in {a}" for (a, b), count in pairs]
+        log.warning(
+            "%s: %s; they were seen before, so the figures flatter what new queries will find; "
+            "remove them from one split, or give all queries in one file and let NVF split them",
+            folder,
+            ", ".join(shared),
+        )
     return Recorded(memory, splits, duplicates, merged)
 
 
@@ -103,38 +108,38 @@ def _corpus_format(folder: Path) -> str:
 
 
 def _given_queries(folder: Path) -> list[str]:
-    """The names of the files that hold queries and targets; of one format, and either the user's splits or not."""
-    whole = [name for parts in PARTS.values() for name in parts]
-    splits = [f"{split}_{name}" for name in whole for split in SPLITS]
-    whole, splits = ([name for name in names if (folder / name).exists()] for names in (whole, splits))
-    if whole and splits:
-        raise InputError(f"{folder} holds both {splits[0]} and {whole[0]}; keep either your splits or the whole")
-    names = splits or whole
-    if len({Path(name).suffix for name in names}) > 1:
-        raise InputError(f"{folder} holds both {names[0]} and {names[-1]}; keep one format")
-    return names
+    """Return the names of the files that hold queries and targets, all of one format, and split or not."""
+    names = [name for parts in PARTS.values() for name in parts]
+    undivided = [name for name in names if (folder / name).exists()]
+    divided = [f"{split}_{name}" for name in names for split in SPLITS if (folder / f"{split}_{name}").exists()]
+    if undivided and divided:
+        raise InputError(
+            f"{folder} holds both {divided[0]} and {undivided[0]}; keep either your splits or the one file"
+        )
+    given = divided or undivided
+    if len({Path(name).suffix for name in given}) > 1:
+        raise InputError(f"{folder} holds both {given[0]} and {given[-1]}; keep one format")
+    return given
 
 
 def _read_pair(
     folder: Path, prefix: str, kind: str, memory: VectorMemory, columns: Mapping[str, str], by_id: bool
 ) -> QueryBatch:
-    path = folder / f"{prefix}queries.{kind}"
+    path = targets_path = folder / f"{prefix}queries.{kind}"
+    ids: np.ndarray | range | None = memory.ids
     if kind == "parquet":
         from nvf.data.parquet import read_queries  # needs pyarrow, which is an extra
 
-        targets_path = path
-        queries, ids, counts = read_queries(path, columns)
-        ids = np.array([plain_uuid(name) for name in ids.tolist()], dtype=object) if by_id else ids
-        rows = target_rows(memory.ids, ids, counts, str(path))
+        queries, targets, counts = read_queries(path, columns)
+        if by_id:
+            targets = np.array([plain_uuid(name) for name in targets.tolist()], dtype=object)
     else:
         targets_path = folder / f"{prefix}targets.npy"
         queries = npy.read_vectors(path, "the vectors of your queries")
-        targets = npy.read_targets(targets_path, "id" if by_id else "row of corpus.npy", len(queries))
-        if by_id:
-            given = targets != -1
-            rows = target_rows(memory.ids, targets[given], given.sum(axis=1), str(targets_path))
-        else:
-            rows = _checked_rows(targets, memory.given, targets_path)
+        table = npy.read_targets(targets_path, "id" if by_id else "row of corpus.npy", len(queries))
+        targets, counts = table[table != -1], (table != -1).sum(axis=1)
+        ids = ids if by_id else range(memory.given)
+    rows = target_rows(ids, targets, counts, str(targets_path))
     if rows.shape[1] == memory.given > 2 and (rows >= 0).all() and len(np.unique(rows)) <= 2:
         raise InputError(
             f"{targets_path}: targets of shape {rows.shape}, of two kinds, are a relevance matrix; give each query the "
@@ -148,14 +153,16 @@ def _read_pair(
 
 
 def _read_times(folder: Path, kind: str, column: str | None, count: int) -> np.ndarray | None:
-    """When each query was asked, (n,), numbers or dates; None where the folder does not say."""
+    """Read when each query was asked, (n,), numbers or dates; None where the folder does not say."""
+    path = folder / TIMES
     if column is not None and kind == "npy":
-        raise InputError(f"data.columns.time={column} names a column of .parquet files; write {folder / TIMES} instead")
+        raise InputError(f"data.columns.time={column} names a column of .parquet files; write {path} instead")
     if column is not None:
         from nvf.data.parquet import read_times  # needs pyarrow, which is an extra
 
-        name, times = f"{folder / PARTS[kind][0]}: column {column!r}", read_times(folder / PARTS[kind][0], column)
-    elif (path := folder / TIMES).exists():
+        path = folder / PARTS[kind][0]
+        name, times = f"{path}: column {column!r}", read_times(path, column)
+    elif path.exists():
         name, times = str(path), npy.ArrayFile(path, "when each query was asked").read()
     else:
         return None
@@ -169,34 +176,10 @@ def _read_times(folder: Path, kind: str, column: str | None, count: int) -> np.n
 
 
 def _once(rows: np.ndarray) -> np.ndarray:
-    """Targets, (n, m), where a row that a query names again gives way to padding."""
+    """Replace a row that a query's targets, (n, m), name again by padding."""
     order = np.argsort(rows, axis=1, kind="stable")
     ordered = np.take_along_axis(rows, order, axis=1)
     ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -1
     once = np.empty_like(rows)
     np.put_along_axis(once, order, ordered, axis=1)
     return once
-
-
-def _checked_rows(targets: np.ndarray, rows: int, path: Path) -> np.ndarray:
-    """The targets as int64, all of them rows of the memory or padding."""
-    wrong = (targets < -1) | (targets >= rows)
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise InputError(
-            f"{path}: row {row}: target {targets[row, column]} is outside 0..{rows - 1} (-1 pads); "
-            "correct or remove this query"
-        )
-    return targets.astype(np.int64)
-
-
-def _warn_of(duplicates: Mapping[str, int], splits: Mapping[str, QueryBatch]) -> str:
-    """What it means that splits share queries."""
-    shared = []
-    for pair, count in duplicates.items():
-        first, second = pair.split("/")
-        shared.append(f"{count} of {len(splits[second].queries)} {second} queries are also in {first}")
-    return (
-        f"{', '.join(shared)}; they were seen before, so the figures flatter what new queries will find; "
-        "remove them from one split, or give the queries whole and let NVF split them"
-    )

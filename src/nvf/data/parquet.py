@@ -1,218 +1,185 @@
-"""Vectors, ids and targets in columns of .parquet files, read as whole arrays, and vectors in blocks.
+"""Readers of vectors, ids, targets and times in columns of .parquet files, a block of rows at a time.
 
 In place of a file there may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in name order.
 
-Every fault raises an InputError that names the file, the row or the columns, and the remedy. Importing this module
-without pyarrow does too.
+Every fault is an InputError that names the file, the row or the column, and the fix. Without pyarrow, importing this
+module raises one too.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nvf.errors import InputError, one_line
 from nvf.files.ids import checked_ids
 from nvf.files.mapped_rows import state_of
-from nvf.files.vectors import check_vectors, from_numpy
+from nvf.files.vectors import check_vectors
 
 try:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError:
-    raise InputError("pyarrow, which reads .parquet files, is not installed; pip install 'nvf[parquet]'") from None
+    raise InputError("reading .parquet files needs pyarrow: pip install -e '.[parquet]' in NVF's folder") from None
 
+BLOCK = 8192  # rows
 ROWS_A_BYTE = 1024  # more than equal vectors take, run-length encoded and compressed
+T = TypeVar("T")
 
 
 def read_corpus(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndarray]:
-    """The vectors of the items, (N, D), and their ids, (N,), all different."""
-    with _named(path):
-        table = _read(path, columns, "vector", "id")
-        ids = _ids(_column(table, path, columns["id"]), path, columns["id"])
-        numbers = checked_ids(ids, len(ids), f"{path}: column {columns['id']!r}")
-        vectors = from_numpy(_matrix(table, path, columns["vector"]))
-    check_vectors(vectors, str(path), numbers)
-    return vectors, numbers
+    """Read the vectors of the items, (N, D), and their ids, (N,), which all differ."""
+    file = _Columns(path, {f"data.columns.{role}": columns[role] for role in ("vector", "id")})
+    found = [*file.blocks(lambda rows: (file.matrix(rows, columns["vector"]), file.ids(rows, columns["id"])[0]))]
+    vectors, ids = zip(*found, strict=True)
+    names = [*chain.from_iterable(ids)]
+    given = checked_ids(names, len(names), f"{path}: column {columns['id']!r}")
+    return _checked(vectors, path, given), given
 
 
 def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """The vectors of the queries, (n, D), the ids of all their targets, (t,), and how many of these each has, (n,)."""
-    with _named(path):
-        table = _read(path, columns, "vector", "targets")
-        vectors = from_numpy(_matrix(table, path, columns["vector"]))
-        check_vectors(vectors, str(path))
-        name = columns["targets"]
-        targets = _column(table, path, name)
-        if not _is_list(targets.type):
-            return vectors, _ids(targets, path, name), np.ones(len(targets), dtype=np.int64)
-        counts = pc.list_value_length(targets).to_numpy().astype(np.int64)
-        return vectors, _ids(_flatten(targets, counts, path, name), path, name), counts
+    """Read the queries, (n, D), the ids of all their targets, (t,), and how many of these each query has, (n,)."""
+    file = _Columns(path, {f"data.columns.{role}": columns[role] for role in ("vector", "targets")})
+    found = [*file.blocks(lambda rows: (file.matrix(rows, columns["vector"]), *file.ids(rows, columns["targets"])))]
+    vectors, ids, counts = zip(*found, strict=True)
+    return _checked(vectors, path), np.array([*chain.from_iterable(ids)], dtype=object), np.concatenate(counts)
 
 
 def read_times(path: Path, column: str) -> np.ndarray:
-    """When each query was asked, (n,), of the column's own type."""
-    with _named(path):
-        return _column(_read(path, {"time": column}, "time"), path, column).to_numpy()
+    """Read when each query was asked, (n,), in the column's own type."""
+    file = _Columns(path, {"data.columns.time": column})
+    return np.concatenate([*file.blocks(lambda rows: file.column(rows, column).to_numpy(zero_copy_only=False))])
 
 
 def vector_blocks(path: Path, column: str, size: int) -> Iterator[np.ndarray]:
-    """The vectors of a column, (b, D), at most so many at a time; NaN, infinite values and zeros are not looked for."""
-    start, claimed, dim = 0, 0, None
-    with _named(path):
-        for part in _parts(path):
-            with _open(part, {"column": column}) as file:
-                for batch in file.iter_batches(batch_size=size, columns=[column]):
-                    table = pa.Table.from_batches([batch])
-                    table.validate(full=True)
-                    block = _matrix(table, path, column, start, dim)
-                    yield block
-                    start, dim = start + len(block), block.shape[1]
-                claimed += file.metadata.num_rows
-        _check_count(start, claimed, path)
+    """Yield the vectors of a column, (b, D), at most `size` at a time; zeros, NaN and infinite values pass."""
+    file = _Columns(path, {"column": column})
+    return file.blocks(lambda rows: file.matrix(rows, column), size)
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Faults of the file, of whatever type, as InputErrors that name it; one is that it changes meanwhile."""
-    before = [state_of(part.stat()) for part in _parts(path) if part.is_file()]
-    try:
-        yield
-        changed = [state_of(part.stat()) for part in _parts(path)] != before
-    except InputError:
-        raise
-    except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
-        raise InputError(f"{path} is truncated or not a parquet file ({one_line(fault)}); write it anew") from None
-    if changed:
-        raise InputError(f"{path} changed while it was read; start again when nothing writes to it")
+def _checked(vectors: tuple[np.ndarray, ...], path: Path, ids: np.ndarray | None = None) -> Tensor:
+    joined = torch.from_numpy(np.concatenate(vectors))
+    check_vectors(joined, str(path), ids)
+    return joined
 
 
-def _parts(path: Path) -> list[Path]:
-    """The file itself, or those in a folder, in name order."""
-    return (sorted(path.glob("*.parquet")) if path.is_dir() else []) or [path]
-
-
-@contextmanager
-def _open(path: Path, names: Mapping[str, str]) -> Iterator["pq.ParquetFile"]:
-    """The file, which has every named column once.
+class _Columns:
+    """Some columns of a file, or of a folder of parts.
 
     Args:
-        names: of the columns, by the option that gives the name.
+        path: the file or folder.
+        names: the columns, by the option that gives each name.
     """
-    if not path.is_file():
-        holds = " and ".join(f"column {name!r}" for name in names.values())
-        raise InputError(f"{path} is missing, or no file; it holds {holds}")
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        there = file.schema_arrow.names
-        for option, name in names.items():
-            if there.count(name) != 1:
+
+    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
+        self.path, self.names = path, names
+        self.start = 0  # the row that the current block begins with
+        self.dim: int | None = None  # of row 0
+
+    def blocks(self, convert: Callable[["pa.RecordBatch"], T], size: int = BLOCK) -> Iterator[T]:
+        """Yield what `convert` makes of each block of at most `size` rows."""
+        parts = (sorted(self.path.glob("*.parquet")) if self.path.is_dir() else []) or [self.path]
+        claimed = 0
+        try:
+            before = [state_of(part.stat()) for part in parts if part.is_file()]
+            for part in parts:
+                if not part.is_file():
+                    holds = " and ".join(f"column {name!r}" for name in self.names.values())
+                    raise InputError(f"{part} is missing, or no file; it holds {holds}")
+                with pq.ParquetFile(part, page_checksum_verification=True) as file:
+                    self._check(file, part)
+                    claimed += file.metadata.num_rows
+                    for rows in file.iter_batches(size, columns=[*self.names.values()]):
+                        rows.validate(full=True)
+                        if len(rows):
+                            yield convert(rows)
+                        self.start += len(rows)
+            changed = [state_of(part.stat()) for part in parts] != before
+        except InputError:
+            raise
+        except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
+            raise InputError(
+                f"{self.path} is truncated or not a parquet file ({one_line(fault)}); write it anew"
+            ) from None
+        if changed:
+            raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
+        if self.start != claimed or not claimed:
+            raise InputError(f"{self.path} has no rows, or fewer than the {claimed} that it claims; write it anew")
+
+    def _check(self, file: "pq.ParquetFile", path: Path) -> None:
+        """Refuse a file that lacks a column, or claims rows that it lacks, before room is made for them."""
+        known = file.schema_arrow.names
+        for option, name in self.names.items():
+            if known.count(name) != 1:
                 raise InputError(
-                    f"{path} has {there.count(name)} columns {name!r}, but {', '.join(map(repr, there))}; "
+                    f"{path} has {known.count(name)} columns {name!r}, but {', '.join(map(repr, known))}; "
                     f"add it, or name one of them with {option}="
                 )
-        _check_rows(file.metadata, path)
-        yield file
+        rows, size = file.metadata.num_rows, path.stat().st_size
+        # Nothing is asked of columns: where what describes one is damaged, pyarrow 26.0 ends the process.
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        if not 0 <= rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups, default=0) < 0:
+            raise InputError(f"{path} claims {rows:,} rows in {size:,} bytes, which do not hold them; write it anew")
 
+    def column(self, rows: "pa.RecordBatch", name: str) -> "pa.Array":
+        """Return a column, none of whose values is null."""
+        return self._without_nulls(rows.column(name), name)
 
-def _check_rows(metadata: "pq.FileMetaData", path: Path) -> None:
-    """Refuse a file that claims rows which it does not have, before there is room made for them."""
-    rows, size = metadata.num_rows, path.stat().st_size
-    # Nothing is asked of columns: where what describes one is damaged, pyarrow 26.0 ends the process.
-    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if not 0 <= rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups, default=0) < 0:
-        raise InputError(f"{path} claims {rows:,} rows in {size:,} bytes, which do not hold them; write it anew")
+    def _without_nulls(self, values: "pa.Array", name: str, lists: "pa.Array | None" = None) -> "pa.Array":
+        """Return the values, categories spelled out; refuse nulls."""
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if values.null_count:
+            row = int(values.is_null().to_numpy(zero_copy_only=False).argmax())
+            row, fault = (row, "is") if lists is None else (pc.list_parent_indices(lists)[row].as_py(), "holds a")
+            raise InputError(f"{self.path}: row {self.start + row}: column {name!r} {fault} null; remove or repair it")
+        return values
 
+    def _flat(self, lists: "pa.Array", name: str) -> tuple["pa.Array", np.ndarray]:
+        """Return the values of all lists, one list after the other, and the lengths of the lists."""
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+        return self._without_nulls(lists.flatten(), name, lists), lengths
 
-def _read(path: Path, columns: Mapping[str, str], *roles: str) -> "pa.Table":
-    """The columns that play these roles."""
-    tables, claimed = [], 0
-    for part in _parts(path):
-        with _open(part, {f"data.columns.{role}": columns[role] for role in roles}) as file:
-            tables.append(file.read(columns=[columns[role] for role in roles]))
-            claimed += file.metadata.num_rows
-    table = pa.concat_tables(tables, promote_options="permissive")
-    table.validate(full=True)
-    _check_count(len(table), claimed, path)
-    return table
+    def matrix(self, rows: "pa.RecordBatch", name: str) -> np.ndarray:
+        """Return a column of lists of floats, all of one length, as a matrix, (b, D)."""
+        lists = self.column(rows, name)
+        if not _is_list(lists.type) or not pa.types.is_floating(lists.type.value_type):
+            raise InputError(
+                f"{self.path}: column {name!r} has type {lists.type}; give lists of float16, float32 or float64"
+            )
+        values, lengths = self._flat(lists, name)
+        self.dim = int(lengths[0]) if self.dim is None else self.dim
+        if self.dim == 0:
+            raise InputError(f"{self.path}: row 0: column {name!r} is an empty list; give each row a vector")
+        if (ragged := lengths != self.dim).any():
+            row = int(ragged.argmax())
+            raise InputError(
+                f"{self.path}: row {self.start + row}: column {name!r} has {lengths[row]} values, but {self.dim} in "
+                "row 0; embed all with the same model"
+            )
+        return values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
 
+    def ids(self, rows: "pa.RecordBatch", name: str) -> tuple[list[Any], np.ndarray]:
+        """Return the ids in a column of ids or of lists of ids, and how many each row has.
 
-def _check_count(rows: int, claimed: int, path: Path) -> None:
-    if rows != claimed:
-        raise InputError(f"{path} has {rows} rows, but claims {claimed}; write it anew")
-    if rows == 0:
-        raise InputError(f"{path} has no rows; give at least one")
-
-
-def _column(table: "pa.Table", path: Path, name: str, start: int = 0) -> "pa.ChunkedArray":
-    """A column without nulls; the table begins at the file's row `start`."""
-    column = _decoded(table.column(name))
-    if column.null_count:
-        row = start + int(column.is_null().to_numpy().argmax())
-        raise InputError(f"{path}: row {row}: column {name!r} is null; remove or repair it")
-    return column
-
-
-def _matrix(table: "pa.Table", path: Path, name: str, start: int = 0, dim: int | None = None) -> np.ndarray:
-    """A column of lists of floats, all of one length, as a matrix, (n, D); `dim` is row 0's, where it is known."""
-    column = _column(table, path, name, start)
-    if not _is_list(column.type) or not pa.types.is_floating(column.type.value_type):
-        raise InputError(
-            f"{path}: column {name!r} has type {column.type}; give lists of float16, float32 or float64, one a row"
-        )
-    lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
-    dim = int(lengths[0]) if dim is None else dim
-    if dim == 0:
-        raise InputError(f"{path}: row 0: column {name!r} is an empty list; give each row a vector")
-    if (ragged := lengths != dim).any():
-        row = int(ragged.argmax())
-        raise InputError(
-            f"{path}: row {start + row}: column {name!r} has {lengths[row]} values, but {dim} in row 0; "
-            "embed all with the same model"
-        )
-    return _flatten(column, lengths, path, name, start).to_numpy().reshape(-1, dim)
-
-
-def _flatten(
-    column: "pa.ChunkedArray", lengths: np.ndarray, path: Path, name: str, start: int = 0
-) -> "pa.ChunkedArray":
-    """The values of all lists, one list after the other."""
-    values = _decoded(pc.list_flatten(column))
-    if values.null_count:
-        row = start + int(np.repeat(np.arange(len(lengths)), lengths)[values.is_null().to_numpy().argmax()])
-        raise InputError(f"{path}: row {row}: column {name!r} holds a null; remove or repair it")
-    return values
+        UUIDs are spelled out; floats and decimals are integers where they are exact, and stay what they are elsewhere.
+        """
+        values = self.column(rows, name)
+        values, counts = self._flat(values, name) if _is_list(values.type) else (values, np.ones(len(values), np.int64))
+        kind, ids = values.type, values.to_pylist()
+        if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1) if pa.types.is_floating(kind) else np.inf
+            return [int(value) if abs(value) < exact and value == int(value) else value for value in ids], counts
+        if ids and not isinstance(ids[0], int | str | uuid.UUID):
+            raise InputError(f"{self.path}: column {name!r} has type {kind}; give ids as integers or strings")
+        return [str(value) if isinstance(value, uuid.UUID) else value for value in ids], counts
 
 
 def _is_list(kind: "pa.DataType") -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _decoded(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """Values in place of a dictionary of them, which is what categories are."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def _ids(column: "pa.ChunkedArray", path: Path, name: str) -> np.ndarray:
-    """Ids as integers or strings: UUIDs spelled out, whole floats and decimals as integers; other numbers stay."""
-    kind = column.type
-    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if strings or pa.types.is_integer(kind):
-        return column.to_numpy()
-    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
-        return np.array([str(value) for value in column.to_pylist()], dtype=object)
-    if not pa.types.is_floating(kind) and not pa.types.is_decimal(kind):
-        raise InputError(f"{path}: column {name!r} has type {kind}; give ids as integers or strings")
-    values = column.to_pylist()
-    exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1) if pa.types.is_floating(kind) else np.inf
-    if rounded := [value for value in values if exact <= abs(value) < np.inf]:
-        raise InputError(
-            f"{path}: column {name!r} has the id {rounded[0]}, but type {kind} rounds integers from {exact} on; "
-            "give ids as integers or strings"
-        )
-    return np.array(
-        [int(value) if math.isfinite(value) and value == int(value) else value for value in values], dtype=object
-    )

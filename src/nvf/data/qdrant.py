@@ -1,12 +1,13 @@
-"""A Qdrant collection as the memory: its vectors and point ids, read in pages, sorted by id.
+"""Reader of a Qdrant collection as the memory: its vectors and point ids, read in pages and sorted by id.
 
-Every fault raises an InputError that names the setting, the point where there is one, and the remedy. Importing this
-module without qdrant-client does too.
+Every fault is an InputError that names the setting, the point where there is one, and the fix. Without qdrant-client,
+importing this module raises one too.
 """
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,15 @@ try:
     from qdrant_client import QdrantClient
     from qdrant_client.http.exceptions import ApiException
 except ImportError:
-    raise InputError("qdrant-client, which reads collections, is not installed; pip install 'nvf[qdrant]'") from None
+    raise InputError("reading a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
 
 if TYPE_CHECKING:
-    from qdrant_client.models import Record, VectorParams
+    from qdrant_client.models import VectorParams
 
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
 PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
 TIMEOUT = 60  # seconds a request
-ONE_LENGTH = 1e-3  # by which lengths may differ, relatively, where vectors count as of one length
+ONE_LENGTH = 1e-3  # the relative difference up to which vectors count as of one length
 
 
 def read_memory(
@@ -44,7 +45,7 @@ def read_memory(
     distance: str | None = None,
     **stored: Any,
 ) -> VectorMemory:
-    """The vectors of a collection as a memory, (N, D), its point ids as the ids of the rows, which they sort.
+    """Read the vectors of a collection as a memory, (N, D), whose rows have the point ids and are sorted by them.
 
     Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
     searched by cosine, which is what a collection does by its own distance if that is Cosine, or Dot or Euclid between
@@ -71,81 +72,74 @@ def read_memory(
             f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
         )
     where = f"data.path={path}" if url is None else f"data.url={url}"
-    client = _open_local(path, where) if url is None else _open_server(url, where)
-    try:
-        name = _check_collection(client, collection, where)
-        field, own = _check_vector(client.get_collection(name).config.params.vectors, name, vector)
-        ids, vectors = _scroll(client, name, field)
+    with _client(path, url, where) as client:
+        known = sorted(one.name for one in client.get_collections().collections)
+        if collection not in known:
+            raise InputError(
+                f"data.collection={collection} is not in {where}; set it to one of those there: "
+                f"{', '.join(known) or 'none'}"
+            )
+        field, own = _vector(client.get_collection(collection).config.params.vectors, collection, vector)
+        ids, vectors = _scroll(client, collection, field)
         if len(set(map(type, ids))) > 1:
             ids = [str(point) for point in ids]
         order = sorted(range(len(ids)), key=ids.__getitem__)  # not numpy, whose float64 rounds large ones
-    except InputError:
-        raise
-    except ApiException as fault:
-        raise InputError(
-            f"{where} does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
-        ) from None
-    except Exception as fault:  # whatever damaged points, or an answer of another program, make the client raise
-        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
-    finally:
-        client.close()
-    sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {name}")
+    sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {collection}")
     rows = torch.from_numpy(vectors[order])
-    check_vectors(rows, f"collection {name}", sorted_ids)
+    check_vectors(rows, f"collection {collection}", sorted_ids)
     shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
     alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
     if not alike and distance is None:
         raise InputError(
-            f"collection {name} searches by {own}, and its vectors have lengths from {shortest:.4g} to {longest:.4g}, "
-            "so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
+            f"collection {collection} searches by {own}, and its vectors have lengths from {shortest:.4g} to "
+            f"{longest:.4g}, so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
         )
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own
     return memory
 
 
-def _open_local(path: str | None, where: str) -> QdrantClient:
-    if path is None or not (Path(path) / "meta.json").is_file():
+@contextmanager
+def _client(path: str | None, url: str | None, where: str) -> Iterator[QdrantClient]:
+    """Open a local storage or a server; whatever the client raises meanwhile is an InputError."""
+    if path is not None and not (Path(path) / "meta.json").is_file():
         raise InputError(
             f"{where} is no local storage; name the folder that QdrantClient(path=...) wrote, or, for the storage of a "
             "server, start the server and set data.url"
         )
+    client = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+        if path is not None:
             check_storage(Path(path))
-            return QdrantClient(path=path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+                client = QdrantClient(path=path)
+        else:
+            key = os.environ.get(KEY)
+            client = QdrantClient(url=url, api_key=key, timeout=TIMEOUT, check_compatibility=False)
+        yield client
     except InputError:
         raise
-    except Exception as fault:  # whatever a damaged storage makes the client raise
-        if "already accessed" in str(fault):
-            raise InputError(
-                f"{where} is open in another process; close it there, or run a server and set data.url"
-            ) from None
-        raise InputError(f"{where} cannot be read ({one_line(fault)}); repair it with qdrant-client") from None
+    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
+        if isinstance(fault, ApiException):
+            remedy = f"does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
+        elif client is None and url is not None:
+            remedy = f"is not a URL ({one_line(fault)}); give one like http://localhost:6333"
+        elif "already accessed" in str(fault):
+            remedy = "is open in another process; close it there, or run a server and set data.url"
+        else:
+            remedy = f"cannot be read ({one_line(fault)}); repair it with qdrant-client"
+        raise InputError(f"{where} {remedy}") from None
+    finally:
+        if client is not None:
+            client.close()
 
 
-def _open_server(url: str, where: str) -> QdrantClient:
-    try:
-        return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
-    except ValueError as fault:
-        raise InputError(f"{where} is not a URL ({one_line(fault)}); give one like http://localhost:6333") from None
-
-
-def _check_collection(client: QdrantClient, name: str | None, where: str) -> str:
-    if name is None or not client.collection_exists(name):
-        there = sorted(collection.name for collection in client.get_collections().collections)
-        raise InputError(
-            f"data.collection={name} is not in {where}; set it to one of those there: {', '.join(there) or 'none'}"
-        )
-    return name
-
-
-def _check_vector(
+def _vector(
     params: "VectorParams | dict[str, VectorParams] | None", collection: str, vector: str | None
 ) -> tuple[str | None, str]:
-    """The name of the vector to read, None for the one without a name, and the distance by which it is searched."""
-    named: Mapping[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
+    """Return the name of the vector to read, None for the one without a name, and the distance that searches it."""
+    named: dict[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
     if vector is None and len(named) == 1:
         (vector,) = named
     if vector not in named:
@@ -159,34 +153,27 @@ def _check_vector(
 
 
 def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[list[int | str], np.ndarray]:
-    """All ids, and all vectors, (N, D) float32."""
+    """Return all ids, and all vectors, (N, D) float32."""
     ids: list[int | str] = []
     pages: list[np.ndarray] = []
+    wanted: Any = True if vector is None else [vector]
     offset = None
-    total = client.count(collection).count
-    with tqdm(total=total, desc=f"reading {collection}", leave=False, delay=3) as bar:
+    with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:
         while offset is not None or not pages:
             points, offset = client.scroll(
-                collection,
-                limit=PAGE,
-                offset=offset,
-                with_payload=False,
-                with_vectors=True if vector is None else [vector],
+                collection, limit=PAGE, offset=offset, with_payload=False, with_vectors=wanted
             )
             if not points:
                 break
-            ids += [point.id if isinstance(point.id, int) else plain_uuid(str(point.id)) for point in points]
-            pages.append(np.array([_dense(point, collection, vector) for point in points], dtype=np.float32))
+            vectors = [one.vector.get(vector or "") if isinstance(one.vector, dict) else one.vector for one in points]
+            if not all(vectors):
+                point = points[vectors.index(next(one for one in vectors if not one))].id
+                raise InputError(
+                    f"collection {collection}: point {point} has no vector {vector or ''}; give it one or remove it"
+                )
+            ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
+            pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))
     if not pages:
         raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
     return ids, np.concatenate(pages)
-
-
-def _dense(point: "Record", collection: str, vector: str | None) -> Any:
-    found = point.vector.get(vector or "") if isinstance(point.vector, dict) else point.vector
-    if not found:
-        raise InputError(
-            f"collection {collection}: point {point.id} has no vector {vector or ''}; give it one or remove the point"
-        )
-    return found

@@ -1,4 +1,4 @@
-"""Points of a Qdrant local storage are pickles: before qdrant-client loads them, proof that they are points alone.
+"""Guard of Qdrant's local storages, whose points are pickles: only what is proved to be points is loaded.
 
 A pickle is a program, which may import and call whatever it names. Those of points name two classes and call nothing.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 
 CLASSES = {("qdrant_client.http.models.models", name) for name in ("PointStruct", "SparseVector")}
 OPCODES = """
@@ -23,8 +23,8 @@ OPCODES = """
     ADDITEMS EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
 """
 ARGUMENTS = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.name in OPCODES.split()}
-LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4U: 4}  # bytes that say how many follow
-FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)  # most of a point, which a step a number would take long for
+LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4U: 4}  # bytes of a text's length
+FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)  # most of a point; a step a number would take long
 SCHEMA = {
     ("table", "points", "CREATE TABLE points (id TEXT PRIMARY KEY, point BLOB)"),
     ("index", "sqlite_autoindex_points_1", None),
@@ -32,11 +32,9 @@ SCHEMA = {
 
 
 def check_storage(folder: Path) -> None:
-    """Run nothing of a local storage, and see that its collections hold points and nothing else.
+    """Raise an InputError unless the collections of a local storage hold points and nothing else; run nothing of it.
 
-    Raises:
-        InputError: one holds something else; names the file and the row.
-        Exception: whatever JSON and sqlite3 raise for damaged files.
+    JSON and sqlite3 raise exceptions of their own for damaged files.
     """
     for name in json.loads((folder / "meta.json").read_text())["collections"]:
         path = folder / "collection" / name / "storage.sqlite"
@@ -52,8 +50,8 @@ def check_storage(folder: Path) -> None:
                     _Points(BytesIO(point)).load()
                 except Exception as fault:  # a damaged pickle raises anything
                     raise InputError(
-                        f"{path}: row {row} is no point ({type(fault).__name__}: {str(fault)[:200]}), and might run "
-                        "code; it was not loaded: write the collection anew with qdrant-client"
+                        f"{path}: row {row} is no point ({one_line(fault)}), and might run code; it was not loaded: "
+                        "write the collection anew with qdrant-client"
                     ) from None
 
 
@@ -65,15 +63,13 @@ class _Points(pickle.Unpickler):
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Raise unless these are instructions of points; others could take any amount of memory."""
+    """Raise unless these are instructions of points, because others could take any amount of memory."""
     at = 0
     while (code := data[at]) != ord(pickle.STOP):
         if run := FLOATS.match(data, at):
             at = run.end()
             continue
-        if code not in ARGUMENTS:
-            raise pickle.UnpicklingError(f"instruction {code:#04x} at byte {at}")
-        size = ARGUMENTS[code]
+        size = ARGUMENTS[code]  # KeyError: no instruction of points
         if size in LENGTHS:
             size = LENGTHS[size] + int.from_bytes(data[at + 1 : at + 1 + LENGTHS[size]], "little")
         at += 1 + size

@@ -1,4 +1,4 @@
-"""A file of query vectors, read a block at a time: .npy or .parquet."""
+"""A file of query vectors, .npy or .parquet, which is checked once and then read a block at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,38 +13,36 @@ from nvf.files import npy
 from nvf.files.vectors import check_largest, from_numpy, largest
 from nvf.models.memory import check_dim
 
-CHECK_BLOCK = 8192
+CHECK_BLOCK = 8192  # vectors
 
 
 @dataclass(frozen=True)
 class VectorFile:
-    """Vectors that stay on disk."""
+    """Vectors that stay on disk; `blocks` yields at most so many at a time, (b, D), and starts anew with every call."""
 
     count: int
-    blocks: Callable[[int], Iterator[np.ndarray]]  # of at most so many rows, (b, D); starts anew with every call
+    blocks: Callable[[int], Iterator[np.ndarray]]
 
 
 def open_vectors(path: Path, column: str, *, dim: int) -> VectorFile:
-    """The vectors of a .npy file, or of a column of lists in a .parquet file, (n, dim); every one is checked.
+    """Open and check the vectors of a .npy file, or of a column of lists in a .parquet file, (n, dim).
 
     Raises:
         InputError: a missing or damaged file, another type, shape or dimension, a row that is zero or not finite.
     """
-    blocks = _reader(path, column)
-    found = []
-    for block in blocks(CHECK_BLOCK):
-        check_dim(block.shape[1], dim, str(path))
-        found.append(largest(from_numpy(block)))
-    values = torch.cat(found)
-    check_largest(values, str(path))
-    return VectorFile(len(values), blocks)
-
-
-def _reader(path: Path, column: str) -> Callable[[int], Iterator[np.ndarray]]:
+    blocks: Callable[[int], Iterator[np.ndarray]]
     if path.suffix == ".npy":
-        return npy.open_vectors(path, "the vectors of your queries").blocks
-    if path.suffix == ".parquet":
+        blocks = npy.open_vectors(path, "the vectors of your queries").blocks
+    elif path.suffix == ".parquet":
         from nvf.data.parquet import vector_blocks  # needs pyarrow, which is an extra
 
-        return partial(vector_blocks, path, column)
-    raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+        blocks = partial(vector_blocks, path, column)
+    else:
+        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+    peaks = []
+    for block in blocks(CHECK_BLOCK):
+        check_dim(block.shape[1], dim, str(path))
+        peaks.append(largest(from_numpy(block)))
+    values = torch.cat(peaks)
+    check_largest(values, str(path))
+    return VectorFile(len(values), blocks)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever stops the program or the machine."""
+"""Atomic writes: a file or a folder gets its name once it is complete, whatever stops the program or the machine."""
 
 import errno
 import os
@@ -12,13 +12,13 @@ from nvf.errors import InputError, disk_is_full
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A hidden path to write a file or a folder at; it takes its name when the block ends, and goes if it fails.
+    """Give a hidden path to write a file or a folder at, which is renamed to `path` when the block ends without error.
 
-    A file takes the place of a file, a folder that of a folder. What was written is on the disk before it takes the
-    name, so that after a loss of power, too, either the old or the new is there.
+    A file replaces a file, a folder replaces a folder. The content is on the disk before the renaming, so that after a
+    power failure, too, either the old content or the new one is there.
 
     Raises:
-        InputError: there is no folder to put it in.
+        InputError: the folder that should hold it does not exist.
         OSError: the disk is full; it names the path, whatever library was writing.
     """
     if not path.parent.is_dir():
@@ -30,11 +30,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         _remove(leftover)
     try:
         yield partial
-        _flush(partial)
+        for inside in (*(partial.rglob("*") if partial.is_dir() else ()), partial):
+            _flush(inside)
         if partial.is_dir() and path.is_dir():
-            os.replace(path, old)  # by itself, a folder does not take the place of a full one
+            os.replace(path, old)  # the system renames no folder onto one that is not empty
         os.replace(partial, path)
-        _flush_one(path.parent)
+        _flush(path.parent)
         _remove(old)
     except Exception as fault:
         if disk_is_full(fault):
@@ -45,13 +46,6 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have a file, or a folder and all in it, on the disk."""
-    for inside in path.rglob("*") if path.is_dir() else ():
-        _flush_one(inside)
-    _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
         try:

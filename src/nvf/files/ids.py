@@ -1,4 +1,4 @@
-"""Ids of a memory's rows, integers or strings: their checks, their file, and the rows they stand for."""
+"""Ids of a memory's rows, integers or strings: how they are checked, read, written and found again."""
 
 import json
 import reprlib
@@ -15,16 +15,16 @@ from nvf.errors import InputError
 FILE = "ids.json"
 REMEDY = "give each row an integer or a string of its own"
 _REPR = reprlib.Repr()
-_REPR.maxstring, _REPR.maxlong = 200, 60  # a UUID is shown whole
+_REPR.maxstring, _REPR.maxlong = 200, 60  # characters; a UUID is shown in full
 
 
 def shown(value: Any) -> str:
-    """What a file holds in place of an id or a text, for an error: of bounded length, however long it is."""
+    """Describe an id or a text in an error's message, at bounded length however long it is."""
     return _REPR.repr(value)
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """The ids as an array of their own, (N,) for N > 0 rows: int64, else uint64, else objects of Python.
+    """Return the ids as a new array, (N,) for N > 0 rows: int64, else uint64, else Python objects.
 
     Raises:
         InputError: not one id a row, neither all integers nor all strings, or two alike.
@@ -32,19 +32,19 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
-    wanted = str if isinstance(values[0], str) else Integral
+    kind: Any = str if isinstance(values[0], str) else Integral
+    first: dict[Any, int] = {}
     for row, value in enumerate(values):
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            other = isinstance(value, str | Integral) and not isinstance(value, bool)
-            kind = "the type of the first" if other else "an integer or a string"
-            raise InputError(f"{name}: row {row} has the id {shown(value)}, which is not {kind}; {remedy}")
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise InputError(f"{name}: row {row} has the id {shown(value)}, which holds half a character; {remedy}")
-    if len(set(values)) < rows:
-        first: dict[Any, int] = {}
-        row, value = next((row, value) for row, value in enumerate(values) if first.setdefault(value, row) != row)
-        raise InputError(f"{name}: row {row} has the id {shown(value)} of row {first[value]}; {remedy}")
-    if wanted is str:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            fault = ", which is not an integer or a string, or not of the type of the first"
+        elif kind is str and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            fault = ", which holds half a character"
+        elif first.setdefault(value, row) != row:
+            fault = f" of row {first[value]}"
+        else:
+            continue
+        raise InputError(f"{name}: row {row} has the id {shown(value)}{fault}; {remedy}")
+    if kind is str:
         return np.array(values, dtype=object)
     least, most = int(min(values)), int(max(values))
     if least < -(2**63) or most >= 2**64:
@@ -55,7 +55,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
 
 
 def plain_uuid(name: Any) -> Any:
-    """The usual spelling of a UUID, lower case with hyphens; whatever else it is stays."""
+    """Spell a UUID in lower case with hyphens; return anything else as it is."""
     try:
         return str(uuid.UUID(name)) if isinstance(name, str) else name
     except ValueError:
@@ -63,7 +63,7 @@ def plain_uuid(name: Any) -> Any:
 
 
 def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
-    """The ids that a JSON list holds, one a row.
+    """Read a JSON list of ids, one a row.
 
     Raises:
         InputError: no such file, not a list, or ids that `checked_ids` refuses.
@@ -84,34 +84,41 @@ def write_ids(ids: np.ndarray, path: Path) -> None:
     path.write_text(json.dumps(ids.tolist()) + "\n", encoding="utf-8")
 
 
-def target_rows(ids: np.ndarray | None, targets: np.ndarray, counts: np.ndarray, name: str) -> np.ndarray:
-    """The rows that have the targets' ids, (n, m) int64, padded with -1.
+def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.ndarray, name: str) -> np.ndarray:
+    """Return the rows that have the targets' ids, (n, m) int64, padded with -1.
 
     Args:
-        ids: of the memory's rows, (N,).
+        ids: the ids of the memory's rows, (N,), or range(N) where targets are row numbers.
         targets: all targets, query by query, (t,).
-        counts: of targets a query, (n,); they add up to t.
-        name: of the file that holds the targets.
+        counts: how many targets each query has, (n,); they add up to t.
+        name: the file that holds the targets, for an error's message.
 
     Raises:
         InputError: a target that is no row's id, or rows without ids.
     """
     if ids is None:
         raise InputError(f"{name} names its targets by id, but the memory has no ids; give it ids")
-    place = {value: row for row, value in enumerate(ids.tolist())}
-    found = np.array([place.get(value, -1) for value in targets.tolist()], dtype=np.int64)
-    if (unknown := found < 0).any():
+    if isinstance(ids, range):
+        rows = np.where((targets >= 0) & (targets < len(ids)), targets, -1).astype(np.int64)
+    else:
+        place = {value: row for row, value in enumerate(ids.tolist())}
+        rows = np.array([place.get(value, -1) for value in targets.tolist()], dtype=np.int64)
+    if (unknown := rows < 0).any():
         first = int(unknown.argmax())
         query = int(np.repeat(np.arange(len(counts)), counts)[first])
+        if isinstance(ids, range):
+            known = f"outside 0..{len(ids) - 1}, and only -1 pads"
+        else:
+            known = f"not an id of the memory, whose first is {shown(ids.tolist()[0])}"
         raise InputError(
-            f"{name}: row {query}: target {shown(targets.tolist()[first])} is not an id of the memory, whose first is "
-            f"{shown(ids.tolist()[0])} ({int(unknown.sum())} such targets); correct or remove them"
+            f"{name}: row {query}: target {shown(targets.tolist()[first])} is {known} ({int(unknown.sum())} such "
+            "targets); correct or remove them"
         )
-    return padded(found, counts)
+    return padded(rows, counts)
 
 
 def padded(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Rows, query by query, (t,), of which each query has so many, (n,), as (n, m), padded with -1."""
+    """Lay out values that come query by query, (t,), `counts` a query, (n,), as (n, m), padded with -1."""
     rows = np.full((len(counts), int(counts.max())), -1)
     rows[np.arange(rows.shape[1]) < counts[:, None]] = values
     return rows

@@ -1,7 +1,7 @@
-"""A memory's rows in a file, written once, trusted by their hash, and mapped: what is not used takes no memory.
+"""The rows of a memory that stays on the disk (data.mapped): a file that is written once and then mapped.
 
-The file is read-only, so that nothing writes to it by mistake. If it is cut short all the same, whoever reads rows that
-are gone ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` it says where.
+The file is read-only, so that nothing writes to it by mistake. If it is truncated all the same, the process that reads
+the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` the traceback is printed.
 """
 
 import hashlib
@@ -17,23 +17,19 @@ from torch import Tensor
 from nvf.errors import InputError
 from nvf.files.atomic import written_whole
 
-READ = 2**22  # bytes that are hashed at a time
+State = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class RowsFile:
-    """A file of rows as it was when it was mapped."""
+    """A file of rows, and its state when it was mapped."""
 
     path: Path
-    state: tuple[int, int, int, int]
+    state: State
 
     def check_unchanged(self) -> None:
-        """Raise an InputError unless the file is what was mapped, so that the rows are what they were."""
-        try:
-            now = state_of(os.stat(self.path))
-        except OSError:
-            now = None
-        if now != self.state:
+        """Raise an InputError if the file is no longer the one that was mapped."""
+        if not self.path.exists() or state_of(self.path.stat()) != self.state:
             raise InputError(
                 f"{self.path} was changed or removed while its rows were used; "
                 "start again, and let nothing write to data.mapped"
@@ -43,16 +39,14 @@ class RowsFile:
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
 ) -> tuple[Tensor, RowsFile]:
-    """The rows, (N, D), that the file at the path holds, made from the blocks unless they are there already.
+    """Map the rows, (N, D), of the file at `path`, which is first written from the blocks unless it exists.
 
-    A file beside it has the rows' SHA-256; whatever does not match it is written anew.
+    The rows' SHA-256 stands in a file beside it; a file that does not match it is written anew.
     """
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
-        state = _verified(path, noted, shape[0] * shape[1] * dtype.itemsize)
-        if state is None:
-            state = _write(path, noted, blocks())
+        state = _verified(path, noted) or _write(path, noted, blocks())
         rows = torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
     file = RowsFile(path, state)
     file.check_unchanged()
@@ -60,40 +54,34 @@ def mapped_rows(
 
 
 def as_bytes(rows: Tensor) -> memoryview:
-    """The rows' bytes, for a hash or a file."""
+    """View the rows as bytes, for a hash or a file."""
     return rows.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def _verified(path: Path, noted: Path, size: int) -> tuple[int, int, int, int] | None:
-    """The state of the file if it is of this size and its content is what is noted beside it."""
-    if not path.is_file() or not noted.is_file() or path.stat().st_size != size:
+def state_of(status: os.stat_result) -> State:
+    """Tell which file it is, when it was last written, and its size in bytes."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _verified(path: Path, noted: Path) -> State | None:
+    """Return the state of the file if its hash is the noted one."""
+    if not path.is_file() or not noted.is_file():
         return None
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         state = state_of(os.fstat(file.fileno()))
-        while part := file.read(READ):
-            digest.update(part)
-    return state if noted.read_bytes() == _line(digest.hexdigest()) else None
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return state if noted.read_bytes() == f"{digest}\n".encode() else None
 
 
-def _write(path: Path, noted: Path, blocks: Iterable[Tensor]) -> tuple[int, int, int, int]:
+def _write(path: Path, noted: Path, blocks: Iterable[Tensor]) -> State:
     digest = hashlib.sha256()
     with written_whole(path) as partial:
-        with partial.open("wb") as file:  # not through a map: where the disk is full, that ends the process
+        with partial.open("wb") as file:  # writing through a map ends the process where the disk is full
             for block in blocks:
                 digest.update(as_bytes(block))
                 file.write(as_bytes(block))
         partial.chmod(0o444)
         state = state_of(partial.stat())
     with written_whole(noted) as partial:
-        partial.write_bytes(_line(digest.hexdigest()))
+        partial.write_text(f"{digest.hexdigest()}\n")
     return state
-
-
-def _line(digest: str) -> bytes:
-    return f"{digest}\n".encode()
-
-
-def state_of(of: os.stat_result) -> tuple[int, int, int, int]:
-    """Which file it is, when it was written last, and its size."""
-    return of.st_dev, of.st_ino, of.st_mtime_ns, of.st_size

@@ -1,7 +1,7 @@
-"""Vectors and targets in .npy files; every fault raises an InputError that names the file, the row and the remedy.
+"""Readers of vectors and targets in .npy files; every fault is an InputError that names the file, the row and the fix.
 
-Files are read, never mapped: of a mapped one that is cut short meanwhile, the process would die. No pickle is loaded,
-and nothing is allocated that the file is not long enough to fill.
+The memory takes its vectors from an `ArrayFile`, a block at a time. Files are read, never mapped, because the process
+dies where a mapped file is cut short. No pickle is loaded, and no room is made that the file's size cannot fill.
 """
 
 import io
@@ -20,16 +20,15 @@ from nvf.errors import InputError, one_line
 from nvf.files.mapped_rows import state_of
 from nvf.files.vectors import check_vectors
 
-HEADER = 2**16 + 16  # bytes: numpy refuses longer headers too, but only once it has read them
-REMEDY = "write it with numpy.save"
+HEADER = 2**16 + 16  # bytes; a longer header is refused before it is read, by numpy only afterwards
 
 
 class ArrayFile:
-    """A .npy file whose header is checked, and whose values stay on disk until they are asked for.
+    """A .npy file whose header is checked, and whose values stay on disk until they are read.
 
     Args:
-        path: of the file.
-        what: it holds, for an error.
+        path: where the file is.
+        what: what it holds, for an error's message.
 
     Raises:
         InputError: no file, another format, Python objects or records, or fewer values than the header claims.
@@ -38,77 +37,73 @@ class ArrayFile:
     def __init__(self, path: Path, what: str) -> None:
         if not path.is_file():
             raise InputError(f"{path} is missing; it holds {what}")
+        self.path = path
         try:
             with path.open("rb") as file:
                 self._state = state_of(os.fstat(file.fileno()))
-                start = file.read(HEADER)
-            if start.startswith(b"PK"):
-                raise InputError(f"{path} is an archive of arrays; write the one array with numpy.save")
-            self.shape, self._columns_first, self._stored, self._offset = _header(start, self._state[-1])
-        except InputError:
-            raise
+                start = io.BytesIO(file.read(HEADER))
+            read = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+            self.shape, self._columns_first, self._stored = read[npy_format.read_magic(start)](start)
+            self._offset = start.tell()
+            negative, plain = min(self.shape, default=0) < 0, self._stored.kind != "V" and not self._stored.hasobject
+            size = self._state[-1]
+            if negative or not plain or math.prod(self.shape) * self._stored.itemsize > size - self._offset:
+                claims = f"its header claims shape {self.shape} and type {self._stored}"
+                raise ValueError(f"{claims}, which {size:,} bytes do not hold, or which are no plain values")
         except Exception as fault:  # numpy, its tokenizer and Python's parser raise many types for a damaged header
-            raise InputError(f"{path} is truncated or not a plain .npy array ({one_line(fault)}); {REMEDY}") from None
-        self.path = path
+            raise InputError(
+                f"{path} is truncated or not a plain .npy array ({one_line(fault)}); write it with numpy.save"
+            ) from None
         self.dtype = self._stored.newbyteorder("=")
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self) -> np.ndarray:
-        """All values, at least one, in an array of their own."""
+        """Return all values, of which there must be at least one."""
         (array,) = self.blocks(len(self))
         return array
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """At most so many rows at a time, each block an array of its own; starts anew with every call.
+        """Yield at most `rows` rows at a time, each block a new array; every call starts at the first row.
 
         Raises:
             InputError: the file has changed since it was opened, or changes until the last block is read.
         """
-        count = self.shape[0]
         with self.path.open("rb") as file:
-            self._check_same(file)
-            for start in range(0, count, rows):
-                yield self._take(file, start, min(rows, count - start))
-            self._check_same(file)
+            self._check_unchanged(file)
+            for start in range(0, len(self), rows):
+                yield self._rows(file, start, min(rows, len(self) - start))
+            self._check_unchanged(file)
 
-    def _take(self, file: IO[bytes], start: int, size: int) -> np.ndarray:
-        """So many rows, where columns come first a piece of each column after the other, and no more of the file."""
+    def _rows(self, file: IO[bytes], start: int, size: int) -> np.ndarray:
         columns = math.prod(self.shape[1:])
         if self._columns_first:
-            pieces = np.empty((columns, size), self._stored)
-            for column, piece in enumerate(pieces):
-                self._fill(file, column * self.shape[0] + start, piece)
-            array = pieces.T.reshape(size, *self.shape[1:])
+            values = np.stack([self._values(file, n * len(self) + start, size) for n in range(columns)], axis=-1)
         else:
-            array = np.empty((size, *self.shape[1:]), self._stored)
-            self._fill(file, start * columns, array.reshape(-1))
-        return np.ascontiguousarray(array, self.dtype)
+            values = self._values(file, start * columns, size * columns)
+        return np.ascontiguousarray(values.reshape(size, *self.shape[1:]), self.dtype)
 
-    def _fill(self, file: IO[bytes], first: int, values: np.ndarray) -> None:
-        """Fill a row of values with those from the first one on."""
+    def _values(self, file: IO[bytes], first: int, count: int) -> np.ndarray:
         file.seek(self._offset + first * self._stored.itemsize)
-        if file.readinto(values.view(np.uint8)) < values.nbytes:  # type: ignore[attr-defined]
-            self._refuse()
+        values = np.fromfile(file, self._stored, count)
+        self._check_unchanged(file, missing=count - len(values))
+        return values
 
-    def _check_same(self, file: IO[bytes]) -> None:
-        if state_of(os.fstat(file.fileno())) != self._state:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
+    def _check_unchanged(self, file: IO[bytes], missing: int = 0) -> None:
+        if missing or state_of(os.fstat(file.fileno())) != self._state:
+            raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
 
 
 def read_vectors(path: Path, what: str) -> Tensor:
-    """A matrix of vectors, (n, D) float16/32/64, none of them zero or not finite."""
+    """Read a matrix of vectors, (n, D) float16/32/64, none of them zero or not finite."""
     vectors = torch.from_numpy(open_vectors(path, what).read())
     check_vectors(vectors, str(path))
     return vectors
 
 
 def open_vectors(path: Path, what: str) -> ArrayFile:
-    """The same, its values unread and unchecked: they stay on disk until they are used."""
+    """Open a matrix of vectors whose values are neither read nor checked yet."""
     array = ArrayFile(path, what)
     if len(array.shape) != 2 or 0 in array.shape:
         raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
@@ -118,7 +113,7 @@ def open_vectors(path: Path, what: str) -> ArrayFile:
 
 
 def read_targets(path: Path, what: str, queries: int) -> np.ndarray:
-    """The targets of so many queries, (n, m) integers padded with -1; `what` says what the integers are."""
+    """Read the targets of `queries` queries, (n, m) integers padded with -1; `what` says what the integers are."""
     targets = ArrayFile(path, f"for each query the {what} of its target")
     if targets.dtype.kind not in "iu":
         raise InputError(f"{path}: type {targets.dtype}; give integers, each the {what} of a target")
@@ -127,24 +122,3 @@ def read_targets(path: Path, what: str, queries: int) -> np.ndarray:
     if len(targets) != queries:
         raise InputError(f"{path}: {len(targets)} targets for {queries} queries; give each query its targets")
     return targets.read().reshape(queries, -1)
-
-
-def _header(start: bytes, size: int) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether columns come first, type and the values' offset, by the start of a file of so many bytes."""
-    file = io.BytesIO(start)
-    version = npy_format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} is for records")
-    read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-    shape, columns_first, dtype = read(file)
-    if dtype.hasobject or dtype.kind == "V":
-        raise ValueError(f"it holds {'Python objects' if dtype.hasobject else 'records'}, which are not read")
-    if not all(0 <= length < 2**63 for length in shape):
-        raise ValueError("a length is negative, or beyond 64 bits")
-    claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if claimed > there:
-        raise ValueError(
-            f"its header claims shape {shape} and type {dtype}, {claimed:,} bytes; the file has {size:,}, "
-            f"{there:,} of them values"
-        )
-    return shape, columns_first, dtype, file.tell()

@@ -1,4 +1,4 @@
-"""Tensors in files that may have been damaged or made by others: no file runs code, or takes more room than it has."""
+"""Tensors in safetensors files that may be damaged or made by others: none runs code or takes more room than it has."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# What a damaged file makes of us, of torch and of safetensors.
+# What a damaged file makes us, torch or safetensors raise.
 DAMAGE = (
     ValueError,
     TypeError,
@@ -23,11 +23,11 @@ DAMAGE = (
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, copied: there they are not aligned, and products of such ones round otherwise.
+    """Read the tensors of a safetensors file as copies, since in the file they are not aligned, which changes rounding.
 
     Raises:
-        ValueError: it is no regular file.
-        SafetensorError: it is damaged.
+        ValueError: the file is no regular file.
+        SafetensorError: the file is damaged.
     """
     if not path.is_file():
         raise ValueError(f"{path.name} is no regular file")
@@ -35,10 +35,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model these weights; one on the meta device, which took no room, takes copies of them for its own.
+    """Load weights into a model; a model on the meta device, which has no memory yet, keeps copies of them.
 
     Raises:
-        ValueError: other names, shapes or kinds of numbers than the model's, or numbers that are not finite.
+        ValueError: the names, shapes or kinds of numbers are not the model's, or a number is not finite.
     """
     mine = model.state_dict()
     if strange := sorted(map(str, mine.keys() ^ weights.keys())):

@@ -1,4 +1,4 @@
-"""Vectors from elsewhere: as tensors, and checked for what no vector may be."""
+"""Checks of vectors from files or callers, before the memory, a search or a training run uses them."""
 
 import numpy as np
 import torch
@@ -6,26 +6,26 @@ from torch import Tensor
 
 from nvf.errors import InputError
 
-BLOCK = 2**22  # numbers that are held at a time
+BLOCK = 2**22  # numbers held at a time; 16 MB of float32
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """A tensor of its own with the array's values, whatever their byte order."""
+    """Copy an array of any byte order into a tensor."""
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def check_vectors(vectors: Tensor, name: str, ids: np.ndarray | None = None) -> None:
-    """Raise an InputError that names the first row, if any, that is zero or not finite."""
+    """Raise an InputError that names the first row that is zero or not finite, if there is one."""
     check_largest(largest(vectors), name, ids)
 
 
 def largest(vectors: Tensor) -> Tensor:
-    """Each row's largest absolute value, (n,); NaN where any of the row's is."""
+    """Return each row's largest absolute value, (n,), which is NaN where any value of the row is NaN."""
     return torch.cat([part.abs().amax(dim=-1) for part in vectors.split(max(1, BLOCK // max(1, vectors.shape[1])))])
 
 
 def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
-    """The check of `check_vectors` by what `largest` says of the rows, for vectors that are never held at once."""
+    """Do what `check_vectors` does, given what `largest` returns for vectors that are never held all at once."""
     for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():
             row = int(wrong.nonzero()[0])

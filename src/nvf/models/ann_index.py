@@ -40,7 +40,7 @@ TRAINED_ON = 256  # keys a cell
 ADDED = 65_536  # keys at a time
 SAMPLE = 4096  # rows that stand for those the index did not find
 GATHERED = 2**22  # numbers of gathered keys at a time
-REMEDY = "pip install 'nvf[faiss]', or search exactly with index=flat"
+REMEDY = "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
 
 
 class Index:
