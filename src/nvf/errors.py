@@ -32,30 +32,17 @@ def check_number(
     whole: bool = False,
     remedy: str,
 ) -> None:
-    """Raise an InputError unless the value is a finite number, numpy's included, within its limits.
-
-    Args:
-        name: of the setting.
-        value: of the setting.
-        minimum: the smallest value that is allowed.
-        above: what the value must exceed.
-        below: what the value must not reach.
-        whole: whether it must be an integer.
-        remedy: how the message ends.
-    """
-    limits = [
-        f"{word} {limit}"
-        for word, limit in (("of at least", minimum), ("above", above), ("below", below))
-        if limit is not None
-    ]
+    """Raise an InputError unless the value is a finite number within limits, and an integer if it must be `whole`."""
+    limits = {"of at least": minimum, "above": above, "below": below}
     fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if fits and not isinstance(value, int):
         value = int(value) if whole else float(value)  # numpy's float32 would turn the limits into its own type
     fits = fits and abs(value) <= LARGEST  # NaN is not
     fits = fits and (minimum is None or value >= minimum)
     if not (fits and (above is None or value > above) and (below is None or value < below)):
+        bounds = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         kind = "a whole number" if whole else "a number"
-        raise InputError(f"{name}={value} is not {' '.join([kind, ' and '.join(limits)]).strip()}; {remedy}")
+        raise InputError(f"{name}={value} is not {f'{kind} {bounds}'.strip()}; {remedy}")
 
 
 def one_line(fault: BaseException) -> str:
@@ -76,12 +63,7 @@ def out_of_memory(fault: BaseException) -> bool:
 
 
 def explain(fault: BaseException, folder: Path) -> str | None:
-    """Words for a fault of the machine in the middle of a run; None for any other.
-
-    Args:
-        fault: what was raised; an OSError may know the file.
-        folder: of the run, for a fault that names no file.
-    """
+    """Words for a fault of the machine in the middle of a run, in the folder if it names no file; None for others."""
     place = getattr(fault, "filename", None) or folder
     if disk_is_full(fault):
         return f"the disk of {place} is full ({one_line(fault)}); what was saved before is whole: make room"

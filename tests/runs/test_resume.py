@@ -85,11 +85,15 @@ def test_a_fault_is_that_of_the_place_which_could_not_be_written(tmp_path: Path,
     assert explain(OSError(errno.EIO, "no", "/kept"), tmp_path) is None
 
 
+def write_in_vain(fault: Exception | None) -> None:
+    if fault is not None:
+        raise fault
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        file.write(b"1")
+
+
 @pytest.mark.parametrize("fault", [None, RuntimeError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_is_named_whatever_library_was_writing(tmp_path: Path, fault: Exception | None) -> None:
     with pytest.raises(OSError, match="No space") as caught, written_whole(tmp_path / "rows"):
-        if fault is not None:
-            raise fault
-        with Path("/dev/full").open("wb", buffering=0) as file:
-            file.write(b"1")
+        write_in_vain(fault)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "rows"))

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,11 +50,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock:
     """Write the record of a run that begins, or check that the data of one that resumes are still the same.
 
-    Args:
-        folder: the run's own; it exists.
-        record: the settings as `config`, hashes of `memory` and `queries`, and whatever else the figures rest on, all
-            of them JSON values.
-        goes_on: whether the run resumes.
+    The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures rest on.
 
     Returns:
         The lock that keeps other processes from the folder; it is the kernel's, and goes with the process.
@@ -71,8 +68,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
         write_record(path, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
     before = _read(path)
-    changed = [what for what in record if what != "config" and before.get(what) != record[what]]
-    for what in changed:
+    for what in (what for what in record if what != "config" and before.get(what) != record[what]):
         if what in ("memory", "queries"):
             raise InputError(
                 f"resume={folder}: its {what} are no longer those that it began with; bring them back, or start anew"
@@ -105,11 +101,9 @@ def requeued(place: str | None = None) -> Path | None:
         return None
     records = sorted(Path("outputs").glob(f"*/*/{RECORD}"), reverse=True) if place is None else [Path(place) / RECORD]
     for path in records:
-        try:
+        with suppress(InputError):
             if _read(path).get("slurm_job") == os.environ.get("SLURM_JOB_ID"):
                 return path.parent
-        except InputError:
-            continue
     return None
 
 
@@ -146,11 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _foreign(tree: Any) -> str | None:
     """The first `_target_` that may not be built, at any depth."""
-    if isinstance(tree, dict):
-        target = tree.get("_target_")
-        if target is not None and not str(target).startswith(MAY_BE_BUILT):
-            return str(target)
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        return next((found for part in tree if (found := _foreign(part)) is not None), None)
-    return None
+    if isinstance(tree, dict) and not str(tree.get("_target_", MAY_BE_BUILT[0])).startswith(MAY_BE_BUILT):
+        return str(tree["_target_"])
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next(filter(None, map(_foreign, parts)), None)

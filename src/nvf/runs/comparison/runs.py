@@ -33,22 +33,19 @@ class Run:
     fingerprints: tuple[str, str] | None  # of memory and test queries; None in files that lack one
     top1: float  # test Top-1 of what was fitted last
 
-    def order(self) -> list[Any]:
-        """Sorts runs by their seeds."""
-        return [(name, order(seed)) for name, seed in sorted(self.seeds.items())]
-
     def answered(self) -> np.ndarray | None:
         """Which test queries the fitted model ranks first, (B,) bool; None where that was not saved, or is damaged."""
         path = self.path.with_name("answered.npy")
+        if not path.is_file():
+            return None
         try:
-            if not path.is_file():
-                return None
-            answered = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # no larger than the file
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which is never larger than the file
         except Exception:  # there is no end of what a damaged header makes numpy raise
             return None
-        if answered.ndim != 1 or answered.dtype != bool or not len(answered) or answered.view(np.uint8).max() > 1:
+        if not isinstance(mapped, np.ndarray) or mapped.ndim != 1 or mapped.dtype != bool:
             return None
-        return answered if abs(int(answered.sum()) - self.top1 * len(answered)) < AGREES else None
+        fits = mapped.view(np.uint8).max(initial=0) <= 1 and abs(mapped.sum() - self.top1 * len(mapped)) < AGREES
+        return np.array(mapped) if fits and len(mapped) else None
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ class Row:
 def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     """A row a setting, in the order of their paths, from every results.json under the folders.
 
-    Returns:
-        The rows, and a line for each file that could not be read, and for runs that a newer one replaces.
+    Returns also a line for each file that could not be read, and for runs that a newer one replaces.
     """
     paths = sorted({path.resolve(): path for folder in folders for path in folder.rglob("results.json")}.values())
     runs, notes = [], []
@@ -105,7 +101,7 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     if replaced:
         names = ", ".join(str(run.path) for run in replaced[:3]) + " and more" * (len(replaced) > 3)
         notes.append(f"older runs of the same setting and seed are left out, {len(replaced)}: {names}")
-    rows = [Row.of(sorted(same.values(), key=Run.order)) for same in newest.values()]
+    rows = [Row.of(sorted(same.values(), key=_order)) for same in newest.values()]
     return sorted(rows, key=lambda row: row.runs[0].path), [printable(note) for note in notes]
 
 
@@ -115,13 +111,11 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     The first are those that the runs' commands named. Where they do not tell all rows apart, every setting that
     differs does.
     """
-
-    def differ(name: str) -> bool:
-        return len({canonical(row.value(name)) for row in rows}) > 1
-
-    differing = sorted(filter(differ, {name for row in rows for name in row.runs[0].settings}))
-    named = sorted(filter(differ, {name for row in rows for name in row.runs[0].named}))
-    if len({tuple(canonical(row.value(name)) for name in named) for row in rows}) < len(rows):
+    names = sorted({name for row in rows for name in (*row.runs[0].settings, *row.runs[0].named)})
+    values = {name: [canonical(row.value(name)) for row in rows] for name in names}
+    differing = [name for name in names if len(set(values[name])) > 1]
+    named = [name for name in differing if any(name in row.runs[0].named for row in rows)]
+    if len(set(zip(*(values[name] for name in named), strict=True))) < len(rows):
         return differing, []
     return named, [name for name in differing if name not in named]
 
@@ -159,6 +153,10 @@ def read_run(path: Path, metric: str) -> Run:
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
         top1=_interval(_mapping(test, fitted), "top1")["value"],
     )
+
+
+def _order(run: Run) -> list[Any]:
+    return [(name, order(seed)) for name, seed in sorted(run.seeds.items())]
 
 
 def _named(path: Path) -> dict[str, str]:
