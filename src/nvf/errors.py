@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ LARGEST = sys.float_info.max  # Python's integers go beyond it
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 SAID_BY_OTHERS = ("No space left on device", "os error 28", "Disk quota exceeded")  # Rust's and C++'s libraries
-ALLOCATION = re.compile(r"tried to allocate ([\d.]+)\s*(bytes|KiB|MiB|GiB)", re.IGNORECASE)
-UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class InputError(ValueError):
@@ -71,7 +68,7 @@ def explain(fault: BaseException, folder: Path) -> str | None:
         return f"{place} cannot be written ({one_line(fault)}); mend its permissions"
     if out_of_memory(fault):
         return (
-            f"out of memory ({_amounts(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
+            f"out of memory ({one_line(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
             "data.mapped=outputs/rows"
         )
     return None
@@ -94,18 +91,4 @@ def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as fault:
         if not out_of_memory(fault):
             raise
-        raise InputError(f"{stage}: out of memory ({_amounts(fault)}); {', or '.join(remedies)}") from None
-
-
-def _amounts(fault: BaseException) -> str:
-    """How much memory was wanted and how much is free, as far as either is known."""
-    known = []
-    if found := ALLOCATION.search(str(fault)):
-        known.append(f"{float(found[1]) * UNITS[found[2].lower()] / 2**30:,.2f} GiB wanted at once")
-    try:
-        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        free = None
-    if free is not None:
-        known.append(f"{int(free[1]) / 2**20:,.2f} GiB free")
-    return ", ".join(known) or one_line(fault)
+        raise InputError(f"{stage}: out of memory ({one_line(fault)}); {', or '.join(remedies)}") from None

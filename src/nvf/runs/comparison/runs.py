@@ -127,14 +127,24 @@ def read_run(path: Path, metric: str) -> Run:
         ValueError: it is no results.json, or an old one that lacks the metric.
     """
     found = read_record(path)
-    test, val = _mapping(found, "test"), _mapping(found, "val")
     # The same settings may have another effect where a clock cuts it.
-    config = {**_mapping(found, "config"), "cut": found.get("cut", {})}
-    if _too_deep(config):
-        raise ValueError(f"its settings are more than {DEEPEST} deep")
-    flat = {printable(name): printable(value) for name, value in flatten(config).items() if matters(name)}
-    fitted = "attention" if val.get("pipeline") is None else "pipeline"
-    memory, queries = (found.get(name) for name in ("memory", "queries"))
+    config = {"config": found.get("config"), "cut": found.get("cut", {})}
+    if not isinstance(config["config"], dict) or _too_deep(config):
+        raise ValueError(f"it has no config, or settings that are more than {DEEPEST} deep")
+    flat = flatten({**config["config"], "cut": config["cut"]})
+    flat = {printable(name): printable(value) for name, value in flat.items() if matters(name)}
+    fitted = "attention" if _within(found, "val", "pipeline") is None else "pipeline"
+    figures = {
+        "validation": _figure(found, "val", fitted, metric),
+        "test": _figure(found, "test", fitted, metric),
+        "stage1": _figure(found, "test", "attention", metric),
+        "coverage": _figure(found, "test", "coverage"),
+        "exact": _figure(found, "test", "exact", metric),
+        "oracle": _figure(found, "test", "oracle", metric),
+    }
+    top1, memory, queries = _figure(found, "test", fitted, "top1"), found.get("memory"), found.get("queries")
+    if top1 is None or figures["validation"] is None or figures["test"] is None:
+        raise ValueError(f"it has no top1 or {metric} of its {fitted}")
     return Run(
         path=path,
         modified=path.stat().st_mtime,
@@ -142,16 +152,9 @@ def read_run(path: Path, metric: str) -> Run:
         seeds={name: value for name, value in flat.items() if _is_seed(name)},
         named=_named(path.parent / ".hydra" / "overrides.yaml"),
         fitted=fitted,
-        figures={
-            "validation": _interval(_mapping(val, fitted), metric),
-            "test": _interval(_mapping(test, fitted), metric),
-            "stage1": _method(test, "attention", metric),
-            "coverage": None if test.get("coverage") is None else _interval(test, "coverage"),
-            "exact": _method(test, "exact", metric),
-            "oracle": _method(test, "oracle", metric),
-        },
+        figures=figures,
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
-        top1=_interval(_mapping(test, fitted), "top1")["value"],
+        top1=top1["value"],
     )
 
 
@@ -175,18 +178,19 @@ def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
     return levels == 0 or any(_too_deep(part, levels - 1) for part in parts)
 
 
-def _mapping(of: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(found := of.get(name), dict):
-        raise ValueError(f"it has no {name}")
-    return found
+def _within(tree: Any, *names: str) -> Any:
+    """What lies under these names; None where one of them is missing or null."""
+    for name in names:
+        if not isinstance(tree, dict | type(None)):
+            raise ValueError(f"there is no {name} in what should hold it")
+        tree = None if tree is None else tree.get(name)
+    return tree
 
 
-def _method(of: dict[str, Any], name: str, metric: str) -> Interval | None:
-    return None if of.get(name) is None else _interval(_mapping(of, name), metric)
-
-
-def _interval(of: dict[str, Any], name: str) -> Interval:
-    ends = [float(end) for end in map(_mapping(of, name).get, Interval.__annotations__) if is_number(end)]
+def _figure(tree: dict[str, Any], *names: str) -> Interval | None:
+    if _within(tree, *names) is None:
+        return None
+    ends = [float(end) for end in (_within(tree, *names, end) for end in Interval.__annotations__) if is_number(end)]
     if len(ends) < len(Interval.__annotations__) or not 0 <= min(ends) <= max(ends) <= 1:
-        raise ValueError(f"its {name} is not a share with its interval")
+        raise ValueError(f"its {'.'.join(names)} is not a share with its interval")
     return Interval(value=ends[0], low=ends[1], high=ends[2])
