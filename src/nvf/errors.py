@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ LARGEST = sys.float_info.max  # Python's integers go beyond it
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 SAID_BY_OTHERS = ("No space left on device", "os error 28", "Disk quota exceeded")  # Rust's and C++'s libraries
-ALLOCATION = re.compile(r"tried to allocate ([\d.]+)\s*(bytes|KiB|MiB|GiB)", re.IGNORECASE)
-UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class InputError(ValueError):
@@ -32,30 +29,17 @@ def check_number(
     whole: bool = False,
     remedy: str,
 ) -> None:
-    """Raise an InputError unless the value is a finite number, numpy's included, within its limits.
-
-    Args:
-        name: of the setting.
-        value: of the setting.
-        minimum: the smallest value that is allowed.
-        above: what the value must exceed.
-        below: what the value must not reach.
-        whole: whether it must be an integer.
-        remedy: how the message ends.
-    """
-    limits = [
-        f"{word} {limit}"
-        for word, limit in (("of at least", minimum), ("above", above), ("below", below))
-        if limit is not None
-    ]
+    """Raise an InputError unless the value is a finite number within limits, and an integer if it must be `whole`."""
+    limits = {"of at least": minimum, "above": above, "below": below}
     fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if fits and not isinstance(value, int):
         value = int(value) if whole else float(value)  # numpy's float32 would turn the limits into its own type
     fits = fits and abs(value) <= LARGEST  # NaN is not
     fits = fits and (minimum is None or value >= minimum)
     if not (fits and (above is None or value > above) and (below is None or value < below)):
+        bounds = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
         kind = "a whole number" if whole else "a number"
-        raise InputError(f"{name}={value} is not {' '.join([kind, ' and '.join(limits)]).strip()}; {remedy}")
+        raise InputError(f"{name}={value} is not {f'{kind} {bounds}'.strip()}; {remedy}")
 
 
 def one_line(fault: BaseException) -> str:
@@ -76,12 +60,7 @@ def out_of_memory(fault: BaseException) -> bool:
 
 
 def explain(fault: BaseException, folder: Path) -> str | None:
-    """Words for a fault of the machine in the middle of a run; None for any other.
-
-    Args:
-        fault: what was raised; an OSError may know the file.
-        folder: of the run, for a fault that names no file.
-    """
+    """Words for a fault of the machine in the middle of a run, in the folder if it names no file; None for others."""
     place = getattr(fault, "filename", None) or folder
     if disk_is_full(fault):
         return f"the disk of {place} is full ({one_line(fault)}); what was saved before is whole: make room"
@@ -89,7 +68,7 @@ def explain(fault: BaseException, folder: Path) -> str | None:
         return f"{place} cannot be written ({one_line(fault)}); mend its permissions"
     if out_of_memory(fault):
         return (
-            f"out of memory ({_amounts(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
+            f"out of memory ({one_line(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
             "data.mapped=outputs/rows"
         )
     return None
@@ -112,18 +91,4 @@ def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as fault:
         if not out_of_memory(fault):
             raise
-        raise InputError(f"{stage}: out of memory ({_amounts(fault)}); {', or '.join(remedies)}") from None
-
-
-def _amounts(fault: BaseException) -> str:
-    """How much memory was wanted and how much is free, as far as either is known."""
-    known = []
-    if found := ALLOCATION.search(str(fault)):
-        known.append(f"{float(found[1]) * UNITS[found[2].lower()] / 2**30:,.2f} GiB wanted at once")
-    try:
-        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        free = None
-    if free is not None:
-        known.append(f"{int(free[1]) / 2**20:,.2f} GiB free")
-    return ", ".join(known) or one_line(fault)
+        raise InputError(f"{stage}: out of memory ({one_line(fault)}); {', or '.join(remedies)}") from None

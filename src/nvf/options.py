@@ -12,7 +12,7 @@ from nvf.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-REQUIRED: Any = object()
+REQUIRED: Any = "..."  # the default of an option that must be given
 
 
 class Option(NamedTuple):
@@ -22,13 +22,6 @@ class Option(NamedTuple):
     meaning: str
     default: Any = REQUIRED
     read: Callable[[str], Any] = str
-
-    @property
-    def shown(self) -> str:
-        """The option with its default, as one would type it."""
-        if self.default is REQUIRED:
-            return f"{self.name}=..."
-        return f"{self.name}={'null' if self.default is None else self.default}"
 
 
 def path(text: str) -> Path:
@@ -51,10 +44,9 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]
     given: dict[str, Any] = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"{argument!r} is not name=value; the names are {', '.join(known)}")
-        if name not in known:
-            raise InputError(f"{name!r} is not an option; the names are {', '.join(known)}")
+        if name not in known or not equals:
+            fault = f"{name!r} is not an option" if equals else f"{argument!r} is not name=value"
+            raise InputError(f"{fault}; the names are {', '.join(known)}")
         if name in given:
             raise InputError(f"{name} is given twice; keep one")
         given[name] = None if text == "null" else known[name].read(text) if text else REQUIRED
@@ -67,10 +59,10 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]
 
 def usage(program: str, summary: str, options: Sequence[Option]) -> str:
     """What `--help` prints: the command, and a line an option with its default."""
-    width = max(len(option.shown) for option in options)
-    required = " ".join(option.shown for option in options if option.default is REQUIRED)
-    lines = [f"  {option.shown:{width}}  {option.meaning}" for option in options]
-    return "\n".join([f"python -m {program} {required}", "", summary, "", *lines])
+    shown = [f"{option.name}={'null' if option.default is None else option.default}" for option in options]
+    required = [text for text, option in zip(shown, options, strict=True) if option.default is REQUIRED]
+    lines = [f"  {text:{max(map(len, shown))}}  {option.meaning}" for text, option in zip(shown, options, strict=True)]
+    return "\n".join([" ".join(["python -m", program, *required]), "", summary, "", *lines])
 
 
 def run(command: Callable[..., str], *, program: str, summary: str, options: Sequence[Option]) -> None:
@@ -92,11 +84,7 @@ def run(command: Callable[..., str], *, program: str, summary: str, options: Seq
 
 
 def find_device(name: str) -> "torch.device":
-    """The device of that name; `auto` is the GPU where there is one, else the CPU.
-
-    Raises:
-        InputError: there is no such device.
-    """
+    """The device of that name, or an InputError; `auto` is the GPU where there is one, else the CPU."""
     import torch  # the slowest import of all; bad options are refused before it
 
     if name == "auto":

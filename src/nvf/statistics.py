@@ -35,12 +35,9 @@ def wilson(successes: float, total: float) -> Interval:
 
 
 def mean_interval(mean: float, error: float, *, count: int) -> Interval:
-    """A mean of values in 0..1 with its normal interval, or Wilson's where all are 0 or 1, or none differs.
+    """The mean of `count` values in 0..1 with its normal interval, from its standard error.
 
-    Args:
-        mean: of the values.
-        error: its standard error, the root of variance / count.
-        count: how many values there are.
+    Where all values are 0 or 1, or none differs, the interval is Wilson's.
     """
     variance = count * error**2
     if variance < ROUNDING or abs(variance - mean * (1 - mean)) < ROUNDING:
@@ -51,9 +48,7 @@ def mean_interval(mean: float, error: float, *, count: int) -> Interval:
 def reciprocal_rank(counts: np.ndarray, *, resamples: int = RESAMPLES) -> Interval:
     """The mean reciprocal rank with its bootstrap interval.
 
-    Args:
-        counts: how many queries have rank 1, 2, ..., and last how many count as misses, (ranks + 1,).
-        resamples: how many samples of queries are drawn.
+    The counts say how many queries have rank 1, 2, ..., and last how many count as misses, (ranks + 1,).
     """
     weights, total = np.append(1 / np.arange(1, len(counts)), 0.0), int(counts.sum())
     return _percentiles(float(counts @ weights / total), _resampled(counts, resamples) @ weights / total, total)
@@ -62,12 +57,8 @@ def reciprocal_rank(counts: np.ndarray, *, resamples: int = RESAMPLES) -> Interv
 def gap_closed(start: np.ndarray, end: np.ndarray, ceiling: np.ndarray) -> Interval | None:
     """How much of the gap between a start and a ceiling a method closed, with its paired bootstrap interval.
 
+    Each argument says which queries are answered, (B,) bool: at the start, by the method in the end, at the ceiling.
     None where the ceiling is not significantly above the start, by McNemar's test: a share of noise says nothing.
-
-    Args:
-        start: which queries are answered at the start, (B,) bool.
-        end: which ones the method answers.
-        ceiling: which ones are answered at the ceiling.
     """
     wins, losses = wins_and_losses(ceiling, start)
     if wins <= losses or mcnemar(wins, losses) >= SIGNIFICANT:

@@ -183,6 +183,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, small_disk
     assert "going on from step" in done.stdout
 
 
+def test_a_full_cache_is_not_blamed_on_the_runs_folder(tmp_path: Path, small_disk: Path) -> None:
+    (small_disk / "room").write_bytes(bytes(2**16))
+    with pytest.raises(OSError, match="No space left"):
+        fill(small_disk / "filler")
+    (small_disk / "room").unlink()
+    words = [word for word in WORDS if not word.startswith("cache")]
+    short = ["trainer=debug", "attention.hidden=8192", "hydra.run.dir=run", f"cache={small_disk / 'cache'}"]
+    done = command(*words, *short, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"error: the disk of {small_disk / 'cache'}/")
+    assert (tmp_path / "run/run.json").exists()
+
+
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "outputs").touch()
     done = command(*WORDS, cwd=tmp_path)

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,11 +57,7 @@ def recorded(folder: Path, targets: Container[str] | None = None) -> dict[str, A
 def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock:
     """Write the record of a run that begins, or check that the data of one that resumes are still the same.
 
-    Args:
-        folder: the run's own; it exists.
-        record: the settings as `config`, hashes of `memory` and `queries`, and whatever else the figures rest on, all
-            of them JSON values.
-        goes_on: whether the run resumes.
+    The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures rest on.
 
     Returns:
         The lock that keeps other processes from the folder; it is the kernel's, and goes with the process.
@@ -78,8 +75,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
         write_record(path, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
     before = _read(path)
-    changed = [what for what in record if what != "config" and before.get(what) != record[what]]
-    for what in changed:
+    for what in (what for what in record if what != "config" and before.get(what) != record[what]):
         if what in ("memory", "queries"):
             raise InputError(
                 f"resume={folder}: its {what} are no longer those that it began with; bring them back, or start anew"
@@ -112,11 +108,9 @@ def requeued(place: str | None = None) -> Path | None:
         return None
     records = sorted(Path("outputs").glob(f"*/*/{RECORD}"), reverse=True) if place is None else [Path(place) / RECORD]
     for path in records:
-        try:
+        with suppress(InputError):
             if _read(path).get("slurm_job") == os.environ.get("SLURM_JOB_ID"):
                 return path.parent
-        except InputError:
-            continue
     return None
 
 

@@ -26,31 +26,21 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def stop_when_asked() -> None:
-    """From now on SIGINT and SIGTERM raise `Stopped`, so that what was begun is put away.
-
-    A request to make room that comes where no stage is being fitted is left to the next one, see `Deferred`.
-    """
+    """From now on SIGINT and SIGTERM raise `Stopped`; a request to make room is left to the next stage's fit."""
     for number in ASKS_TO_STOP:
         _handle(number, _stop)
-    if in_slurm():
-        _handle(signal.SIGUSR1, signal.SIG_IGN)  # it would kill the process
+    _handle_request(signal.SIG_IGN)  # it would kill the process
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """Give a program that is not ours its own handlers back when the block ends."""
-    numbers = [*ASKS_TO_STOP, *([signal.SIGUSR1] if in_slurm() else [])]
-    theirs = {number: signal.getsignal(number) for number in numbers}
+    theirs = {number: signal.getsignal(number) for number in (*ASKS_TO_STOP, signal.SIGUSR1)}
     try:
         yield
     finally:
         for number, handler in theirs.items():
             _handle(number, signal.SIG_DFL if handler is None else handler)
-
-
-def in_slurm() -> bool:
-    """Whether a Slurm job runs this process."""
-    return "SLURM_JOB_ID" in os.environ
 
 
 def restarted() -> bool:
@@ -61,8 +51,8 @@ def restarted() -> bool:
 class Deferred:
     """While a stage is fitted, signals wait for the end of its step. A second one does not.
 
-    Slurm's request to make room, SIGUSR1, is answered by Lightning's own plugin, which requeues the job, but between
-    two steps: it comes in the middle of one, whose state is none to go on from.
+    Slurm's request to make room, SIGUSR1, is answered by Lightning's own plugin, which requeues the job; but it comes
+    in the middle of a step, and is passed on between two.
     """
 
     def __init__(self) -> None:
@@ -71,20 +61,18 @@ class Deferred:
 
     def await_lightning(self) -> None:
         """Leave the request to make room to Lightning's plugin, which takes it only where nobody else does."""
-        if in_slurm():
-            _handle(signal.SIGUSR1, signal.SIG_DFL)
+        _handle_request(signal.SIG_DFL)
 
     def install(self) -> None:
         """Put ours before Lightning's handlers, which it installs anew for each fit and validation.
 
-        With several processes its answer to SIGTERM sends the others a message that they do not expect, and waits for
-        ever.
+        With several processes its answer to SIGTERM waits for ever.
         """
         for number in ASKS_TO_STOP:
             _handle(number, self._note)
-        if in_slurm() and callable(theirs := signal.getsignal(signal.SIGUSR1)) and theirs != self._note:
+        if callable(theirs := signal.getsignal(signal.SIGUSR1)) and theirs != self._note:
             self._requeue = theirs
-            _handle(signal.SIGUSR1, self._note)
+            _handle_request(self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked == number and number in ASKS_TO_STOP:
@@ -111,6 +99,11 @@ def _handle(number: int, handler: Handler) -> None:
         signal.signal(number, handler)
 
 
+def _handle_request(handler: Handler) -> None:
+    if "SLURM_JOB_ID" in os.environ:
+        _handle(signal.SIGUSR1, handler)
+
+
 def command_to_resume(folder: object) -> str:
-    """What to type to go on with a run."""
+    """What to type to go on with a run or a sweep."""
     return f"{os.path.basename(sys.executable)} -m nvf.train resume={folder}"

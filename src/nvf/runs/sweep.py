@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,26 +54,21 @@ def words(folder: Path) -> list[str]:
     Raises:
         InputError: its record is damaged, or would have something built.
     """
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_record(folder / RECORD)["overrides"]
         if isinstance(found, list) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
             return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise InputError(f"{folder / RECORD} is damaged, or names what is to be built; start the sweep anew")
 
 
 def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
     """The objective of a run that is done, if its results are complete and of these settings; else None."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         results = read_record(folder / "results.json")
-        if not {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys():
-            return None
-        if key(material(results["config"])) != key(material(config)):
-            return None
-        return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        complete = {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys()
+        if complete and key(material(results["config"])) == key(material(config)):
+            return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
+    return None
 
 
 def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -82,11 +78,9 @@ def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
     """
     if (folder / "results.json").exists():
         os.replace(folder / "results.json", folder / "results.before.json")
-    try:
+    with suppress(InputError):
         if key(material(recorded(folder))) == key(material(config)):
             return True
-    except InputError:
-        pass
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and path.name not in KEPT:
             shutil.rmtree(path)

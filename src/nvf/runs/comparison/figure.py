@@ -28,12 +28,12 @@ COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 MARKERS = "osD^vP<>"
 INK = "#222222"
 STYLE: Any = {
-    **{"font.size": 9, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": "#666666"},
-    **{"axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "grid.linewidth": 0.8},
-    **{"lines.linewidth": 1.6, "lines.markersize": 5, "errorbar.capsize": 2.5, "legend.frameon": False},
+    **{"font.size": 9, "axes.labelcolor": INK, "axes.titlesize": 8, "axes.titlecolor": "#666666"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
+    **{"lines.markersize": 5, "svg.hashsalt": "nvf", "savefig.facecolor": "white", "savefig.dpi": 160},
 }
-BEST: Any = {"linestyle": "none", "marker": "*", "markersize": 14, "markerfacecolor": "none", "zorder": 4}
+BEST: Any = {"linestyle": "none", "marker": "*", "markersize": 14, "mfc": "none", "mec": INK, "zorder": 4}
 REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("exact search", {"color": "#8a8a8a", "linestyle": "-"}),
     "oracle": ("oracle", {"color": "#222222", "linestyle": (0, (1, 1.5))}),
@@ -50,15 +50,14 @@ def write(comparison: Comparison, folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise InputError(f"{folder} cannot be made a folder ({fault.strerror}); give another output") from None
-    texts = {"md": comparison.markdown(), "csv": comparison.csv(), "json": comparison.json()}
-    for ending, text in texts.items():
+    for ending, text in {"md": comparison.markdown, "csv": comparison.csv, "json": comparison.json}.items():
         with written_whole(folder / f"comparison.{ending}") as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    figure = draw(comparison)
-    with matplotlib.rc_context({"svg.hashsalt": "nvf"}):
+            partial.write_text(text() + "\n", encoding="utf-8")
+    with matplotlib.rc_context(STYLE):  # no state of matplotlib's is left
+        figure = draw(comparison)
         for ending, metadata in (("png", None), ("svg", {"Date": None})):
             with written_whole(folder / f"comparison.{ending}") as partial:
-                figure.savefig(partial, format=ending, facecolor="white", dpi=160, metadata=metadata)
+                figure.savefig(partial, format=ending, metadata=metadata)
     return f"written to {folder}: comparison.md, .csv, .json, .png, .svg"
 
 
@@ -81,38 +80,30 @@ def draw(comparison: Comparison) -> Figure:
         seeds = sorted(rows[0].runs[0].seeds, key=len)
         columns = [next((name for name in seeds if len({row.value(name) for row in rows}) > 1), "seed")]
     panels = columns[:MOST_PANELS]
-    across = min(len(panels), 3 if len(panels) != 4 else 2)
+    across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(5.4 * across, 6.4), 3.7 * down + 1.1), layout="constrained")
-        grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
-        drawn: dict[str, Line2D] = {}
-        for column, axes in zip(panels, grid, strict=False):
-            drawn |= _panel(axes, rows, column, [name for name in columns if name != column], best)
-            axes.tick_params(labelleft=True)
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        for axes in grid[::across]:
-            axes.set_ylabel(f"test {METRICS[comparison.metric]}, %")
-        bottom, top = grid[0].get_ylim()
-        grid[0].set_ylim(max(bottom, -3), min(top, 103))
-        figure.suptitle(_title(comparison), color=INK, fontsize=11)
-        if drawn:
-            figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6)
+    figure = Figure(figsize=(max(5.4 * across, 6.4), 3.7 * down + 1.1), layout="constrained")
+    axes, drawn = None, dict[str, Line2D]()
+    for i, column in enumerate(panels):
+        axes = figure.add_subplot(down, across, i + 1, sharey=axes)
+        drawn |= _panel(axes, rows, column, [name for name in columns if name != column], best)
+    figure.supylabel(f"test {METRICS[comparison.metric]}, %", fontsize=9)
+    figure.suptitle(_title(comparison), fontsize=11)
+    if drawn:
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6)
     return figure
 
 
 def _title(comparison: Comparison) -> str:
-    counts = sorted({len(row.runs) for row in comparison.rows})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    interval = "95% interval over the test queries" if counts[-1] == 1 else "mean and 95% interval"
     title = f"Test {METRICS[comparison.metric]} of {comparison.fitted}: "
-    if not comparison.columns:
+    counts, settings = sorted({len(row.runs) for row in comparison.rows}), len(comparison.columns)
+    if not settings:
         return f"{title}each seed, with its 95% interval over the test queries"
-    title += f"{seeds} seed{'s' * (counts != [1])} a setting, {interval}"
-    if (count := len(comparison.columns)) > MOST_PANELS:
-        title += f"\n{MOST_PANELS} of {count} settings that differ; the table has all"
-    return title
+    seeds = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+    title += f"{seeds} seed{'s' * (counts != [1])} a setting, "
+    title += "95% interval over the test queries" if counts == [1] else "mean and 95% interval"
+    left = f"\n{MOST_PANELS} of {settings} settings that differ; the table has all"
+    return title + left * (settings > MOST_PANELS)
 
 
 def _panel(axes: Axes, rows: Sequence[Row], column: str, others: Sequence[str], best: int) -> dict[str, Line2D]:
@@ -127,42 +118,32 @@ def _panel(axes: Axes, rows: Sequence[Row], column: str, others: Sequence[str], 
     lines = _lines(rows, x, others)
     averaged = len(lines) == 1 and len(others) > 0 and len(place) < len(rows)
     joined = numeric and (len(lines) > 1 or not others or averaged)  # or it is single points, drawn at random
-    dodge = 0.0 if numeric else min(0.12, 0.6 / len(lines))
     tests = 100 * np.array([[*(row.figures["test"] or dict.fromkeys("vlh", math.nan)).values()] for row in rows])
     ends = tests[:, [0, 0]] if averaged else tests[:, 1:]
     for i, (label, own) in enumerate(lines.items()):
         places, middle = _means(x[own], tests[own, 0])
-        groups = [own[x[own] == at] for at in places]
-        low, high = (np.array([end(ends[group]) for group in groups]) for end in (np.min, np.max))
-        shift = dodge * (i - (len(lines) - 1) / 2)
-        axes.errorbar(
-            places + shift,
-            middle,
-            yerr=[(middle - low).clip(0), (high - middle).clip(0)],  # a file may say anything
-            fmt=MARKERS[i] + "-" * joined,
-            color=COLOURS[i],
-            label=label,
-            zorder=3,
-        )
+        low, high = (np.array([end(ends[own][x[own] == at]) for at in places]) for end in (np.min, np.max))
+        bars = [(middle - low).clip(0), (high - middle).clip(0)]  # a file may say anything
+        shift = 0.0 if numeric else min(0.12, 0.6 / len(lines)) * (i - (len(lines) - 1) / 2)
+        form = MARKERS[i] + "-" * joined
+        axes.errorbar(places + shift, middle, yerr=bars, fmt=form, color=COLOURS[i], label=label, zorder=3)
         if best in own and not averaged:
-            axes.plot(x[best] + shift, tests[best, 0], markeredgecolor=INK, **BEST)
-    drawn = _references(axes, rows, x, list(lines.values()), "joined" if joined else "points" if numeric else "names")
+            axes.plot(x[best] + shift, tests[best, 0], **BEST)
+    drawn = _references(axes, rows, x, [*lines.values()], numeric=numeric, joined=joined)
     if best >= 0 and not averaged:
-        drawn["best on validation"] = Line2D([], [], markeredgecolor=INK, **BEST)
+        drawn["best on validation"] = Line2D([], [], **BEST)
     if len(lines) > 1:
         axes.legend(title=", ".join(others), loc="upper left", bbox_to_anchor=(1.0, 1.0), alignment="left")
     axes.set_title("mean over the other settings (bars: their range)" if averaged else "")
     axes.set_xlabel(column)
-    if numeric and min(x) > 0 and max(x) > LOG_FROM * min(x):
-        axes.set_xscale("log")
     if not numeric:
         axes.set_xlim(-0.6, len(values) - 0.4)
+    elif min(x) > 0 and max(x) > LOG_FROM * min(x):
+        axes.set_xscale("log")
     if not numeric or len(values) <= MOST_TICKS:
         labels = list(map(_label, values))
-        axes.set_xticks([*place.values()], labels)
-        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        if not numeric and sum(map(len, labels)) > 50:
-            axes.tick_params(axis="x", labelrotation=25)
+        axes.set_xticks([*place.values()], labels, rotation=25 * (not numeric and sum(map(len, labels)) > 50))
+        axes.minorticks_off()
     return drawn
 
 
@@ -183,30 +164,26 @@ def _means(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _references(
-    axes: Axes, rows: Sequence[Row], x: np.ndarray, lines: Sequence[np.ndarray], how: str
+    axes: Axes, rows: Sequence[Row], x: np.ndarray, lines: Sequence[np.ndarray], *, numeric: bool, joined: bool
 ) -> dict[str, Line2D]:
-    """Draw the ceilings and the baseline: once where rows at the same place agree, else for each line in its colour.
+    """Draw the ceilings and the baseline; returns what the legend says.
 
-    Returns:
-        What the legend says of them.
+    Each is drawn once where the rows at the same place agree on it, else for each line in the line's colour.
     """
     shares = {name: 100 * np.array([row.share(name) for row in rows]) for name in REFERENCES}
     same = np.allclose(shares["exact"], shares["oracle"], atol=0.005)
     drawn = {}
     for name, (label, style) in REFERENCES.items():
-        heights = shares[name]
-        if np.isnan(heights).all() or (same and name == "oracle"):
+        if np.isnan(shares[name]).all() or (same and name == "oracle"):
             continue
-        agree = all(np.ptp(heights[x == place]) <= AGREE for place in x) or len(lines) == 1
+        agree = len(lines) == 1 or all(np.ptp(shares[name][x == place]) <= AGREE for place in x)
         for i, own in enumerate([np.arange(len(rows))] if agree else lines):
-            places, middle = _means(x[own], heights[own])
+            places, heights = _means(x[own], shares[name][own])
             line: dict[str, Any] = {**style, "color": style["color"] if agree else COLOURS[i], "zorder": 2}
-            if how == "joined":
-                axes.plot(places, middle, **line)
-            elif how == "names":
-                axes.hlines(middle, places - 0.36, places + 0.36, **line)
+            if numeric:
+                axes.plot(places, heights, **line if joined else {**line, "linestyle": "none", "marker": "_"})
             else:
-                axes.plot(places, middle, **line | {"linestyle": "none", "marker": "_"})
+                axes.hlines(heights, places - 0.36, places + 0.36, **line)
         drawn["exact search = oracle" if same and name == "exact" else label] = Line2D([], [], **style)
     return drawn
 

@@ -33,22 +33,19 @@ class Run:
     fingerprints: tuple[str, str] | None  # of memory and test queries; None in files that lack one
     top1: float  # test Top-1 of what was fitted last
 
-    def order(self) -> list[Any]:
-        """Sorts runs by their seeds."""
-        return [(name, order(seed)) for name, seed in sorted(self.seeds.items())]
-
     def answered(self) -> np.ndarray | None:
         """Which test queries the fitted model ranks first, (B,) bool; None where that was not saved, or is damaged."""
         path = self.path.with_name("answered.npy")
+        if not path.is_file():
+            return None
         try:
-            if not path.is_file():
-                return None
-            answered = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # no larger than the file
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which is never larger than the file
         except Exception:  # there is no end of what a damaged header makes numpy raise
             return None
-        if answered.ndim != 1 or answered.dtype != bool or not len(answered) or answered.view(np.uint8).max() > 1:
+        if not isinstance(mapped, np.ndarray) or mapped.ndim != 1 or mapped.dtype != bool:
             return None
-        return answered if abs(int(answered.sum()) - self.top1 * len(answered)) < AGREES else None
+        fits = mapped.view(np.uint8).max(initial=0) <= 1 and abs(mapped.sum() - self.top1 * len(mapped)) < AGREES
+        return np.array(mapped) if fits and len(mapped) else None
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ class Row:
 def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     """A row a setting, in the order of their paths, from every results.json under the folders.
 
-    Returns:
-        The rows, and a line for each file that could not be read, and for runs that a newer one replaces.
+    Returns also a line for each file that could not be read, and for runs that a newer one replaces.
     """
     paths = sorted({path.resolve(): path for folder in folders for path in folder.rglob("results.json")}.values())
     runs, notes = [], []
@@ -105,7 +101,7 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
     if replaced:
         names = ", ".join(str(run.path) for run in replaced[:3]) + " and more" * (len(replaced) > 3)
         notes.append(f"older runs of the same setting and seed are left out, {len(replaced)}: {names}")
-    rows = [Row.of(sorted(same.values(), key=Run.order)) for same in newest.values()]
+    rows = [Row.of(sorted(same.values(), key=_order)) for same in newest.values()]
     return sorted(rows, key=lambda row: row.runs[0].path), [printable(note) for note in notes]
 
 
@@ -115,13 +111,11 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     The first are those that the runs' commands named. Where they do not tell all rows apart, every setting that
     differs does.
     """
-
-    def differ(name: str) -> bool:
-        return len({canonical(row.value(name)) for row in rows}) > 1
-
-    differing = sorted(filter(differ, {name for row in rows for name in row.runs[0].settings}))
-    named = sorted(filter(differ, {name for row in rows for name in row.runs[0].named}))
-    if len({tuple(canonical(row.value(name)) for name in named) for row in rows}) < len(rows):
+    names = sorted({name for row in rows for name in (*row.runs[0].settings, *row.runs[0].named)})
+    values = {name: [canonical(row.value(name)) for row in rows] for name in names}
+    differing = [name for name in names if len(set(values[name])) > 1]
+    named = [name for name in differing if any(name in row.runs[0].named for row in rows)]
+    if len(set(zip(*(values[name] for name in named), strict=True))) < len(rows):
         return differing, []
     return named, [name for name in differing if name not in named]
 
@@ -133,14 +127,24 @@ def read_run(path: Path, metric: str) -> Run:
         ValueError: it is no results.json, or an old one that lacks the metric.
     """
     found = read_record(path)
-    test, val = _mapping(found, "test"), _mapping(found, "val")
     # The same settings may have another effect where a clock cuts it.
-    config = {**_mapping(found, "config"), "cut": found.get("cut", {})}
-    if _too_deep(config):
-        raise ValueError(f"its settings are more than {DEEPEST} deep")
-    flat = {printable(name): printable(value) for name, value in flatten(config).items() if matters(name)}
-    fitted = "attention" if val.get("pipeline") is None else "pipeline"
-    memory, queries = (found.get(name) for name in ("memory", "queries"))
+    config = {"config": found.get("config"), "cut": found.get("cut", {})}
+    if not isinstance(config["config"], dict) or _too_deep(config):
+        raise ValueError(f"it has no config, or settings that are more than {DEEPEST} deep")
+    flat = flatten({**config["config"], "cut": config["cut"]})
+    flat = {printable(name): printable(value) for name, value in flat.items() if matters(name)}
+    fitted = "attention" if _within(found, "val", "pipeline") is None else "pipeline"
+    figures = {
+        "validation": _figure(found, "val", fitted, metric),
+        "test": _figure(found, "test", fitted, metric),
+        "stage1": _figure(found, "test", "attention", metric),
+        "coverage": _figure(found, "test", "coverage"),
+        "exact": _figure(found, "test", "exact", metric),
+        "oracle": _figure(found, "test", "oracle", metric),
+    }
+    top1, memory, queries = _figure(found, "test", fitted, "top1"), found.get("memory"), found.get("queries")
+    if top1 is None or figures["validation"] is None or figures["test"] is None:
+        raise ValueError(f"it has no top1 or {metric} of its {fitted}")
     return Run(
         path=path,
         modified=path.stat().st_mtime,
@@ -148,17 +152,14 @@ def read_run(path: Path, metric: str) -> Run:
         seeds={name: value for name, value in flat.items() if _is_seed(name)},
         named=_named(path.parent / ".hydra" / "overrides.yaml"),
         fitted=fitted,
-        figures={
-            "validation": _interval(_mapping(val, fitted), metric),
-            "test": _interval(_mapping(test, fitted), metric),
-            "stage1": _method(test, "attention", metric),
-            "coverage": None if test.get("coverage") is None else _interval(test, "coverage"),
-            "exact": _method(test, "exact", metric),
-            "oracle": _method(test, "oracle", metric),
-        },
+        figures=figures,
         fingerprints=(memory, queries) if isinstance(memory, str) and isinstance(queries, str) else None,
-        top1=_interval(_mapping(test, fitted), "top1")["value"],
+        top1=top1["value"],
     )
+
+
+def _order(run: Run) -> list[Any]:
+    return [(name, order(seed)) for name, seed in sorted(run.seeds.items())]
 
 
 def _named(path: Path) -> dict[str, str]:
@@ -177,18 +178,19 @@ def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
     return levels == 0 or any(_too_deep(part, levels - 1) for part in parts)
 
 
-def _mapping(of: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(found := of.get(name), dict):
-        raise ValueError(f"it has no {name}")
-    return found
+def _within(tree: Any, *names: str) -> Any:
+    """What lies under these names; None where one of them is missing or null."""
+    for name in names:
+        if not isinstance(tree, dict | type(None)):
+            raise ValueError(f"there is no {name} in what should hold it")
+        tree = None if tree is None else tree.get(name)
+    return tree
 
 
-def _method(of: dict[str, Any], name: str, metric: str) -> Interval | None:
-    return None if of.get(name) is None else _interval(_mapping(of, name), metric)
-
-
-def _interval(of: dict[str, Any], name: str) -> Interval:
-    ends = [float(end) for end in map(_mapping(of, name).get, Interval.__annotations__) if is_number(end)]
+def _figure(tree: dict[str, Any], *names: str) -> Interval | None:
+    if _within(tree, *names) is None:
+        return None
+    ends = [float(end) for end in (_within(tree, *names, end) for end in Interval.__annotations__) if is_number(end)]
     if len(ends) < len(Interval.__annotations__) or not 0 <= min(ends) <= max(ends) <= 1:
-        raise ValueError(f"its {name} is not a share with its interval")
+        raise ValueError(f"its {'.'.join(names)} is not a share with its interval")
     return Interval(value=ends[0], low=ends[1], high=ends[2])

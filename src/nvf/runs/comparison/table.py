@@ -74,23 +74,21 @@ class Comparison:
 
     def json(self) -> str:
         """Everything, with the runs of each setting and every setting that differs."""
-        entries = []
-        for row in self.rows:
-            settings = {name: row.value(name) for name in (*self.columns, *self.following)}
-            entries.append(
-                {
-                    "best": row is self.rows[0],
-                    "settings": {name: value for name, value in settings.items() if value is not MISSING},
-                    "n": len(row.runs),
-                    "fitted": row.fitted,
-                    **row.figures,
-                    "p": row.p,
-                    "p_test": row.p_test,
-                    "runs": [{"folder": str(run.path.parent), "seeds": run.seeds} for run in row.runs],
-                }
-            )
-        names = {"metric": self.metric, "columns": self.columns, "following": self.following}
-        return json.dumps({**names, "rows": entries, "notes": self.notes}, indent=2, allow_nan=False)
+        names = (*self.columns, *self.following)
+        rows = [
+            {
+                "best": row is self.rows[0],
+                "settings": {name: row.value(name) for name in names if row.value(name) is not MISSING},
+                "n": len(row.runs),
+                "fitted": row.fitted,
+                **row.figures,
+                "p": row.p,
+                "p_test": row.p_test,
+                "runs": [{"folder": str(run.path.parent), "seeds": run.seeds} for run in row.runs],
+            }
+            for row in self.rows
+        ]
+        return json.dumps({**vars(self), "rows": rows}, indent=2, allow_nan=False)
 
     def _cells(self) -> list[list[str]]:
         title, names = METRICS[self.metric], map(short, self.columns)
