@@ -125,8 +125,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
             index = {**evaluate_index(model, *test), **built}
         gradients = audit_gradients(model, val)
         texts = texts_of(config["data"].get("dir"), source.memory.given)
-        if texts is not None and source.memory.first is not None:
-            texts = [texts[vector] for vector in source.memory.first.tolist()]
+        if texts is not None and source.memory.vector_of_row is not None:
+            texts = [texts[vector] for vector in source.memory.vector_of_row.tolist()]
         shown = {"k": config["k"], "oracle": source.oracle, "texts": texts, "labels": clusters(config)}
         try:
             show(model, val, config["dashboards"], folder, **shown)

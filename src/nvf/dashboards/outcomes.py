@@ -10,8 +10,9 @@ from nvf.data.queries import QueryBatch, score_blocks
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
-from nvf.ops.products import first_topk, inner_products
+from nvf.ops.products import inner_products
 from nvf.ops.ranks import target_ranks
+from nvf.ops.topk import first_topk
 
 
 class Looked(NamedTuple):
