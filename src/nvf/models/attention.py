@@ -172,10 +172,7 @@ class SoftAttention(nn.Module):
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
         """Return the k rows of highest attention and their logits, and if asked the log-sum-exp over all, in blocks.
 
-        Of equal rows the smallest come first, see `blockwise_topk`.
-
-        Raises:
-            InputError: k is not in 1..N.
+        Of equal rows the smallest come first, see `blockwise_topk`; an InputError if k is not in 1..N.
         """
         check_k(k, len(self.memory))
         return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)

@@ -38,10 +38,8 @@ class Evidence(nn.Module):
     """Features of candidates, (B, k, F), from the memory and a log of queries with the rows that answered them.
 
     The log is two buffers: `queries`, (n, D) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
-    target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,).
-
-    Raises:
-        InputError: buffers that do not fit together.
+    target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,). Buffers that do
+    not fit together raise an InputError.
     """
 
     queries: Tensor

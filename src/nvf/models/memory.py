@@ -36,9 +36,8 @@ class VectorMemory(nn.Module):
         distinct: whether vectors whose rows are equal in every bit become one row, so that N counts different rows.
 
     Raises:
-        InputError: not a matrix of floats, empty, a row that is zero or not finite, an unknown dtype, a folder that
-            cannot be written, a file that changes meanwhile, or ids that are not one a row, of one type and all
-            different.
+        InputError: no matrix of floats, a row that is zero or not finite, an unknown dtype, a folder that cannot be
+            written, a file that changes meanwhile, or ids that are not one a row, of one type and all different.
     """
 
     rows: Tensor
@@ -154,11 +153,7 @@ class VectorMemory(nn.Module):
         return self.rows[rows].to(torch.promote_types(self.rows.dtype, torch.float32))
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """Exact search: the k rows of highest cosine similarity, (B, k) each, in blocks.
-
-        Raises:
-            InputError: k is not in 1..N.
-        """
+        """Return the k rows of highest cosine similarity, exactly; an InputError if k is not in 1..N."""
         check_k(k, len(self))
         return blockwise_topk(unit(queries), self.rows, k)
 

@@ -43,14 +43,9 @@ class Pipeline(nn.Module):
     With `index` set to one over its keys (`nvf.models.ann_index.build_index`), `search` takes stage 1's best rows from
     it; the distribution, and with it training, stays exact. After the keys are trained, build the index again.
 
-    Args:
-        attention: stage 1.
-        reranker: stage 2; an `EvidenceReranker` needs `evidence`.
-        k: the number of candidates.
-        evidence: what an `EvidenceReranker` weighs.
-
     Raises:
-        InputError: k is not in 1..N, or evidence and reranker do not go together.
+        InputError: k, the number of candidates, is not in 1..N, or there is an `EvidenceReranker` without the
+            `evidence` that it weighs, or the reverse.
     """
 
     def __init__(
@@ -90,19 +85,15 @@ class Pipeline(nn.Module):
     def keys(self) -> Tensor:
         """Return stage 1's keys, to load into any index of inner products, which is asked for `transform(queries)`.
 
-        They are (N, D) unit rows, or (N, D + 1) where stage 1 corrects hubs, with the correction as the last column,
-        in the order in which the memory's vectors were given, equal ones included.
+        They are (N, D) unit rows in the order of the vectors as given, equal ones included; (N, D + 1) where stage 1
+        corrects hubs, with the correction as the last column.
         """
         with torch.no_grad():
             keys = self.attention.keys()
             return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
 
     def export_keys(self, path: str | Path) -> None:
-        """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically.
-
-        Raises:
-            InputError: the name ends in neither.
-        """
+        """Write `keys()` to a .npy or .safetensors file, see `saved_pipeline.export_keys`."""
         saved_pipeline.export_keys(self.keys(), Path(path))
 
     @torch.no_grad()
@@ -126,10 +117,8 @@ class Pipeline(nn.Module):
     ) -> Retrieval:
         """Return the distribution and the soft-retrieved vector, differentiable in the queries and in every weight.
 
-        Any leading dimensions take the place of B, none included: a pipeline is a layer.
-
         Args:
-            queries: (B, D), of any length but zero.
+            queries: (B, D), of any length but zero; any leading dimensions, or none, may take the place of B.
             logged_as: each query's place in the log of the evidence, (B,), -1 for none, see `Evidence`.
             relaxation: the temperature at which rows are candidates by degrees, in units of the logits, for training;
                 with None, the exact distribution. See `distribution.relaxed`.
@@ -168,12 +157,8 @@ class Pipeline(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return `attention_loss` of the distribution and of stage 1 alone, differentiable once, without any (B, N).
 
-        Of the distribution no more is computed than the rows that are reranked and the targets have of it.
-
-        Args:
-            queries: (B, D), of any length but zero.
-            targets: (B, m) rows, padded with -1.
-            logged_as: as for `forward`, and `relaxation` too.
+        Targets are (B, m) rows, padded with -1; the other arguments are those of `forward`. Of the distribution only
+        the probabilities of reranked rows and targets are computed.
 
         Raises:
             InputError: queries or a relaxation as for `forward`, or targets that are no rows.
@@ -223,15 +208,12 @@ class Pipeline(nn.Module):
 
         The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first row is
         the reranker's choice, and no row that stage 1 has among its best is lost to one that the reranker never saw.
-        Probabilities are those of `forward` and descend in each of the two parts: a candidate of which the reranker
-        thinks little may be less probable than a row of the second part.
-
-        Of equal probabilities the smallest rows come first; on a CPU equal rows among the candidates are equally
-        probable, unless evidence tells them apart. The first k of more are the answer to k.
+        Probabilities are those of `forward` and descend in each of the two parts. Of equal ones the smallest rows come
+        first; on a CPU equal rows among the candidates are equally probable, unless evidence tells them apart.
 
         With an index the rows are the best of those it finds, and their share of the total is an estimate, see
-        `approximate_topk`. Their order does not depend on it but for an `EvidenceReranker`, which weighs stage 1's
-        probabilities too.
+        `approximate_topk`. Their order depends on it for an `EvidenceReranker` alone, which weighs stage 1's
+        probabilities.
 
         Args:
             queries: (B, D) of any float type and length; numpy or torch.
@@ -240,12 +222,12 @@ class Pipeline(nn.Module):
         Raises:
             InputError: queries of another shape or type, zero or not finite; k not in 1..N.
         """
-        check_k(self.k if k is None else k, len(self.memory))
-        k = self.k if k is None else int(k)
+        k = self.k if k is None else k
+        check_k(k, len(self.memory))
         given, training = self._checked(queries), self.training
         self.eval()  # no dropout in a search
         try:
-            blocks = [self._search_block(block, k) for block in given.split(QUERY_BLOCK)]
+            blocks = [self._search_block(block, int(k)) for block in given.split(QUERY_BLOCK)]
         finally:
             self.train(training)
         rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -276,7 +258,7 @@ class Pipeline(nn.Module):
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates), candidates)
-        # Scores in which near ties are resolved may round above those that were summed: no mass exceeds one even so.
+        # Scores of near ties may round above those that were summed: no mass exceeds one even so.
         total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
         log_attention = top.scores - total.unsqueeze(-1)
         inside = shared_out(log_attention[:, : self.k], scores)
@@ -297,23 +279,15 @@ class Pipeline(nn.Module):
         return scores.gather(-1, first)
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder that `load` reads, atomically.
-
-        It holds config.json, with hashes of itself and of the others; two safetensors files; ids.json where the memory
-        has ids; and index.safetensors where the pipeline has an index.
-
-        Raises:
-            InputError: the path holds something that is not a pipeline.
-        """
-        parts: dict[str, Any] = {"attention": self.attention, "reranker": self.reranker, "index": self.index}
-        saved_pipeline.save(Path(folder), k=self.k, **parts, weights=self.state_dict())
+        """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
+        parts: dict[str, Any] = {"reranker": self.reranker, "index": self.index, "weights": self.state_dict()}
+        saved_pipeline.save(Path(folder), self.attention, k=self.k, **parts)
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
         """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
 
-        What has changed since it was saved is noticed by its hash, unless whoever changed it changed the hash too, or
-        an older version saved it, without hashes.
+        Hashes notice what has changed since, unless they were changed too; an older version saved none.
 
         Args:
             folder: of the pipeline, or of the run that saved it.

@@ -21,10 +21,8 @@ class Reranker(nn.Module):
 
     `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
     w_a logit + w_c beta cos(q, c) + mlp. At the start w_a = 1 and w_c and the last layer are zero: that is stage 1's
-    order. The last layer has no bias: one constant for all candidates changes no softmax.
-
-    Raises:
-        InputError: an unknown kind, or a dropout outside [0, 1).
+    order. The last layer has no bias: one constant for all candidates changes no softmax. An unknown kind, widths that
+    are not two, or a dropout outside [0, 1) raise an InputError.
     """
 
     def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
@@ -117,9 +115,6 @@ class EvidenceReranker(nn.Module):
     """Scores logit + w x + mlp(x), (B, k), where x is the candidates' evidence, standardised over training candidates.
 
     At the start w and the network's last layer are zero: that is stage 1's order.
-
-    Raises:
-        InputError: two widths are not given, or a dropout outside [0, 1).
     """
 
     starts_at_stage_one = True

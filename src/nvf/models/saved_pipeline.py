@@ -36,18 +36,14 @@ Saved = TypeVar("Saved", bound=nn.Module)
 
 def save(
     folder: Path,
+    attention: SoftAttention,
     *,
     k: int,
-    attention: SoftAttention,
     reranker: Reranker | EvidenceReranker,
     index: Index | None,
     weights: dict[str, Tensor],
 ) -> None:
-    """Write the folder that `load` reads, atomically.
-
-    Raises:
-        InputError: the path holds something that is not a pipeline.
-    """
+    """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
     folder, memory = Path(os.path.realpath(folder)), attention.memory  # a link stays one, to what is saved
     if os.path.lexists(folder):
         _check_replaceable(folder)
@@ -74,7 +70,7 @@ def save(
 
 
 def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *, index: bool) -> Saved:
-    """Return the pipeline of a folder, frozen; `make` is its class. See `Pipeline.load`."""
+    """Return the frozen pipeline of a folder, see `Pipeline.load`; `make` is the class."""
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
@@ -104,11 +100,7 @@ def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *
 
 
 def export_keys(keys: Tensor, path: Path) -> None:
-    """Write keys to a .npy file, or to a .safetensors file under the name `keys`, atomically.
-
-    Raises:
-        InputError: the name ends in neither.
-    """
+    """Write keys to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
     if path.suffix not in (".npy", ".safetensors"):
         raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
     keys = keys.cpu().contiguous()

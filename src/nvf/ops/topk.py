@@ -147,20 +147,11 @@ def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: 
     size = max(1, NEAR_TIES // queries.shape[1])
     pairs = zip(query.split(size), row.split(size), strict=True)
     exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
-    exact, rows = _best_of_each(query, exact, row, count=len(queries), k=k)
-    return exact.to(queries.dtype), rows
-
-
-def _best_of_each(query: Tensor, scores: Tensor, rows: Tensor, *, count: int, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest scores of each of `count` queries, (count, k), and their rows, from lists of all, (P,).
-
-    Of equal scores those listed first come first. Each query has at least k.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    order = order[query[order].argsort(stable=True)]
-    first = torch.searchsorted(query[order], torch.arange(count))
+    order = exact.argsort(descending=True, stable=True)
+    order = order[query[order].argsort(stable=True)]  # query by query, and of equal products the first rows first
+    first = torch.searchsorted(query[order], torch.arange(len(queries)))
     kept = order[first.unsqueeze(-1) + torch.arange(k)]
-    return scores[kept], rows[kept]
+    return exact[kept].to(queries.dtype), row[kept]
 
 
 def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
@@ -251,11 +242,20 @@ class _Sparse:
         return tops.amax(dim=0)
 
     def _merge(self) -> None:
+        if not self.waiting:
+            return
         kept = torch.arange(len(self.scores)).repeat_interleave(self.scores.shape[1])
         waiting = [(kept, self.scores.flatten(), self.rows.flatten()), *self.waiting]
         self.waiting = []
         query, scores, rows = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-        self.scores, self.rows = _best_of_each(query, scores, rows, count=len(self.least), k=self.k)
+        query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
+        counts = torch.bincount(query, minlength=len(self.least))
+        place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a row a query, for one sort of all
+        rows_of = rows.new_full(padded.shape, -1)
+        padded[query, place], rows_of[query, place] = scores[order], rows[order]
+        scores, order = padded.sort(dim=-1, descending=True, stable=True)
+        self.scores, self.rows = scores[:, : self.k], rows_of.gather(-1, order[:, : self.k])
         self.least = self.scores[:, -1].contiguous()
 
     def result(self) -> tuple[Tensor, Tensor]:
