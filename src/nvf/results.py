@@ -131,8 +131,8 @@ def _show(
     """Draw what TensorBoard shows beside the curves."""
     memory = built.source.memory
     texts = texts_of(config["data"].get("dir"), memory.given)
-    if texts is not None and memory.first is not None:
-        texts = [texts[vector] for vector in memory.first.tolist()]
+    if texts is not None and memory.vector_of_row is not None:
+        texts = [texts[vector] for vector in memory.vector_of_row.tolist()]
     data = config["data"]
     clustered = data["name"] == "clustered"
     labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None

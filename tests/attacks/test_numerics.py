@@ -21,8 +21,9 @@ from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
 from nvf.ops.cross_entropy import cross_entropy, logsumexp
-from nvf.ops.products import LOOKED_AT, QUERY_BLOCK, best_rows, blockwise_topk, first_topk
+from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.ranks import ndcg, recall, target_ranks
+from nvf.ops.topk import NEAR_TIES, best_rows, blockwise_topk, first_topk
 
 UNIT_ROUNDOFF = 2.0**-24
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -286,7 +287,7 @@ def test_near_duplicates_come_in_their_true_order(distance: float, attempts: Cal
 
 
 def test_the_blocks_of_near_ties_are_cut_right() -> None:
-    keys = VectorMemory(torch.ones(LOOKED_AT // 256, 2)).rows
+    keys = VectorMemory(torch.ones(NEAR_TIES // 256, 2)).rows
     queries = unit(normal(QUERY_BLOCK + 3, 2))
     assert torch.equal(blockwise_topk(queries, keys, 3).rows, torch.arange(3).expand(len(queries), 3))
 

@@ -22,8 +22,8 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
-from nvf.ops.products import TopK
 from nvf.ops.random_streams import stream
+from nvf.ops.topk import TopK
 from nvf.options import Option, parse, whole
 from timing import COMMON, interleaved, table, whole_numbers, write_json
 

@@ -25,8 +25,9 @@ from nvf.models.ann_index_files import packed
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory, blockwise_topk, unit
-from nvf.models.pipeline import FILES, Pipeline
+from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.models.saved_pipeline import FILES
 from nvf.options import parse
 from nvf.search import OPTIONS, search
 from nvf.statistics import wilson
@@ -413,10 +414,6 @@ def write(place: Path, data: bytes) -> None:
     reseal(place / "pipeline")
 
 
-def older(place: Path) -> None:
-    (place / "pipeline" / FILE).rename(place / "pipeline/index.faiss")
-
-
 def high_and_low(place: Path) -> tuple[int, int, int]:
     """The place of a neighbour on the second level, a key on it, and one that is not."""
     levels = load_file(place / "pipeline" / FILE)["levels"]
@@ -432,7 +429,6 @@ BROKEN = {
     "no file": (lambda p: (p / "pipeline" / FILE).unlink(), f"{FILE} is missing"),
     "a bit": (flip, f"{FILE} is damaged, or of another pipeline"),
     "nonsense": (lambda p: write(p, b"nonsense"), f"{FILE} does not fit the pipeline (SafetensorError: "),
-    "older": (older, "index.faiss is an older version's, which cannot be checked before it is used; build the index"),
     "ivf": (lambda p: put(p, {"cells": torch.zeros(ROWS)}), "levels is missing, but should be (600,) torch.int32"),
     "few": (lambda p: put(p, few()), "levels is (9,) torch.int32, but should be (600,) torch.int32"),
     "level": (lambda p: change(p, "levels", 3, 99), "levels has 1 to 99, but should have 1 to "),

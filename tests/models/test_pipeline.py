@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
-from nvf.models.pipeline import FILES, Pipeline
+from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
+from nvf.models.saved_pipeline import FILES
 from nvf.ops.products import QUERY_BLOCK
 from seals import reseal
 

@@ -17,7 +17,7 @@ from nvf.ops.random_streams import stream
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, the last of them short, however few the rows."""
-    monkeypatch.setattr("nvf.models.attention.WHOLE", 0)
+    monkeypatch.setattr("nvf.models.attention.AT_ONCE", 0)
     monkeypatch.setattr(crossentropy, "score_block", lambda _: 70 * 50)
 
 
@@ -147,7 +147,7 @@ def test_few_rows_have_the_same_loss_at_once(monkeypatch: pytest.MonkeyPatch) ->
     attention = SoftAttention(VectorMemory.synthetic(rows=301, dim=8, seed=0), keys="learned")
     queries, targets = F.normalize(torch.randn(9, 8), dim=-1), torch.arange(9).unsqueeze(-1)
     blocks = attention.loss(queries, targets)
-    monkeypatch.setattr("nvf.models.attention.WHOLE", 301)
+    monkeypatch.setattr("nvf.models.attention.AT_ONCE", 301)
     at_once = attention.loss(queries, targets)
     torch.testing.assert_close(blocks, at_once)
     parameters = [*attention.parameters()]

@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvf.ops.products import GROUP, MANY, QUERY_BLOCK, blockwise_topk, inner_products, products, weighted_sum
+from nvf.ops.products import QUERY_BLOCK, inner_products, products, weighted_sum
+from nvf.ops.topk import GROUP, SPARSE_FROM, blockwise_topk
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -16,7 +17,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 @given(
     rows=st.integers(1, 200),
-    queries=st.sampled_from([0, 1, 3, 5, MANY, 70]),
+    queries=st.sampled_from([0, 1, 3, 5, SPARSE_FROM, 70]),
     k=st.integers(1, 200),
     block=st.integers(1, 5000),
     threads=st.sampled_from([1, 2]),
@@ -59,11 +60,11 @@ def test_double_precision_is_not_cut_short() -> None:
 @pytest.mark.parametrize("ascending", [True, False])
 def test_rows_in_any_order_of_merit(ascending: bool) -> None:
     merit = torch.arange(5000.0) if ascending else -torch.arange(5000.0)
-    found = blockwise_topk(torch.ones(MANY, 1), merit.unsqueeze(-1), 3, scores_per_block=MANY * 100)
+    found = blockwise_topk(torch.ones(SPARSE_FROM, 1), merit.unsqueeze(-1), 3, scores_per_block=SPARSE_FROM * 100)
     assert (found.rows == (torch.tensor([4999, 4998, 4997]) if ascending else torch.tensor([0, 1, 2]))).all()
 
 
-@pytest.mark.parametrize("queries", [2, MANY])
+@pytest.mark.parametrize("queries", [2, SPARSE_FROM])
 def test_what_is_not_a_number_is_found_first(queries: int) -> None:
     asked = torch.ones(queries, 2)
     asked[1] = torch.nan

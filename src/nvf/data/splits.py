@@ -10,7 +10,7 @@ import torch
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.files.ids import padded
-from nvf.models.memory import alike, row_hashes
+from nvf.models.memory import factorize, row_hashes
 from nvf.ops.random_streams import stream_seed
 
 SPLITS = ("train", "val", "test")
@@ -62,7 +62,7 @@ def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
     Returns:
         The different queries in the order of their first lines, and the places of these, (n,).
     """
-    query = alike(row_hashes(batch.queries))
+    query = factorize(row_hashes(batch.queries))
     first = np.unique(query, return_index=True)[1]
     if len(first) == len(query):
         return batch, first

@@ -14,8 +14,9 @@ from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
-from nvf.ops.products import QUERY_BLOCK, blockwise_topk, first_topk, inner_products
+from nvf.ops.products import QUERY_BLOCK, inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg, recall, target_ranks
+from nvf.ops.topk import blockwise_topk, first_topk
 from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
 METHODS = ("exact", "oracle", "attention", "pipeline")

@@ -1,10 +1,8 @@
-"""An approximate first stage: stage 1's best rows from a FAISS index over its keys, without a look at the others.
+"""An approximate first stage: about the best rows for stage 1, from a FAISS index over its keys.
 
-FAISS is the extra `nvf[faiss]`, imported on first use. Its wheel brings an OpenMP runtime and a BLAS of its own beside
-torch's. On Linux the two get along with many threads, and neither gets slower: where torch is imported first, as here,
-FAISS runs on its runtime; in the other order each has its own, so that threads are set in both. On macOS wheels of both
-may crash with `OMP: Error #15` or a segmentation fault (github.com/faiss-wheels/faiss-wheels/issues/73):
-take both from conda-forge, which has one runtime for all, or try OMP_NUM_THREADS=1 in the environment (not tried here).
+FAISS is the extra `nvf[faiss]`, imported on first use. Its wheel brings an OpenMP runtime of its own. On Linux it uses
+torch's if torch is imported first, as here; in the other order both have their own, and threads are set in both. On
+macOS two may crash with `OMP: Error #15` (github.com/faiss-wheels/faiss-wheels/issues/73): use conda-forge's packages.
 """
 
 import logging
@@ -22,34 +20,32 @@ from nvf.errors import InputError, check_number, one_line
 from nvf.files.records import own_file, sha256
 from nvf.files.tensors import DAMAGE, read_tensors
 from nvf.models.ann_index_files import packed, unpacked
-from nvf.ops.frozen_memo import Memo
-from nvf.ops.products import TopK, blockwise_topk
+from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.random_streams import stream
+from nvf.ops.topk import TopK, blockwise_topk
 
-FILE, OLD_FILE = "index.safetensors", "index.faiss"
-# Whoever names no settings gets these: conf/index/ has the same, with what each of them does.
-KINDS: dict[str, dict[str, int | None]] = {
+FILE = "index.safetensors"
+KINDS: dict[str, dict[str, int | None]] = {  # with their default settings, the same as in conf/index/
     "flat": {},
     "ivf": {"nlist": None, "nprobe": 64},
     "hnsw": {"m": 32, "ef_construction": 200, "ef_search": 128},
 }
-SMALLEST = {"m": 2}  # where 1 is too few
-LARGEST_M = 512
+SMALLEST_M, LARGEST_M = 2, 512
 KEYS_PER_CELL = 39  # fewer train a poor cell: FAISS warns of it
 TRAINED_ON = 256  # keys a cell
-ADDED = 65_536  # keys at a time
-SAMPLE = 4096  # rows that stand for those the index did not find
-GATHERED = 2**22  # numbers of gathered keys at a time
+ADDED = 65_536  # keys that are added at a time
+SAMPLE = 4096  # rows that stand for those that the index did not return
+GATHERED = 2**22  # numbers of gathered keys held at a time
 REMEDY = "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
 
 
 class Index:
-    """A FAISS index of inner products over N keys, (N, D'); see `build_index` and `read_index`.
+    """A FAISS index of inner products over N keys, (N, D'), from `build_index` or `read_index`.
 
     Args:
         made: the FAISS object.
         kind: `ivf` or `hnsw`.
-        settings: of that kind, complete.
+        settings: all of that kind's.
     """
 
     def __init__(self, made: Any, kind: str, settings: Mapping[str, Any]) -> None:
@@ -60,52 +56,46 @@ class Index:
             made.nprobe = settings["nprobe"]
         else:
             made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
-        count = len(self)
-        chosen = torch.randperm(count, generator=stream(0, "index sample"))[:SAMPLE]
-        self.sample = chosen.sort().values  # rows that are drawn once, so that one query gets one answer
-        self._sampled = Memo()
+        chosen = torch.randperm(made.ntotal, generator=stream(0, "index sample"))[:SAMPLE]
+        self.sample = chosen.sort().values  # rows, drawn once, so that one query gets one answer
+        self._sampled = FrozenCache()
 
     def __len__(self) -> int:
         return self._made.ntotal
 
-    @property
-    def dim(self) -> int:
-        """D', the width of the keys."""
-        return self._made.d
-
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Inner products, (B, k), and rows, (B, k), about the largest; where it finds fewer, the last rows are -1."""
+        """Return about the k largest inner products and their rows, (B, k) each; if it finds fewer, the last are -1."""
         _faiss().omp_set_num_threads(torch.get_num_threads())
-        scores, rows = self._made.search(queries.detach().float().cpu().contiguous().numpy(), k)
+        scores, rows = self._made.search(_array(queries), k)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
     def sampled(self, keys: Tensor) -> Tensor:
-        """The keys of the sample."""
+        """Return the keys of the sample."""
         return self._sampled(lambda: keys[self.sample.to(keys.device)], [keys])
 
     def check_fits(self, keys: Tensor) -> None:
-        """Raise an InputError unless it is of as many keys, as wide as these."""
-        if (len(self), self.dim) != tuple(keys.shape):
+        """Raise an InputError unless the index has as many keys, as wide as these."""
+        if (len(self), self._made.d) != tuple(keys.shape):
             raise InputError(
-                f"the index has {len(self)} keys of width {self.dim}, but the pipeline {len(keys)} of width "
+                f"the index has {len(self)} keys of width {self._made.d}, but the pipeline {len(keys)} of width "
                 f"{keys.shape[1]}; build it from the pipeline's own keys"
             )
 
     def write(self, path: Path) -> dict[str, Any]:
-        """Write what it adds to its keys, and return what `read_index` wants to know beside it."""
+        """Write what the index adds to its keys, and return what `read_index` needs to know beside the file."""
         save_file(packed(_faiss(), self._made, self.kind), path)
         return {"kind": self.kind, "settings": self.settings, "sha256": sha256(path)}
 
 
 def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Index | None:
-    """An index over a pipeline's keys: `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
+    """Build an index over a pipeline's keys: `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
 
-    `ivf` is always the same for the same keys; `hnsw` is where torch has one thread, `torch.set_num_threads(1)`: more
-    of them insert keys in an order of their own, and the graph, with it a few of the rows it finds, varies.
+    The same keys make the same `ivf`; they make the same `hnsw` where torch has one thread, as several insert keys in
+    an order of their own.
 
     Args:
         keys: (N, D') of any float type, on any device.
-        kind: `ivf`, `hnsw`, or `flat`, exact search, for which there is nothing to build.
+        kind: `ivf`, `hnsw`, or `flat`, exact search, which needs no index: None is returned.
         settings: of the kind, in place of those in KINDS.
 
     Raises:
@@ -148,42 +138,34 @@ def check_index(settings: Mapping[str, Any], *, rows: int, fits: Sequence[str] =
         if name not in KINDS[kind]:
             has = ", ".join(KINDS[kind]) or "none"
             raise InputError(f"index.{name} is no setting of index={kind}; its settings: {has}")
-        if name == "nlist" and value is None:
-            continue
-        default = KINDS[kind][name] or "null"
-        smallest = SMALLEST.get(name, 1)
-        check_number(f"index.{name}", value, minimum=smallest, whole=True, remedy=f"{default} is the default")
+        if name != "nlist" or value is not None:
+            smallest, remedy = SMALLEST_M if name == "m" else 1, f"{KINDS[kind][name] or 'null'} is the default"
+            check_number(f"index.{name}", value, minimum=smallest, whole=True, remedy=remedy)
     if given.get("m", 0) > LARGEST_M:
         raise InputError(f"index.m={given['m']} exceeds {LARGEST_M} neighbours a key; lower it, 16 to 64 serve most")
     if (given.get("nlist") or 0) > rows:
         raise InputError(f"index.nlist={given['nlist']} exceeds the memory's {rows} rows; lower it, or give null")
-    if kind == "flat":
-        return
-    if "reranker" not in fits:
+    if kind != "flat" and "reranker" not in fits:
         raise InputError(
             f"index={kind} is for the search of a pipeline, which stage=attention does not make; "
             "choose stage=reranker, or index=flat"
         )
-    _faiss()
+    if kind != "flat":
+        _faiss()
 
 
 def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | None:
-    """The index that `write` wrote; None, and a warning, where FAISS cannot be imported: search is then exact.
+    """Read the index that `write` wrote; without FAISS return None with a warning: search is then exact.
 
     Args:
         path: the file.
         about: what `write` returned.
-        keys: that it is made of again.
+        keys: of the pipeline, over which the index is made again.
 
     Raises:
         InputError: the file is missing, is not the one that was written, or is no such index over so many keys.
     """
     remedy = "save the pipeline again, or search exactly with index=flat, Pipeline.load(..., index=False)"
-    if (old := path.with_name(OLD_FILE)).exists() and not path.exists():
-        raise InputError(
-            f"{old} is an older version's, which cannot be checked before it is used; build the index again and "
-            f"{remedy}"
-        )
     if not own_file(path):
         raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
     try:
@@ -205,12 +187,12 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
 
 @torch.no_grad()
 def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> TopK:
-    """`blockwise_topk(queries, keys, k, logsumexp=True)` from an index of the keys: about the k largest, in order.
+    """Return about what `blockwise_topk(queries, keys, k, logsumexp=True)` does, from an index of the keys.
 
-    The scores are exact: those of the rows found are computed from the keys. Queries for which the index finds fewer
-    than k rows are answered exactly. The sum of exp(score) over all rows is exact over those found, and over the rest
-    R estimated without bias from the rows S of a fixed uniform sample that were not found, (|R| / |S|) sum over S;
-    of its logarithm, which is returned, the expectation is a little too low.
+    The rows are about the k best, with their exact scores, from the keys; queries for which the index finds fewer than
+    k rows are answered exactly. The sum of exp(score) is exact over the rows returned, and over the other rows R it is
+    estimated without bias from those of a fixed uniform sample, S, that are among them: (|R| / |S|) sum over S. The
+    expectation of its logarithm, which is returned, is a little too low.
     """
     if k >= min(SAMPLE, len(keys)):
         return blockwise_topk(queries, keys, k, logsumexp=True)
@@ -228,15 +210,15 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> Top
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
 
 
-def _logsumexp_of_rest(queries: Tensor, found: Tensor, sample: Tensor, sampled: Tensor, count: int) -> Tensor:
-    """An estimate of the log-sum-exp over the rows that were not found, (B,), from the keys of a sorted sample."""
+def _logsumexp_of_rest(queries: Tensor, rows: Tensor, sample: Tensor, sampled: Tensor, count: int) -> Tensor:
+    """Estimate the log-sum-exp over all but the rows that were returned, (B,), from the keys of a sorted sample."""
     scores = queries @ sampled.to(queries.dtype).T  # (B, S)
-    place = torch.searchsorted(sample, found).clamp(max=len(sample) - 1)  # (B, k)
-    drawn = sample[place] == found
+    place = torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)  # (B, k)
+    drawn = sample[place] == rows
     beyond = len(sample)  # a last column for rows that were not drawn
     scores = torch.cat([scores, scores[:, :1]], dim=-1).scatter(-1, place.where(drawn, beyond), -math.inf)[:, :beyond]
     left = beyond - drawn.sum(dim=-1)
-    return scores.logsumexp(dim=-1) + ((count - found.shape[1]) / left).log()
+    return scores.logsumexp(dim=-1) + ((count - rows.shape[1]) / left).log()
 
 
 def _array(keys: Tensor) -> Any:
@@ -248,4 +230,7 @@ def _faiss() -> Any:
     try:
         return import_module("faiss")
     except ImportError as fault:
-        raise InputError(f"an index needs FAISS, which cannot be imported ({one_line(fault)}); {REMEDY}") from None
+        raise InputError(
+            f"an index needs FAISS, which cannot be imported ({one_line(fault)}); "
+            "pip install 'nvf[faiss]', or search exactly with index=flat"
+        ) from None

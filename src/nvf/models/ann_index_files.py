@@ -1,7 +1,7 @@
-"""What an index adds to the keys it is of, as plain tensors, and the FAISS object that it is made into again.
+"""An index as plain tensors: what it adds to the keys, and the FAISS object that is made of it again.
 
-FAISS reads its own files in C++ and believes them; a forged one could lead a search out of its memory. Here every
-number that a search follows is checked, and the keys are the pipeline's own.
+FAISS reads its own files in C++ and trusts them; a forged one could lead a search out of its memory. Here every number
+that a search follows is checked, and the keys are the pipeline's own.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ BLOCK = 65_536  # keys at a time
 
 
 def packed(faiss: Any, made: Any, kind: str) -> dict[str, Tensor]:
-    """What `unpacked` makes the same index of.
+    """Return the tensors of which `unpacked` makes the same index.
 
-    Of `ivf` the centroids, (nlist, D'), and each key's cell, (N,). Of `hnsw` each key's number of levels, (N,), the
-    keys' neighbours, level by level and padded with -1, in one list, and the key where searches begin, (1,).
+    For `ivf` they are the centroids, (nlist, D'), and each key's cell, (N,). For `hnsw` they are each key's number of
+    levels, (N,), the keys' neighbours in one list, level by level and padded with -1, and the key where searches begin.
     """
     if kind == "ivf":
         centroids = faiss.downcast_index(made.quantizer).reconstruct_n(0, made.nlist)
@@ -33,11 +33,7 @@ def packed(faiss: Any, made: Any, kind: str) -> dict[str, Tensor]:
 
 
 def unpacked(faiss: Any, tensors: dict[str, Tensor], kind: str, settings: dict[str, Any], keys: np.ndarray) -> Any:
-    """The FAISS object over the keys, (N, D') float32.
-
-    Raises:
-        ValueError: tensors of other names, shapes or types, or with a number out of its range.
-    """
+    """Make the FAISS object over the keys, (N, D') float32; a ValueError for tensors that are not from `packed`."""
     return (_ivf if kind == "ivf" else _hnsw)(faiss, tensors, settings, keys)
 
 
@@ -46,8 +42,7 @@ def _ivf(faiss: Any, tensors: dict[str, Tensor], settings: dict[str, Any], keys:
     if nlist is None or settings["nprobe"] > nlist:
         raise ValueError(f"{settings} are not those of an index")
     centroids = _taken(tensors, "centroids", (nlist, dim), torch.float32)
-    cells = _taken(tensors, "cells", (count,), torch.int64)
-    _check_range("cells", cells, 0, nlist)
+    cells = _taken(tensors, "cells", (count,), torch.int64, 0, nlist)
     if not np.isfinite(centroids).all():
         raise ValueError("centroids have NaN or infinite values")
     cells_of = faiss.IndexFlatIP(dim)
@@ -65,21 +60,18 @@ def _hnsw(faiss: Any, tensors: dict[str, Tensor], settings: dict[str, Any], keys
     made = faiss.IndexHNSWFlat(dim, settings["m"], faiss.METRIC_INNER_PRODUCT)
     made.hnsw.efConstruction = settings["ef_construction"]
     starts = faiss.vector_to_array(made.hnsw.cum_nneighbor_per_level).astype(np.int64)  # of a key's levels
-    levels = _taken(tensors, "levels", (count,), torch.int32)
-    _check_range("levels", levels, 1, made.hnsw.assign_probas.size() + 1)
+    levels = _taken(tensors, "levels", (count,), torch.int32, 1, made.hnsw.assign_probas.size() + 1)
     offsets = np.concatenate([[0], np.cumsum(starts[levels])])
-    neighbors = _taken(tensors, "neighbors", (int(offsets[-1]),), torch.int32)
-    _check_range("neighbors", neighbors, -1, count)
-    entry = _taken(tensors, "entry", (1,), torch.int32)
-    _check_range("entry", entry, 0, count)
+    neighbors = _taken(tensors, "neighbors", (int(offsets[-1]),), torch.int32, -1, count)
+    entry = _taken(tensors, "entry", (1,), torch.int32, 0, count)
     if levels[entry[0]] != levels.max():
         raise ValueError("entry is no key of the highest level")
     for level in range(levels.max()):
-        there = np.flatnonzero(levels > level)
+        present = np.flatnonzero(levels > level)
         slots = np.arange(starts[level], starts[level + 1])
-        for start in range(0, len(there), BLOCK):
-            found = neighbors[offsets[there[start : start + BLOCK], None] + slots]
-            if (levels[found] <= level)[found >= 0].any():  # a search would read the slots of a level that is not there
+        for start in range(0, len(present), BLOCK):
+            theirs = neighbors[offsets[present[start : start + BLOCK], None] + slots]
+            if (levels[theirs] <= level)[theirs >= 0].any():  # a search would read slots that they do not have
                 raise ValueError(f"neighbors of level {level} are not all on that level")
     for start in range(0, count, BLOCK):
         faiss.downcast_index(made.storage).add(keys[start : start + BLOCK])
@@ -90,15 +82,15 @@ def _hnsw(faiss: Any, tensors: dict[str, Tensor], settings: dict[str, Any], keys
     return made
 
 
-def _taken(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+def _taken(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, least: int = 0, end: int = 0
+) -> np.ndarray:
+    """Return the tensor's array; a ValueError for another shape or type, or values outside least..end - 1."""
     tensor = tensors.get(name)
     if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} is {found}, but should be {shape} {dtype}")
     array: np.ndarray = tensor.contiguous().numpy()
+    if end and len(array) and not least <= array.min() <= array.max() < end:
+        raise ValueError(f"{name} has {array.min()} to {array.max()}, but should have {least} to {end - 1}")
     return array
-
-
-def _check_range(name: str, values: np.ndarray, smallest: int, end: int) -> None:
-    if len(values) and not smallest <= values.min() <= values.max() < end:
-        raise ValueError(f"{name} has {values.min()} to {values.max()}, but should have {smallest} to {end - 1}")

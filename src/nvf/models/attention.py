@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from nvf.errors import InputError, check_number
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy
-from nvf.ops.frozen_memo import Memo
-from nvf.ops.products import TopK, blockwise_topk, inner_products, weighted_sum
+from nvf.ops.frozen_cache import FrozenCache
+from nvf.ops.products import inner_products, weighted_sum
+from nvf.ops.topk import TopK, blockwise_topk
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
 KEYS = ("frozen", "learned")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = 2048  # rows up to which the loss is faster from all logits at once: see docs/performance.md
+AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
 
 
 class QueryTransform(nn.Module):
     """T(q), (B, D) -> (B, D).
 
-    `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, `identity` q. All but `mlp`
-    return q itself until they are trained: the last layer of the first two starts at zero.
+    `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, and `identity` q. All but `mlp`
+    return q itself until they are trained: the last layer of `residual` and of `linear` starts at zero.
     """
 
     def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
@@ -61,18 +62,18 @@ class SoftAttention(nn.Module):
     """Attention over memory: logits = beta (z K^T + b), (B, N), with z = normalize(T(q)); their softmax sums to one.
 
     beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
-    `normalize`, z = T(q): its length is a confidence that each query has for itself, as in the original system.
-    Keys are the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the
-    values V stay frozen. The bias b, one number a row, corrects hubs; it is there if `biased`, zero until it is set.
+    `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
+    the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
+    frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
 
-    Queries of other float types are taken in that of the weights; what is NaN in a query is NaN in all it touches.
+    Queries of any float type are converted to that of the weights. A query with NaN has NaN in all its results.
 
     `transform` names T, or makes it from D: a module from (B, D) to (B, D). If that says `starts_at_exact_search`, the
     untrained stage 1 competes with the trained one.
 
     Raises:
-        InputError: an unknown transform or kind of keys, a beta that is not positive and finite; and from every method
-            queries that are not floats, (..., D).
+        InputError: an unknown transform or kind of keys, or a beta that is not positive and finite. Every method raises
+            it for queries that are not floats, (..., D).
     """
 
     bias: Tensor | None
@@ -109,11 +110,11 @@ class SoftAttention(nn.Module):
         self.register_buffer("bias", nothing if biased else None)
         hidden = None if hidden is None else int(hidden)
         self._settings = {"transform": name, "hidden": hidden, "normalize": normalize, "keys": keys}
-        self._keys = Memo()
+        self._keys = FrozenCache()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that make a stage 1 of this shape."""
+        """The keyword arguments that make a stage 1 of this shape."""
         return {**self._settings, "biased": self.bias is not None}
 
     @property
@@ -122,7 +123,7 @@ class SoftAttention(nn.Module):
         return self.log_beta.exp()
 
     def keys(self) -> Tensor:
-        """What transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last column."""
+        """Return what transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last."""
         rows, delta, bias = self.memory.rows, self.delta, self.bias
         if delta is None and bias is None:
             return rows
@@ -134,79 +135,72 @@ class SoftAttention(nn.Module):
         return self._keys(compute, [tensor for tensor in (rows, delta, bias) if tensor is not None])
 
     def keys_of(self, rows: Tensor) -> Tensor:
-        """The keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
+        """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
         keys = self.memory.take(rows)
         if self.delta is not None:
             keys = F.normalize(keys + self.delta[rows], dim=-1)
         return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:
-        """z, (B, D)."""
-        moved = self.transform(checked(queries, self.memory.dim).to(self.log_beta.dtype))
+        """Return z, (B, D)."""
+        moved = self.transform(checked_queries(queries, self.memory.dim).to(self.log_beta.dtype))
         return unit(moved, moved.dtype) if self.normalize else moved
 
     def transformed(self, queries: Tensor) -> Tensor:
-        """What is compared with the keys: z, (B, D); with a bias [z, 1], (B, D + 1)."""
+        """Return what is compared with the keys: z, (B, D), or with a bias [z, 1], (B, D + 1)."""
         moved = self.moved(queries)
         return moved if self.bias is None else F.pad(moved, (0, 1), value=1.0)
 
     def project(self, queries: Tensor) -> Tensor:
-        """beta times that: its inner products with the keys are the logits."""
+        """Return beta z, or with a bias beta [z, 1]: its inner products with the keys are the logits."""
         return self.beta * self.transformed(queries)
 
     def forward(self, queries: Tensor) -> Tensor:
         return inner_products(self.project(queries), self.keys())  # (B, N)
 
     def answer(self, queries: Tensor) -> Tensor:
-        """The soft answer softmax(logits) V, (B, D)."""
+        """Return the soft answer softmax(logits) V, (B, D)."""
         return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """`attention_loss` of the logits, to its first gradient; above WHOLE rows it never holds the (B, N) of them.
+        """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held.
 
         Raises:
             InputError: targets that are no rows, see `check_targets`.
         """
         check_targets(targets, len(queries), len(self.memory))
-        if len(self.memory) <= WHOLE:
+        if len(self.memory) <= AT_ONCE:
             return attention_loss(self(queries), targets)
         return cross_entropy(self.project(queries), self.keys(), targets)
 
     def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
-        """An estimate of that, see `sampled_cross_entropy`, from no more rows than are named."""
-        count = len(self.memory)
-        return sampled_cross_entropy(
-            self.project(queries), self.keys_of, targets, count=count, sample=sample, hard=hard
-        )
+        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`."""
+        projected, count = self.project(queries), len(self.memory)
+        return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
-        """The k rows of highest attention and their logits, and if asked the log-sum-exp over all rows; in blocks.
+        """Return the k rows of highest attention and their logits, and if asked the log-sum-exp over all, in blocks.
 
-        Of equal rows the smallest come first, see `products.settle`.
-
-        Raises:
-            InputError: k is not in 1..N.
+        Of equal rows the smallest come first, see `blockwise_topk`; an InputError if k is not in 1..N.
         """
         check_k(k, len(self.memory))
         return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
 
 
-def checked(queries: Tensor, dim: int) -> Tensor:
-    """The queries, if they are floats, (..., D)."""
-    form = f"give floats, (..., {dim})"
+def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
+    """Return the queries if they are a tensor of floats, (..., D); an InputError says what form they should have."""
+    remedy = f"give floats, ({form}, {dim})"
     if not isinstance(queries, Tensor):
-        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {form}")
-    if queries.shape[-1:] != (dim,):
-        raise InputError(f"queries have shape {tuple(queries.shape)}; {form}")
-    if queries.dtype not in FLOATS:
-        raise InputError(f"queries have type {queries.dtype}; {form}")
+        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {remedy}")
+    if queries.shape[-1:] != (dim,) or queries.dtype not in FLOATS:
+        raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; {remedy}")
     return queries
 
 
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-log of the probability of a right row, mean over each query's right rows and over the batch.
 
-    That is the cross-entropy to the uniform distribution over the right rows: it is least where all have their share.
+    That is the cross-entropy to the uniform distribution over the right rows, least where all have equal shares.
 
     Args:
         logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.

@@ -1,28 +1,57 @@
-"""One distribution over all rows from two stages; and a relaxation, in which the choice of candidates is smooth too.
+"""One distribution over all rows from both stages, and a relaxation in which the choice of candidates is smooth too."""
 
-Both take stage 1's log-probabilities `log_attention`, (B, N), the `rows` that were reranked, and their `scores`.
-"""
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvf.ops.topk import first_topk
+
 CLOSEST = 1e-30  # attentions nearer than this count as this far apart: the logarithm of a gap needs one
 
 
+class Retrieval(NamedTuple):
+    """A pipeline's distribution of each of B queries; all but the choice of the candidates is differentiable."""
+
+    log_probs: Tensor  # (B, N), the logarithm of the distribution over all rows
+    logits: Tensor  # (B, N), stage 1's
+    candidates: Tensor  # (B, k) int64 rows, in stage 1's order
+    scores: Tensor  # (B, k), the reranker's
+    answer: Tensor | None  # (B, D), the soft-retrieved vector: the memory's rows, weighed by their probabilities
+
+    @property
+    def ranking(self) -> Tensor:
+        """Scores, (B, N), that order the rows as `search` does: the candidates, then the rest by stage 1's logits."""
+        log_probs = self.log_probs.gather(-1, self.candidates)
+        candidates, log_probs = most_probable_first(self.candidates, log_probs)
+        best = self.logits.amax(dim=-1, keepdim=True)
+        places = torch.arange(candidates.shape[-1], 0, -1, device=best.device)
+        above = best + (1 + best.abs()) * places  # apart, whatever the logits' size
+        return self.logits.scatter(-1, candidates, above.masked_fill(log_probs.isnan(), math.nan))
+
+
+def joint(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temperature: float | None) -> Tensor:
+    """Return the log-probabilities of all rows, (B, N): `exact`, or `relaxed` where there is a temperature."""
+    if temperature is None:
+        return exact(log_attention, rows, scores)
+    return relaxed(log_attention, rows, scores, k=k, temperature=temperature)
+
+
 def shared_out(log_attention: Tensor, scores: Tensor) -> Tensor:
-    """The candidates' log-probabilities, (B, k): stage 1's total for them, shared out by softmax(scores)."""
+    """Return the candidates' log-probabilities, (B, k): their share in stage 1's total for them is softmax(scores)."""
     return log_attention.logsumexp(dim=-1, keepdim=True) + scores.log_softmax(dim=-1)
 
 
 def exact(log_attention: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
-    """The log-probabilities of all rows, (B, N): the candidates share their mass out, the others keep theirs.
+    """Return the log-probabilities of all rows, (B, N): the candidates share their mass out, the others keep theirs.
 
     Which rows are candidates is piecewise constant in every weight: the gradient is exact between the places where the
     candidates change, and blind to the jumps there.
 
     Args:
-        log_attention: (B, N).
+        log_attention: stage 1's log-probabilities, (B, N).
         rows: (B, k), the candidates.
         scores: (B, k).
     """
@@ -31,15 +60,15 @@ def exact(log_attention: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
 
 
 def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temperature: float) -> Tensor:
-    """The same where the candidates are the rows above a random threshold, averaged over the threshold.
+    """Return the average of `exact` over a random threshold of attention, above which rows are candidates, (B, N).
 
-    Its logarithm is logistic around the midpoint between the k-th and the next row's, so that row i is a candidate
+    The threshold's logarithm is logistic around the midpoint between the k-th and the next row's: row i is a candidate
     with the probability m_i = sigmoid((log a_i - midpoint) / temperature), and the first j rows are the candidates with
-    the probability m_j - m_{j+1}. The average of `exact` over j needs no sampling, sums to one, is continuous where
-    rows change places, and tends to `exact` as the temperature tends to zero. Rows outside feel the reranker.
+    the probability m_j - m_{j+1}. The average over j needs no sampling, sums to one, is continuous where rows
+    change places, and tends to `exact` as the temperature tends to zero. The reranker reaches rows outside too.
 
     Args:
-        log_attention: (B, N).
+        log_attention: stage 1's log-probabilities, (B, N).
         rows: (B, w), more than k, in descending order of attention; there are never more candidates than these.
         scores: (B, w).
         k: the number of candidates.
@@ -56,3 +85,11 @@ def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temp
     given_first = of_first + ours.logcumsumexp(dim=-1) - scores.logcumsumexp(dim=-1)
     inside = scores + given_first.flip(-1).logcumsumexp(dim=-1).flip(-1)
     return log_attention.scatter(-1, rows, inside.logaddexp(log_out + ours))
+
+
+def most_probable_first(candidates: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort candidates and their log-probabilities, (B, k), the most probable first; of equals the smallest row."""
+    rows, order = candidates.sort(dim=-1)
+    log_probs = log_probs.gather(-1, order)
+    best = first_topk(log_probs, rows.shape[-1])
+    return rows.gather(-1, best), log_probs.gather(-1, best)

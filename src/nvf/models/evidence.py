@@ -1,4 +1,4 @@
-"""What frozen vectors and a log of answered queries say of a candidate, beyond stage 1's logit."""
+"""Evidence about a candidate beyond stage 1's logit, from the frozen vectors and a log of answered queries."""
 
 import math
 from typing import Any
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, hubness
-from nvf.ops.frozen_memo import Memo
-from nvf.ops.products import SCORE_BLOCK, TopK, blockwise_topk
+from nvf.ops.frozen_cache import FrozenCache
+from nvf.ops.products import SCORE_BLOCK
+from nvf.ops.topk import TopK, blockwise_topk
 
 FEATURES = (
     "logit",  # stage 1's
@@ -25,22 +26,20 @@ FEATURES = (
     "local_cosine",  # of query and row, both seen from the mean of the candidates
     "crowding",  # mean cosine of the row to the candidates
 )
-COUNTS = ("log_count", "support")  # grow with the number of queries that a row has in the log
-OF_THE_LOG = (*COUNTS, "nearest")  # tell as well whether it has any
-CLEAR = 2.0  # standard errors
-SHARPNESS = 20.0  # inverse temperature of similarities: that at which stage 1 starts
-LOGGED = 16  # logged queries of a row that are compared, evenly spaced over the log where there are more
-NEIGHBOURS = 10
+COUNTS = ("log_count", "support")  # features that grow with the number of a row's logged queries
+OF_THE_LOG = (*COUNTS, "nearest")  # features that tell whether a row has any logged query
+CLEAR = 2.0  # standard errors by which a figure must be below 1
+SHARPNESS = 20.0  # inverse temperature of similarities; stage 1 starts at the same
+LOGGED = 16  # logged queries of a row that are compared, evenly spaced where it has more
+NEIGHBOURS = 10  # rows next to a row, from which its density is taken
 
 
 class Evidence(nn.Module):
     """Features of candidates, (B, k, F), from the memory and a log of queries with the rows that answered them.
 
-    The log is kept: buffers `queries` (n, D), unit rows, and `pairs` (P,), row * n + query in ascending order, one
-    for each target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,).
-
-    Raises:
-        InputError: buffers that do not fit together.
+    The log is two buffers: `queries`, (n, D) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
+    target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,). Buffers that do
+    not fit together raise an InputError.
     """
 
     queries: Tensor
@@ -72,45 +71,45 @@ class Evidence(nn.Module):
         self.register_buffer("starts", starts, persistent=False)  # of each row's pairs, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # known while the log's own queries are at hand
         self.slots = min(LOGGED, int(starts.diff().max()))
-        self._moved, self._alone = Memo(), Memo()
+        self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
     @classmethod
     def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor) -> "Evidence":
-        """From unit queries, (n, D), and their targets, (n, m) rows padded with -1.
+        """Gather a log from unit queries, (n, D), and their targets, (n, m) rows padded with -1.
 
-        Identical queries are one query of the log, with all their targets; `logged` is the place of each, (n,).
+        Identical queries become one query of the log, with all their targets; `logged` is the place of each, (n,).
         """
         distinct, logged = queries.unique(dim=0, return_inverse=True)
         query, place = (targets >= 0).nonzero(as_tuple=True)
         pairs = targets[query, place] * len(distinct) + logged[query]
-        found = cls(
+        evidence = cls(
             memory,
             queries=distinct,
             pairs=pairs.unique(),  # sorted
             hubness=hubness(distinct, memory.rows, SHARPNESS),
             density=_density(memory.rows),
         )
-        found.logged = logged
-        return found
+        evidence.logged = logged
+        return evidence
 
     @classmethod
     def of_one(cls, memory: VectorMemory) -> "Evidence":
-        """A log of one query, the first row, which it answers: enough to build on."""
+        """Make a log of one query, the first row, which answers it: enough to build a pipeline on."""
         first = torch.zeros(1, dtype=torch.int64, device=memory.rows.device)
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
 
     def law(self) -> dict[str, Any]:
-        """How the logged queries are spread over the rows, and the features that a reranker has to ignore for it.
+        """Return how the logged queries are spread over the rows, and which features a reranker must ignore for it.
 
         Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
-        these rates, and a query that is left out of its own log finds the counts that a new query will find. Then two
+        these rates, and a query that is left out of its own log sees the counts that a new query will see. Then two
         figures are at least 1, and 1 for equal rates: the `dispersion`, variance over mean, of the number of other
         queries that a query's item has; and `asked_again`, how often an item with logged queries is asked once more,
-        over how often one without is asked. Where a fixed number of queries an item is dealt to log and test, the fewer
-        an item has in the one, the more it has in the other, and no new query will confirm what is learned of that. So
-        what depends on counts is ignored if the dispersion is below 1 by more than CLEAR standard errors (those for
-        equal rates), and all that tells logged rows from others if `asked_again` is.
+        over how often one without is asked. Where each item's queries, fixed in number, are dealt to log and test, the
+        more an item has in the one, the fewer it has in the other: what is learned of counts would mislead. So features
+        that grow with counts are ignored if the dispersion is below 1 by more than CLEAR standard errors (those for
+        equal rates), and all that tell logged rows from others if `asked_again` is.
         """
         n = self.starts.diff().double()
         total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
@@ -132,15 +131,15 @@ class Evidence(nn.Module):
         k: int | None = None,
         logged_as: Tensor | None = None,
     ) -> Tensor:
-        """The features in the order of FEATURES, (B, w, F).
+        """Return the features in the order of FEATURES, (B, w, F).
 
         Args:
             attention: the stage 1 that chose the rows.
             queries: (B, D) unit rows.
             top: the rows to describe, (B, w), with their log-sum-exp over all rows.
             k: how many of them, the first, are the candidates; all if None.
-            logged_as: (B,), the place in the log of each query, where the queries are the log's own, -1 for those that
-                are not: evidence then leaves each query itself out, as if it had never been logged.
+            logged_as: the place in the log of each query, (B,), -1 for those that are not in it. Each query's features
+                are then as if it had never been logged.
         """
         assert top.logsumexp is not None
         rows = self.memory.take(top.rows)  # (B, w, D)
@@ -166,49 +165,45 @@ class Evidence(nn.Module):
     def _from_log(
         self, attention: SoftAttention, queries: Tensor, rows: Tensor, logged_as: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, nearest and support, (B, k) each, in blocks of queries that hold few log vectors at a time."""
-        asked = attention.moved(queries)
-        log = self._moved(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
+        """Return count, nearest and support, (B, w) each, in blocks of queries that hold few log vectors at a time."""
+        moved = attention.moved(queries)
+        log = self._moved_log(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
+        if logged_as is None:
+            logged_as = rows.new_full((len(rows),), -1)
         size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
-        of_queries, of_rows = asked.split(size), rows.split(size)  # at least one each: an empty one for no queries
-        alone = [None] * len(of_rows) if logged_as is None else logged_as.split(size)
-        parts = [self._block(log, *block) for block in zip(of_queries, of_rows, alone, strict=True)]
-        count, nearest, support = (torch.cat(part) for part in zip(*parts, strict=True))
+        blocks = zip(moved.split(size), rows.split(size), logged_as.split(size), strict=True)
+        count, nearest, support = (
+            torch.cat(parts) for parts in zip(*(self._block(log, *block) for block in blocks), strict=True)
+        )
         return count, nearest, support
 
-    def _block(
-        self, log: Tensor, asked: Tensor, rows: Tensor, logged_as: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        start, count = self.starts[rows], self.starts[rows + 1] - self.starts[rows]  # (b, k)
+    def _block(self, log: Tensor, moved: Tensor, rows: Tensor, logged_as: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        start, count = self.starts[rows], self.starts[rows + 1] - self.starts[rows]  # (b, w)
         slot = torch.arange(self.slots, device=rows.device)
-        spread = slot * count.unsqueeze(-1).clamp(min=self.slots) // self.slots  # (b, k, slots): evenly, or 0, 1, ...
-        known = slot < count.unsqueeze(-1)
-        compared = known.sum(dim=-1)
+        spread = slot * count.unsqueeze(-1).clamp(min=self.slots) // self.slots  # (b, w, slots): evenly, or 0, 1, ...
         query = self.pairs[(start.unsqueeze(-1) + spread).clamp(max=len(self.pairs) - 1)] % len(self.queries)
-        if logged_as is not None:
-            itself = known & (query == logged_as.view(-1, 1, 1))
-            known = known & ~itself
-            place = logged_as.unsqueeze(-1)
-            pair = (rows * len(self.queries) + place).where(place >= 0, -1)
-            found = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
-            count = count - (self.pairs[found] == pair).long()
-            compared = compared - itself.sum(dim=-1)
-        similarity = (log[query.flatten(1)] @ asked.unsqueeze(-1)).view(query.shape)  # (b, k, slots)
+        known = (slot < count.unsqueeze(-1)) & (query != logged_as.view(-1, 1, 1))
+        compared = known.sum(dim=-1)
+        itself = logged_as.unsqueeze(-1)
+        pair = (rows * len(self.queries) + itself).where(itself >= 0, -1)
+        place = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
+        count = count - (self.pairs[place] == pair).long()
+        similarity = (log[query.flatten(1)] @ moved.unsqueeze(-1)).view(query.shape)  # (b, w, slots)
         wide = torch.promote_types(similarity.dtype, torch.float32)  # exp(SHARPNESS) exceeds float16
         similarity = similarity.to(wide).masked_fill(~known, 0.0)
         mass = (SHARPNESS * similarity).exp().where(known, 0.0).sum(dim=-1)
         return count, similarity.amax(dim=-1), (mass * count / compared.clamp(min=1)).log1p()
 
     def _hubness(self, rows: Tensor, cosine: Tensor, logged_as: Tensor | None) -> Tensor:
-        """The hubness of rows, (B, k), among the logged queries without the one that asks.
+        """Return the hubness of rows, (B, w), among the logged queries but the one that asks.
 
         The sum over the log loses that query's share of it, exp(SHARPNESS cosine). Only the query nearest to a row can
-        have more than half; for that one, whose subtraction would cancel, the sum over the others is kept.
+        have more than half; its subtraction would cancel, so for that query the sum over the others is kept.
         """
         hubs, count = self.hubness[rows], len(self.queries)
         if logged_as is None or count == 1:  # of an empty log nothing could be said
             return hubs
-        nearest, rest = self._alone(self._without_nearest, [self.queries, self.memory.rows])
+        nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.rows])
         share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
         others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
         asks = logged_as.unsqueeze(-1)
@@ -216,7 +211,7 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def _without_nearest(self) -> tuple[Tensor, Tensor]:
-        """Of each row, the place of the logged query nearest to it, and its hubness among the others, (N,) each."""
+        """Return the place of the logged query nearest to each row, and the row's hubness among the others, (N,)."""
         places, rest, count = [], [], len(self.queries)
         for rows in torch.arange(len(self.hubness), device=self.hubness.device).split(max(1, SCORE_BLOCK // count)):
             scores = SHARPNESS * (self.memory.take(rows) @ self.queries.T)

@@ -1,6 +1,7 @@
 """Stage 2, foveal vision: a small network compares the query with each candidate, or weighs evidence about it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,41 +10,30 @@ from torch.autograd.function import FunctionCtx
 
 from nvf.errors import InputError, check_number
 from nvf.models.evidence import FEATURES
-from nvf.ops.frozen_memo import is_transformed
+from nvf.ops.frozen_cache import is_transformed
 
 RERANKERS = ("mlp", "residual")
-UNSEEN = 1e30  # the scale of a feature that is to be ignored; saved weights must be finite
+IGNORED = 1e30  # the scale of a feature that is ignored; infinity could not be saved
 
 
 class Reranker(nn.Module):
     """One score per candidate, (B, k), from the features [q, c, q - c, q * c].
 
     `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
-    w_a logit + w_c beta cos(q, c) + mlp, with w_a = 1, w_c = 0 and the last layer zero at the start, so that it
-    starts at stage 1's order. The last layer has no bias: one constant for all candidates changes no softmax.
-
-    Raises:
-        InputError: an unknown kind, or a dropout outside [0, 1).
+    w_a logit + w_c beta cos(q, c) + mlp. At the start w_a = 1 and w_c and the last layer are zero: that is stage 1's
+    order. The last layer has no bias: one constant for all candidates changes no softmax. An unknown kind, widths that
+    are not two, or a dropout outside [0, 1) raise an InputError.
     """
 
     def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
         super().__init__()
         if kind not in RERANKERS:
             raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
-        _check_network(hidden, dropout)
         self.kind = kind
+        self.settings = _settings(kind, hidden, dropout)
         self.first = nn.Linear(4 * dim, hidden[0])
-        last = nn.Linear(hidden[1], 1, bias=False)
-        self.rest = nn.Sequential(
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.ReLU(),
-            last,
-        )
-        self.settings = {"kind": kind, "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
+        self.rest = _network(hidden, dropout, zero=kind == "residual")
         if kind == "residual":
-            nn.init.zeros_(last.weight)
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
 
     @property
@@ -52,7 +42,7 @@ class Reranker(nn.Module):
         return self.kind == "residual"
 
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
-        """Scores, (B, k).
+        """Return the scores, (B, k).
 
         Args:
             queries: (B, D) unit rows.
@@ -69,42 +59,42 @@ class Reranker(nn.Module):
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:
-        """Scale all scores: a softmax over them has its temperature divided by the factor."""
+        """Multiply all scores by the factor, which divides the temperature of their softmax by it."""
         for weight in (*self.rest[-1].parameters(), *([self.evidence] if self.kind == "residual" else [])):
             weight.mul_(factor)
 
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
+        """Return W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
 
-        The same function as the layer over the concatenation, without ever building that (B, k, 4D) tensor.
+        The (B, k, 4D) tensor of the concatenated features is never built.
         """
         w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
         from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
         parts = (from_query, queries, candidates, w_candidate - w_difference, w_product)
         if is_transformed() or torch.is_autocast_enabled(queries.device.type):  # which see plain operations alone
             return _first_layer(*parts)
-        found: Tensor = _FirstLayer.apply(*parts)
-        return found
+        outputs: Tensor = _FirstLayer.apply(*parts)
+        return outputs
 
 
 def _first_layer(start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor) -> Tensor:
-    """start + W c + P (q * c), (B, k, hidden)."""
+    """Return start + W c + P (q * c), (B, k, hidden)."""
     products = F.linear(queries.unsqueeze(1) * candidates, of_products)
     return start.unsqueeze(1) + F.linear(candidates, weight) + products
 
 
 class _FirstLayer(torch.autograd.Function):
-    """The same in one tensor, and backwards from q and c alone: their product is computed again."""
+    """`_first_layer` in one tensor, whose gradients come from q and c alone: their product is computed again."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor
     ) -> Tensor:
         ctx.save_for_backward(queries, candidates, weight, of_products)
-        found = F.linear(candidates, weight).add_(start.unsqueeze(1))  # (B, k, hidden)
+        outputs = F.linear(candidates, weight).add_(start.unsqueeze(1))  # (B, k, hidden)
         products = (queries.unsqueeze(1) * candidates).flatten(0, 1)
-        found.view(-1, found.shape[-1]).addmm_(products, of_products.T)
-        return found
+        outputs.view(-1, outputs.shape[-1]).addmm_(products, of_products.T)
+        return outputs
 
     @staticmethod
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,12 +112,9 @@ class _FirstLayer(torch.autograd.Function):
 
 
 class EvidenceReranker(nn.Module):
-    """Scores logit + w x + mlp(x), (B, k), with x the candidates' evidence, standardised over the training candidates.
+    """Scores logit + w x + mlp(x), (B, k), where x is the candidates' evidence, standardised over training candidates.
 
-    w and the network's last layer are zero at the start, so that it starts at stage 1's order.
-
-    Raises:
-        InputError: two widths are not given, or a dropout outside [0, 1).
+    At the start w and the network's last layer are zero: that is stage 1's order.
     """
 
     starts_at_stage_one = True
@@ -136,56 +123,57 @@ class EvidenceReranker(nn.Module):
 
     def __init__(self, features: int, *, hidden: Sequence[int] = (64, 64), dropout: float = 0.1) -> None:
         super().__init__()
-        _check_network(hidden, dropout)
-        last = nn.Linear(hidden[1], 1, bias=False)
-        self.network = nn.Sequential(
-            nn.Linear(features, hidden[0]),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.ReLU(),
-            last,
-        )
-        nn.init.zeros_(last.weight)
+        self.settings = _settings("evidence", hidden, dropout)
+        self.network = _network(hidden, dropout, zero=True, inputs=features)
         self.weight = nn.Parameter(torch.zeros(features))
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.settings = {"kind": "evidence", "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
 
     def standardise(self, evidence: Tensor, ignored: Sequence[str] = ()) -> None:
-        """Take mean and deviation from the training candidates' evidence, (n, k, F); ignored features become zero."""
+        """Take mean and deviation from training candidates' evidence, (n, k, F); ignored features become zero."""
         flat = evidence.flatten(0, 1)
         deviation = flat.std(dim=0, correction=0)
         self.mean.copy_(flat.mean(dim=0))
         self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
-        self.scale[[FEATURES.index(name) for name in ignored]] = UNSEEN
+        self.scale[[FEATURES.index(name) for name in ignored]] = IGNORED
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:
-        """Scale all scores but for one constant a query, as `Reranker.sharpen` does."""
+        """Multiply all scores by the factor, but for one constant a query, as `Reranker.sharpen` does."""
         for weight in (*self.network[-1].parameters(), self.weight):
             weight.mul_(factor)
-        logit = FEATURES.index("logit")  # stage 1's, again: there its coefficient is free
+        logit = FEATURES.index("logit")  # stage 1's own has the coefficient 1: the rest is added here
         self.weight[logit] += (factor - 1) * self.scale[logit]
 
     def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
-        """Scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""
+        """Return scores, (B, k), from stage 1's logits, (B, k), and the evidence, (B, k, F)."""
         standard = ((evidence - self.mean) / self.scale).to(self.weight.dtype)
         return logits + standard @ self.weight + self.network(standard).squeeze(-1)
 
 
-def _check_network(hidden: Sequence[int], dropout: float) -> None:
+def _settings(kind: str, hidden: Sequence[int], dropout: float) -> dict[str, Any]:
+    """Return the settings as plain values, or raise an InputError for those that make no network."""
     check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
     if not isinstance(hidden, list | tuple) or len(hidden) != 2:
         raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
     for width in hidden:
         check_number("reranker.hidden", width, minimum=1, whole=True, remedy="[128, 64] is the default")
+    return {"kind": kind, "hidden": [int(width) for width in hidden], "dropout": float(dropout)}
+
+
+def _network(hidden: Sequence[int], dropout: float, *, zero: bool, inputs: int | None = None) -> nn.Sequential:
+    """Make ReLU-Dropout-Linear-ReLU-Linear, the last `zero` or not, after a first Linear of so many inputs, if any."""
+    last = nn.Linear(hidden[1], 1, bias=False)
+    if zero:
+        nn.init.zeros_(last.weight)
+    first = [] if inputs is None else [nn.Linear(inputs, hidden[0])]
+    return nn.Sequential(*first, nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden[0], hidden[1]), nn.ReLU(), last)
 
 
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
 
-    As with `attention_loss`, the target shares its mass among the right candidates, so that all of them are wanted.
+    As in `attention_loss`, the target distribution is uniform over the right candidates, so that all are wanted.
 
     Args:
         scores: (B, k).

@@ -9,10 +9,10 @@ from nvf.errors import check_number
 
 
 def stream_seed(seed: int, name: str, *position: int) -> int:
-    """64 bits that belong to a seed, a stream's name and a position in it, and to nothing else.
+    """Return 64 bits that belong to one seed, one stream's name and one position in it alone.
 
     Raises:
-        InputError: the seed is not a whole number of at least 0.
+        InputError: the seed is not an integer of at least 0.
     """
     check_number("seed", seed, minimum=0, whole=True, remedy=f"any such number draws a {name} of its own")
     entropy = [seed, zlib.crc32(name.encode()), *position]
@@ -20,5 +20,5 @@ def stream_seed(seed: int, name: str, *position: int) -> int:
 
 
 def stream(seed: int, name: str, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator seeded so."""
+    """Return a generator with that seed."""
     return torch.Generator(device).manual_seed(stream_seed(seed, name, *position))

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from nvf.ops.products import first_topk
+from nvf.ops.topk import first_topk
 
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """The rank, from 1, of each query's best-ranked target, (B,).
+    """Return the rank, from 1, of each query's best-ranked target, (B,).
 
-    Equal scores rank by row, smallest first, as a search answers, so a model that scores all rows alike is not
-    flattered; a query whose scores are NaN ranks last. Equal rows have equal scores where a batch has 16 queries or
-    more, and 40 rows; in smaller ones the last bits of the last rows may differ, and with them their ranks.
+    Equal scores rank by row, smallest first, as in a search, so that a model that scores all rows alike is not
+    flattered; a query whose scores are NaN ranks last. The scores of equal rows are equal from 16 queries and 40 rows
+    on; with fewer their last bits may differ, and with them their ranks.
 
     Args:
         scores: (B, N).
@@ -30,25 +30,25 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
-    """Which of the rows, (B, k), are among their query's targets, (B, m) padded with -1: (B, k) bool."""
+    """Return which of the rows, (B, k), are among their query's targets, (B, m) padded with -1: (B, k) bool."""
     return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
 
 
 def recall(found: Tensor, targets: Tensor) -> Tensor:
-    """The share of each query's targets that are among the rows it found, (B,).
+    """Return the share of each query's targets that are among its rows, (B,).
 
     Args:
-        found: (B, k) bool, which of the rows are targets.
+        found: (B, k) bool, from `are_targets`.
         targets: (B, m) different rows, padded with -1.
     """
     return found.sum(dim=-1) / (targets >= 0).sum(dim=-1)
 
 
 def ndcg(found: Tensor, targets: Tensor) -> Tensor:
-    """Normalised discounted cumulative gain of binary relevance, (B,): each found target counts 1 / log2(1 + rank).
+    """Return the normalised discounted cumulative gain, (B,): each target among the rows counts 1 / log2(1 + rank).
 
     Args:
-        found: (B, k) bool, which of the k best rows are targets, best first.
+        found: (B, k) bool, from `are_targets` of the k best rows, best first.
         targets: (B, m) different rows, padded with -1.
     """
     places = torch.arange(2, found.shape[-1] + 2, device=found.device, dtype=torch.float64)
@@ -59,20 +59,20 @@ def ndcg(found: Tensor, targets: Tensor) -> Tensor:
 
 
 def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """nDCG@10, (B,), of the rows in the order of their scores, (B, N), of equal ones the first."""
+    """Return nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
     return ndcg(are_targets(first_topk(scores, min(DEEPEST, scores.shape[1])), targets), targets)
 
 
 def criterion(targets: Tensor) -> str:
-    """What chooses between models on validation queries with these targets, (B, m): `top1`, or `ndcg10`.
+    """Return the metric that chooses between models on queries with these targets, (B, m): `top1` or `ndcg10`.
 
-    The second where any query has several right rows: Top-1 is content with one of them.
+    It is `ndcg10` where any query has several right rows: Top-1 is content with one of them.
     """
     return "ndcg10" if bool(((targets >= 0).sum(dim=-1) > 1).any()) else "top1"
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """The rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
+    """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
 
     Args:
         scores: (B, k), candidates in stage 1's order, which decides between equal scores.

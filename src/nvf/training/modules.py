@@ -14,9 +14,9 @@ from nvf.models.memory import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import stratified
-from nvf.ops.products import first_topk
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, ndcg, ndcg_of, target_ranks
+from nvf.ops.topk import first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
 RELAXATIONS = "[1, 0.1] anneals, null is exact"

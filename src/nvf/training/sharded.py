@@ -21,8 +21,9 @@ from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.ops.cross_entropy import mean_of
-from nvf.ops.products import TopK, blockwise_topk, inner_products
+from nvf.ops.products import inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg
+from nvf.ops.topk import TopK, blockwise_topk
 from nvf.training.modules import AttentionModule
 from nvf.training.stage import Judged
 

@@ -1,0 +1,176 @@
+"""A pipeline's folder on disk: settings and hashes in config.json, tensors in safetensors, and ids and an index if any.
+
+Nothing in a folder can run code, take more room than its files have, or have files elsewhere read.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nvf.errors import InputError, one_line
+from nvf.files.atomic import written_whole
+from nvf.files.ids import FILE as IDS_FILE
+from nvf.files.ids import read_ids, write_ids
+from nvf.files.records import check_settings, is_whole, own_file, read_record, sealed, sha256
+from nvf.files.tensors import DAMAGE, fill, read_tensors
+from nvf.models.ann_index import FILE as INDEX_FILE
+from nvf.models.ann_index import Index, read_index
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.memory import DTYPES, VectorMemory
+from nvf.models.reranker import EvidenceReranker, Reranker
+
+FORMAT = "nvf-pipeline-1"
+FILES = ("config.json", "memory.safetensors", "weights.safetensors")
+SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
+SAVE_AGAIN = "save the pipeline again"
+Saved = TypeVar("Saved", bound=nn.Module)
+
+
+def save(
+    folder: Path,
+    attention: SoftAttention,
+    *,
+    k: int,
+    reranker: Reranker | EvidenceReranker,
+    index: Index | None,
+    weights: dict[str, Tensor],
+) -> None:
+    """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
+    folder, memory = Path(os.path.realpath(folder)), attention.memory  # a link stays one, to what is saved
+    if os.path.lexists(folder):
+        _check_replaceable(folder)
+    config = {
+        "format": FORMAT,
+        "k": k,
+        "memory": memory.fingerprint,
+        "ids": memory.ids is not None,
+        "attention": attention.settings,
+        "reranker": reranker.settings,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder) as partial:
+        partial.mkdir()
+        config["index"] = None if index is None else index.write(partial / INDEX_FILE)
+        if memory.ids is not None:
+            write_ids(memory.ids, partial / IDS_FILE)
+        rows = memory.rows if memory.rows.dtype in DTYPES.values() else memory.rows.float()
+        merged = {} if memory.row_of_vector is None else {"place": memory.row_of_vector}
+        save_file({"rows": rows.contiguous(), **merged}, partial / "memory.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "weights.safetensors")
+        config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
+        (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
+
+
+def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *, index: bool) -> Saved:
+    """Return the frozen pipeline of a folder, see `Pipeline.load`; `make` is the class."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
+        raise InputError(f"device={device} cannot be used ({one_line(fault)}); cpu always can") from None
+    if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
+        folder = folder / "pipeline"
+    for name in FILES:
+        _check_own(folder / name)
+    try:
+        config = read_record(folder / "config.json")
+        _check_config(folder, config)
+        memory = _memory(folder, config)
+        weights = read_tensors(folder / "weights.safetensors")
+        with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+            attention = SoftAttention(memory, **config["attention"])
+        pipeline: Any = make(attention, **_second_stage(memory, config["reranker"], weights), k=config["k"])
+        fill(pipeline, weights)
+        pipeline.requires_grad_(False).eval()
+        if index and config.get("index") is not None:
+            pipeline.index = read_index(folder / INDEX_FILE, config["index"], attention.keys())
+    except InputError:
+        raise
+    except DAMAGE as fault:
+        raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
+    moved: Saved = pipeline.to(device)
+    return moved
+
+
+def export_keys(keys: Tensor, path: Path) -> None:
+    """Write keys to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
+    if path.suffix not in (".npy", ".safetensors"):
+        raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
+    keys = keys.cpu().contiguous()
+    with written_whole(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file({"keys": keys}, partial)
+            return
+        with partial.open("wb") as file:
+            np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
+    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE))):
+        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+
+
+def _check_own(path: Path) -> None:
+    if not own_file(path):
+        missing = "is no regular file in its folder" if path.exists() or path.is_symlink() else "is missing"
+        raise InputError(f"{path} {missing}; a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}")
+
+
+def _hashed(config: dict[str, Any]) -> list[str]:
+    """Name the files whose hashes config.json has beside the settings; that of the index is among its settings."""
+    return [*(name for name in FILES if name != "config.json"), *([IDS_FILE] if config.get("ids") else [])]
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Raise an InputError or a ValueError unless the settings are a pipeline's and every file is as it was saved."""
+    check_settings(config)
+    if config["format"] != FORMAT:
+        raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
+    if strange := config.keys() - SETTINGS:
+        raise ValueError(f"{sorted(strange)[0]!r} is no setting of a pipeline")
+    if not isinstance(config["memory"], str) or not isinstance(config.get("ids", False), bool):
+        raise ValueError("config.json has a value of another type")
+    if config.get("ids"):
+        _check_own(folder / IDS_FILE)
+    if "digest" not in config and "sha256" not in config:  # an older version's
+        return
+    hashes = {name: sha256(folder / name) for name in _hashed(config)} if is_whole(config) else {"config.json": None}
+    for name, found in hashes.items():
+        if found is None or config["sha256"].get(name) != found:
+            raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")
+
+
+def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
+    tensors, ids = read_tensors(folder / "memory.safetensors"), None
+    rows, row_of_vector = tensors["rows"], tensors.get("place")
+    if rows.dtype not in DTYPES.values():
+        raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
+    if config.get("ids"):
+        count = len(rows if row_of_vector is None else row_of_vector)
+        ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
+    return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
+
+
+def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the reranker of a saved pipeline, untrained and without room for weights, and its evidence, if any."""
+    if settings["kind"] != "evidence":
+        with torch.device("meta"):
+            return {"reranker": Reranker(memory.dim, **settings)}
+    parts = {n.removeprefix("evidence."): tensor for n, tensor in weights.items() if n.startswith("evidence.")}
+    if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
+        raise ValueError("its log of queries has integers in place of floats")
+    given = {name: value for name, value in settings.items() if name != "kind"}
+    with torch.device("meta"):
+        reranker = EvidenceReranker(len(FEATURES), **given)
+    return {"reranker": reranker, "evidence": Evidence(memory, **parts)}

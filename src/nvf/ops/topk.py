@@ -1,0 +1,263 @@
+"""The k rows of the largest inner products with each query, found in blocks, with equal rows in their order."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvf.ops.products import (
+    CONVOLVE_FROM,
+    QUERY_BLOCK,
+    RunningLogSumExp,
+    can_branch_on,
+    inner_products,
+    products,
+    score_block,
+)
+
+IN_CACHE = 2**21  # numbers of keys above which a product with one query uses a third of the memory's bandwidth
+FEWEST = 4  # queries that such keys are multiplied with at least; fewer are repeated
+FEW = 2048  # rows up to which `_Dense` is faster, however many queries there are
+SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`
+GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
+NEAR_TIES = 2**22  # scores or numbers held at once while near ties are resolved
+
+
+class TopK(NamedTuple):
+    """The k best rows of every query, best first."""
+
+    scores: Tensor  # (B, k)
+    rows: Tensor  # (B, k) int64
+    logsumexp: Tensor | None = None  # (B,) over all N scores, where it was asked for
+
+
+@torch.no_grad()
+def blockwise_topk(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    logsumexp: bool = False,
+    scores_per_block: int | None = None,
+    convolve_from: int = CONVOLVE_FROM,
+    sparse_from: int = SPARSE_FROM,
+) -> TopK:
+    """Return the k largest of each query's products with the keys, holding one block of scores at a time.
+
+    On a CPU, rows whose scores are nearer than rounding can tell apart are ordered by `resolve_near_ties`: equal rows
+    come smallest first, whatever the blocks, the batch and the threads. Elsewhere their order is torch.topk's.
+
+    Args:
+        queries: (B, D).
+        keys: (N, D) of any float type.
+        k: in 1..N.
+        logsumexp: whether the log-sum-exp over all N scores is wanted.
+        scores_per_block: that are held at a time; None is the device's own number.
+        convolve_from: queries from which products are a convolution, see `products`.
+        sparse_from: queries from which the k largest are found by `_Sparse`.
+    """
+    budget = scores_per_block or score_block(queries.device)
+    with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
+        blocks = queries.split(QUERY_BLOCK)  # at least one
+        found = [_topk(block, keys, k, logsumexp, budget, convolve_from, sparse_from) for block in blocks]
+    if len(found) == 1:
+        return found[0]
+    scores, rows, totals = zip(*found, strict=True)
+    return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
+
+
+def _topk(
+    queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, convolve_from: int, sparse_from: int
+) -> TopK:
+    count = len(queries)
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    few = 0 < count < FEWEST and keys.numel() > IN_CACHE
+    asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
+    sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > FEW
+    more = min(k + 1, len(keys))  # the first row that is left out shows whether it is a near tie
+    best = _Sparse(count, more) if sparse else _Dense(more)
+    total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
+    width = max(more, budget // max(1, len(asked)))
+    for start in range(0, len(keys), width):
+        part = keys[start : start + width]
+        scores = products(part, asked, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
+        if few:
+            scores = scores.T[:count].contiguous().T
+        largest = best.add(scores, start)
+        if total is not None:
+            total.add_(scores, largest)
+        del scores  # the next block takes its place in the cache
+    scores, rows = resolve_near_ties(queries, keys, *best.result(), k)
+    return TopK(scores, rows, None if total is None else total.result())
+
+
+@torch.no_grad()
+def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the first k of the best rows, near ties among them in the order of their exact products, then of the rows.
+
+    A product's last bits depend on where in a block its row lies, so that the scores of equal rows differ by them. Two
+    scores are a near tie if they differ by less than sqrt(D) epsilons of the query's length: rounding errors add up as
+    a random walk does, and keys are about as long as 1. Their products are computed again in float64, each by itself.
+    Where the k-th row nearly ties with the next, so are those of all rows that may be among the k best. Off the CPU
+    nothing is done.
+
+    Args:
+        queries: (B, D), float32 or float64.
+        keys: (N, D) of any float type.
+        scores: (B, k + 1), or all N where k = N, best first.
+        rows: of these scores.
+        k: how many are wanted.
+    """
+    if not can_branch_on(scores):
+        return scores[:, :k], rows[:, :k]
+    epsilons = torch.finfo(scores.dtype).eps * math.sqrt(queries.shape[1])
+    noise = epsilons * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)  # (B, 1)
+    near = scores[:, 1:] >= scores[:, :-1] - noise
+    if not near.any():
+        return scores[:, :k], rows[:, :k]
+    scores, rows = scores[:, :k].clone(), rows[:, :k].clone()
+    floor = scores[:, -1:] - 2 * noise
+    last = near[:, -1] if near.shape[1] == k else near.new_zeros(len(near))  # whether the k-th ties with the next
+    some = (near.any(dim=-1) & ~last).nonzero().squeeze(-1)
+    query = torch.arange(len(some)).repeat_interleave(k)
+    exact, rows[some] = _best_exactly(queries[some], keys, query, rows[some].sort(dim=-1).values.flatten(), k)
+    tied = (F.pad(near, (0, 1)) | F.pad(near, (1, 0)))[some, :k]  # with the next or with the one before
+    scores[some] = exact.where(tied, scores[some])
+    for some in last.nonzero().squeeze(-1).split(max(1, NEAR_TIES // len(keys))):
+        with torch.autocast("cpu", enabled=False):
+            possible = inner_products(queries[some], keys) >= floor[some]  # (b, N)
+        possible.scatter_(-1, rows[some], True)
+        query, row = possible.nonzero(as_tuple=True)
+        scores[some], rows[some] = _best_exactly(queries[some], keys, query, row, k)
+    return scores, rows
+
+
+def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best of each query's possible rows, (b, k), by products in float64, each computed by itself.
+
+    Args:
+        queries: (b, D).
+        keys: (N, D).
+        query: of each possible pair, (P,).
+        row: of each pair, (P,); a query's rows ascend.
+        k: at most the number of rows that each query has.
+    """
+    size = max(1, NEAR_TIES // queries.shape[1])
+    pairs = zip(query.split(size), row.split(size), strict=True)
+    exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
+    order = exact.argsort(descending=True, stable=True)
+    order = order[query[order].argsort(stable=True)]  # query by query, and of equal products the first rows first
+    first = torch.searchsorted(query[order], torch.arange(len(queries)))
+    kept = order[first.unsqueeze(-1) + torch.arange(k)]
+    return exact[kept].to(queries.dtype), row[kept]
+
+
+def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
+    """Return the rows of `blockwise_topk`, (B, k), where all scores, (B, N), are at hand.
+
+    Off the CPU and inside a transform of torch.func or a trace they are torch.topk's.
+    """
+    if not can_branch_on(scores):
+        return scores.topk(k, dim=-1).indices
+    found = scores.detach().topk(min(k + 1, scores.shape[-1]), dim=-1)
+    return resolve_near_ties(queries.detach().to(scores.dtype), keys.detach(), *found, k)[1]
+
+
+def first_topk(scores: Tensor, k: int) -> Tensor:
+    """Return the places of the k largest scores, (B, k), best first; of equal ones the first.
+
+    Off the CPU and inside a transform of torch.func or a trace it is torch.topk, which takes any of equal ones.
+    """
+    if not can_branch_on(scores):
+        return scores.topk(k, dim=-1).indices
+    values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
+    if (values[:, 1:] == values[:, :-1]).any():
+        places = scores.sort(dim=-1, descending=True, stable=True).indices
+    return places[:, :k]
+
+
+class _Dense:
+    """The k largest scores of each query, by a top-k of every block. Off the CPU nothing waits for the device."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.best: tuple[Tensor, Tensor] | None = None
+
+    def add(self, scores: Tensor, start: int) -> Tensor:
+        """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
+        values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # any of equals, see `resolve_near_ties`
+        largest, rows = values[:, 0], rows + start
+        if self.best is not None:
+            values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)
+            values, order = values.sort(dim=-1, descending=True, stable=True)
+            values, rows = values[:, : self.k], rows.gather(-1, order[:, : self.k])
+        self.best = values, rows
+        return largest
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self.best is not None
+        return self.best
+
+
+class _Sparse:
+    """The k largest scores of each query, by a look at those groups of rows alone whose largest is good enough.
+
+    A top-k of every block costs as much as its products. The largest score of each group costs next to nothing, and
+    after the first blocks few groups reach a query's k-th best so far. Of equal scores the smallest rows are kept.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.least = torch.full((queries,), -math.inf)  # a lower bound of each query's k-th best
+        self.scores, self.rows = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, scores and rows that may be among the best
+        self.due = 0  # rows that have been seen when they are merged next
+
+    def add(self, scores: Tensor, start: int) -> Tensor:
+        """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
+        width, count = scores.shape
+        full = width // GROUP
+        tops = scores[: full * GROUP].view(full, GROUP, count).amax(dim=1)  # (groups, B)
+        if full * GROUP < width:
+            tops = torch.cat([tops, scores[full * GROUP :].amax(dim=0, keepdim=True)])
+        if start > 0:
+            matter = tops > self.least  # what only equals the k-th best comes after it
+        else:
+            if len(tops) > self.k:  # k groups have a row of at least this
+                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1]
+            matter = ~(tops < self.least)  # NaN matters
+        query, group = matter.T.nonzero(as_tuple=True)
+        offset = (GROUP * group).unsqueeze(-1) + torch.arange(GROUP)  # (pairs, GROUP)
+        offset.clamp_(max=width - 1)  # the last row stands for those that a group lacks
+        values = scores.view(-1).take(offset * count + query.unsqueeze(-1))
+        keep = ~(values < self.least[query].unsqueeze(-1))  # NaN is kept
+        keep[:, 1:] &= offset.diff(dim=-1) > 0  # once
+        pair, place = keep.nonzero(as_tuple=True)
+        self.waiting.append((query[pair], values[pair, place], offset[pair, place] + start))
+        if start + width >= self.due:
+            self._merge()
+            self.due = 2 * (start + width)
+        return tops.amax(dim=0)
+
+    def _merge(self) -> None:
+        if not self.waiting:
+            return
+        kept = torch.arange(len(self.scores)).repeat_interleave(self.scores.shape[1])
+        waiting = [(kept, self.scores.flatten(), self.rows.flatten()), *self.waiting]
+        self.waiting = []
+        query, scores, rows = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
+        counts = torch.bincount(query, minlength=len(self.least))
+        place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a row a query, for one sort of all
+        rows_of = rows.new_full(padded.shape, -1)
+        padded[query, place], rows_of[query, place] = scores[order], rows[order]
+        scores, order = padded.sort(dim=-1, descending=True, stable=True)
+        self.scores, self.rows = scores[:, : self.k], rows_of.gather(-1, order[:, : self.k])
+        self.least = self.scores[:, -1].contiguous()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        self._merge()
+        return self.scores, self.rows
