@@ -264,7 +264,7 @@ def test_without_qdrant_client_the_remedy_is_named(
     monkeypatch.delitem(sys.modules, "nvf.data.qdrant")
     monkeypatch.delattr("nvf.data.qdrant")
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
-    with pytest.raises(InputError, match=r"qdrant-client, which reads collections, .* pip install 'nvf\[qdrant\]'"):
+    with pytest.raises(InputError, match=r"needs qdrant-client: pip install -e '\.\[qdrant\]'"):
         run("data=qdrant", f"data.dir={folder}")
 
 
