@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # where seals.py is, for the
 from mutate import mutations
 
 from nvf.errors import InputError
+from nvf.files.records import sealed
 from nvf.models.ann_index import build_index
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
@@ -132,7 +133,7 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
     shutil.copy(place / CHECKPOINTS / "attention/best.safetensors", place / CHECKPOINTS / "attention/untouched")
     (place / "run/decisions.json").write_text('{"x": [1, 2]}')
     (place / "sweeps/day/time").mkdir(parents=True)
-    (place / "sweeps/day/time/sweep.json").write_text(json.dumps({"overrides": ASKED}))
+    (place / "sweeps/day/time/sweep.json").write_text(json.dumps(sealed({"overrides": ASKED})))
 
 
 def opened(path: Path, door: str) -> str:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config, without_time
 from nvf import InputError
+from nvf.files.records import sealed
 from nvf.overrides import composed, words_of
 from nvf.runs import sweep as sweeps
 from nvf.runs.settings import key, material
@@ -179,7 +180,7 @@ def test_a_sweep_is_resumed_by_its_folder_with_the_words_that_it_recorded(
     monkeypatch.chdir(tmp_path)
     own = ["k=1,2", "attention=mlp,linear", "data.dir='a=1'", "experiment=k_sweep", "hydra/launcher=parallel"]
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/sweep.json").write_text(json.dumps({"overrides": own}))
+    (tmp_path / "s/sweep.json").write_text(json.dumps(sealed({"overrides": own})))
     resumed = ["--multirun", *own, "resume='s'", "hydra.sweep.dir='s'"]
     assert words_of(["resume=s"]) == resumed
     assert words_of(["resume=s", "hydra.launcher.n_jobs=3"]) == [
@@ -212,12 +213,12 @@ def test_a_sweep_is_resumed_by_its_folder_with_the_words_that_it_recorded(
     ],
 )
 def test_a_sweeps_record_has_nothing_of_others_read_or_built(tmp_path: Path, word: Any) -> None:
-    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": ["k=1,2", word]}))
+    (tmp_path / "sweep.json").write_text(json.dumps(sealed({"overrides": ["k=1,2", word]})))
     with pytest.raises(InputError, match="start the sweep anew"):
         words_of([f"resume={tmp_path}"])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"overrides": null}', '{"overrides": "k=1"}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"overrides": null}', '{"overrides": ["k=1"]}', "\x00"])
 def test_a_damaged_record_of_a_sweep_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(InputError, match="damaged"):

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
-from nvf.files.records import read_record, write_record
+from nvf.files.records import is_whole, read_record, sealed, write_record
 from nvf.runs.resume import recorded
 from nvf.runs.settings import key, material
 from nvf.runs.signals import command_to_resume
@@ -44,7 +44,7 @@ class Sweep(Callback):
             sys.exit(1)
         asked = [word for word in config.hydra.overrides.task if not word.startswith("resume=")]
         asked += [word for word in config.hydra.overrides.hydra if LAUNCHER.fullmatch(word)]
-        write_record(folder / RECORD, {"overrides": asked})
+        write_record(folder / RECORD, sealed({"overrides": asked}))
         Sweep.folder = folder
 
 
@@ -55,9 +55,9 @@ def words(folder: Path) -> list[str]:
         InputError: its record is damaged, or would have something built.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = read_record(folder / RECORD)["overrides"]
-        if isinstance(found, list) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
-            return found
+        found = (record := read_record(folder / RECORD))["overrides"]
+        if is_whole(record) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
+            return [*found]
     raise InputError(f"{folder / RECORD} is damaged, or names what is to be built; start the sweep anew")
 
 
