@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -337,7 +338,7 @@ def test_every_documented_setting_is_known() -> None:
     commands = re.findall(r"python -m nvf\.train ([^#`\n]+)", text)
     assert len(commands) > 20
     for words in commands:
-        spelled(words.rstrip(" :;").split())
+        spelled(shlex.split(words.rstrip(" :;")))
     assert spelled([f"{name}=1" for name in settings() if not (CONF / name).is_dir()])
 
 
@@ -372,7 +373,7 @@ def test_a_group_may_ask_for_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "own/experiment").mkdir(parents=True)
     mode = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      k: 0,1001\n"
     (tmp_path / "own/experiment/two.yaml").write_text(mode)
-    done = command("--config-dir=own", "+experiment=two", cwd=tmp_path)
+    done = command("--config-dir=own", "experiment=two", cwd=tmp_path)
     assert done.returncode == 1
     assert "k=0 is not a" in done.stderr
     assert (tmp_path / "outputs/multirun").is_dir()

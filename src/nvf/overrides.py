@@ -218,7 +218,7 @@ def _check_known(word: str, sign: str, name: str) -> None:
         raise InputError(f"{word}: there is no setting {name}, nothing would read it; {remedy}")
     if sign in ("+", "~"):
         raise InputError(
-            f"{word}: {name} is a setting in conf/, which is chosen there and neither added nor taken away"
+            f"{word}: {name} is a setting in conf/, neither to be added nor to be taken away; leave out {sign}"
         )
 
 
