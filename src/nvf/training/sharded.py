@@ -61,7 +61,8 @@ class ShardedMemory(VectorMemory):
         place = own_rows(total, mesh)
         if len(own) != place.stop - place.start:
             raise ValueError(f"rank {mesh.get_local_rank()} holds rows {place.start} to {place.stop}, not {len(own)}")
-        self.ids, self.place, self.first, self.fingerprint = None, None, None, fingerprint
+        self.ids, self.fingerprint = None, fingerprint
+        self.row_of_vector = self.vector_of_row = None
         shape = torch.Size((total, own.shape[1]))
         rows = DTensor.from_local(own, mesh, [Shard(0)], shape=shape, stride=(own.shape[1], 1))
         self.register_buffer("rows", rows, persistent=False)
