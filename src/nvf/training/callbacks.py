@@ -104,7 +104,7 @@ class StopOnNaN(Callback):
         epoch, batch = divmod(step, max(1, int(trainer.num_training_batches)))
         what, seed = self.data.seed_of(epoch, batch)
         raise InputError(
-            f"{self.stage}: the loss is no finite number in step {step} (epoch {epoch}, batch {batch}; {what} has seed "
+            f"{self.stage}: the loss is nan or infinite in step {step} (epoch {epoch}, batch {batch}; {what} has seed "
             f"{seed}); {self._cause(trainer, module)}. Checkpoints from before it are in the run's folder"
         )
 
