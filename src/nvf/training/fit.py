@@ -131,6 +131,7 @@ def fit(
     module.requires_grad_(False)
     if trainer.is_global_zero:
         save_weights(module.model, checkpoints / WEIGHTS, stage=settings.stage)
+    trainer.strategy.barrier()  # now every process can read them
     epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
     return Fitted(0 if start_wins else epochs, gradients.summary())
 
