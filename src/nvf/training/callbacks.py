@@ -61,16 +61,12 @@ class LogGradients(Callback):
         for part in PARTS:
             values = [float(step[part]) for step in self.steps if part in step]
             finite = [value for value in values if math.isfinite(value)]
-            if values:
-                first, last = (value if math.isfinite(value) else None for value in (values[0], values[-1]))
-                told[part] = {
-                    "first": first,
-                    "last": last,
-                    "smallest": min(finite, default=None),
-                    "largest": max(finite, default=None),
-                    "zero": values.count(0.0),
-                    "not_finite": len(values) - len(finite),
-                }
+            if not values:
+                continue
+            first, last = (value if math.isfinite(value) else None for value in (values[0], values[-1]))
+            told[part] = {"first": first, "last": last, "smallest": min(finite, default=None)}
+            told[part] |= {"largest": max(finite, default=None), "zero": values.count(0.0)}
+            told[part]["not_finite"] = len(values) - len(finite)
         return told
 
 
@@ -104,7 +100,7 @@ class StopOnNaN(Callback):
         epoch, batch = divmod(step, max(1, int(trainer.num_training_batches)))
         what, seed = self.data.seed_of(epoch, batch)
         raise InputError(
-            f"{self.stage}: the loss is no finite number in step {step} (epoch {epoch}, batch {batch}; {what} has seed "
+            f"{self.stage}: the loss is nan or infinite in step {step} (epoch {epoch}, batch {batch}; {what} has seed "
             f"{seed}); {self._cause(trainer, module)}. Checkpoints from before it are in the run's folder"
         )
 
