@@ -111,6 +111,7 @@ TRAINER = {
         *("max_steps=2", "max_steps=4", "max_steps=-1", "min_steps=8", "min_epochs=3", "max_epochs=null"),
         *("check_val_every_n_epoch=2", "check_val_every_n_epoch=9", "val_check_interval=0.5"),
         *("accumulate_grad_batches=2", "gradient_clip_val=0.5", "fast_dev_run=true", "detect_anomaly=true"),
+        *("logger=false", "callbacks=[]", "plugins=[]", "num_sanity_val_steps=1", "default_root_dir=elsewhere"),
     ],
     False: [
         *("precision=64-true", "precision=bf16-true", "precision=16-true", "precision=transformer-engine"),
@@ -124,7 +125,12 @@ TRAINER = {
         ),
         *("overfit_batches=1", "max_time=00:00:10:00", "val_check_interval=100", "log_every_n_steps=0"),
         *("accumulate_grad_batches=0", "check_val_every_n_epoch=0", "enable_checkpointing=false", "barebones=true"),
-        *("logger=false", "callbacks=[]", "foo=1", "gradient_clip_val=1 trainer.precision=bf16-mixed"),
+        *(
+            "use_distributed_sampler=true",
+            "inference_mode=true",
+            "foo=1",
+            "gradient_clip_val=1 trainer.precision=bf16-mixed",
+        ),
     ],
 }
 

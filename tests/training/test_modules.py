@@ -114,6 +114,23 @@ def test_training_learns(name: str, schedule: str, tmp_path: Path) -> None:
     assert gradients.summary()["steps"] == engine.global_step
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_checkpoint_gives_the_module_back_and_tests_as_it_validates(name: str, tmp_path: Path) -> None:
+    module, data = stage(name)
+    trainer(tmp_path, epochs=1).fit(module, data)
+    fresh, _ = stage(name)
+    given = {"attention" if name == "attention" else "pipeline": fresh.model}
+    loaded = type(module).load_from_checkpoint(tmp_path / "last.ckpt", **given, weights_only=True)
+    assert loaded.lr == module.lr
+    queries = torch.randn(5, 8)
+    found, expected = (one.eval()(queries) for one in (loaded, module))
+    assert torch.equal(*((one if name == "attention" else one.log_probs) for one in (found, expected)))
+    data.samples["test"], data._sets["test"] = 300, data.samples_of("val")  # the queries that validation asks
+    engine = trainer(tmp_path / "test")
+    (tested,), (validated,) = engine.test(loaded, data, verbose=False), engine.validate(loaded, data, verbose=False)
+    assert tested == {metric.replace("val/", "test/"): value for metric, value in validated.items()}
+
+
 def test_the_reranker_stage_leaves_stage_one_alone(tmp_path: Path) -> None:
     module, data = stage("reranker")
     before = {name: value.clone() for name, value in module.attention.state_dict().items()}

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import written_whole
@@ -43,7 +44,7 @@ def hashed(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -55,7 +56,8 @@ def load_attention(attention: SoftAttention, path: str | Path) -> None:
     """
     about, weights = _read(path, "attention")
     _compare(about, _description(attention), path, "attention")
-    _fill(attention, weights, path, "attention")
+    with _refused(path, "attention", "is damaged"):
+        fill(attention, weights)
     attention.requires_grad_(False)
 
 
@@ -67,12 +69,10 @@ def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
     """
     about, weights = _read(path, "reranker")
     _compare(about, {"memory": memory.fingerprint}, path, "reranker")
-    try:
+    with _refused(path, "reranker", "is damaged"):
         with torch.device("meta"):  # where settings may claim any size: the weights say which it is
             attention = SoftAttention(memory, **about["settings"])
-    except DAMAGE as fault:
-        raise _damaged(path, "reranker", fault) from None
-    _fill(attention, _under("attention.", weights), path, "reranker")
+        fill(attention, _under("attention.", weights))
     return attention.requires_grad_(False)
 
 
@@ -85,7 +85,8 @@ def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
     about, weights = _read(path, "reranker")
     mine = _description(pipeline)
     _compare(about, {name: mine[name] for name in ("memory", "reranker", "k")}, path, "reranker")
-    _fill(pipeline.reranker, _under("reranker.", weights), path, "reranker")
+    with _refused(path, "reranker", "is damaged"):
+        fill(pipeline.reranker, _under("reranker.", weights))
     if pipeline.evidence is not None:
         log, kept = _under("evidence.", weights), pipeline.evidence.state_dict()
         if log.keys() != kept.keys() or any(not _equal(log[name], own.cpu()) for name, own in kept.items()):
@@ -103,20 +104,16 @@ def _description(model: SoftAttention | Pipeline) -> dict[str, Any]:
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says of itself, and its weights."""
-    path, remedy = Path(path), REMEDIES["stage"].format(kind)
-    if not path.exists():
+    remedy = REMEDIES["stage"].format(kind)
+    if not Path(path).exists():
         raise InputError(f"{kind}_checkpoint={path} does not exist; {remedy}")
-    try:
-        weights = read_tensors(path)
+    with _refused(path, kind, "is truncated or not a checkpoint of NVF"):
+        weights = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nvf"])
         check_settings(about)
         if not is_whole(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
             raise ValueError("it is not what was saved")
-    except DAMAGE as fault:
-        raise InputError(
-            f"{kind}_checkpoint={path} is truncated or not a checkpoint of NVF ({one_line(fault)}); {remedy}"
-        ) from None
     if (about["stage"] == "attention") != (kind == "attention"):
         raise InputError(f"{kind}_checkpoint={path} has stage {about['stage']}, but this run {kind}; {remedy}")
     return about, weights
@@ -126,15 +123,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _fill(model: nn.Module, weights: dict[str, Tensor], path: str | Path, kind: str) -> None:
+@contextmanager
+def _refused(path: str | Path, kind: str, what: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes of us, torch or safetensors into an InputError."""
     try:
-        fill(model, weights)
+        yield
     except DAMAGE as fault:
-        raise _damaged(path, kind, fault) from None
-
-
-def _damaged(path: str | Path, kind: str, fault: BaseException) -> InputError:
-    return InputError(f"{kind}_checkpoint={path} is damaged ({one_line(fault)}); {REMEDIES['stage'].format(kind)}")
+        remedy = REMEDIES["stage"].format(kind)
+        raise InputError(f"{kind}_checkpoint={path} {what} ({one_line(fault)}); {remedy}") from None
 
 
 def _compare(about: dict[str, Any], mine: dict[str, Any], path: str | Path, kind: str) -> None:

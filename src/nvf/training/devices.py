@@ -57,14 +57,14 @@ def on_one_device(trainer: Mapping[str, Any]) -> bool:
 
 
 def part_processes() -> None:
-    """Leave the others, once nothing is left to be done together."""
+    """Leave the group of processes once no common work is left."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def _end(children: list[subprocess.Popen]) -> None:
-    """Kill those that have not ended by themselves: they wait for a step that never comes."""
+    """Give the other processes a few seconds to end, then kill them: they may wait for a step that never comes."""
     ending = [*children]
     children.clear()  # Lightning watches them, and would kill this process for their end
     for child in ending:
@@ -74,7 +74,7 @@ def _end(children: list[subprocess.Popen]) -> None:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, on every one: what rests on a clock, for instance, differs between them."""
+    """The first process's value, on every process; theirs may differ where it depends on a clock, for instance."""
     if not distributed.is_initialized():
         return value
     values = [value]
@@ -88,14 +88,14 @@ def is_first() -> bool:
 
 
 def largest(device: torch.device, *values: int) -> tuple[int, ...]:
-    """Each value's largest over the processes, for where all must do the same."""
+    """The maximum of each value over all processes, by which they decide alike."""
     if not distributed.is_initialized():
         return values
-    found = torch.tensor(values, device=device)
-    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-    return tuple(found.tolist())
+    maxima = torch.tensor(values, device=device)
+    distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX)
+    return tuple(maxima.tolist())
 
 
 def refusal(fault: Exception) -> InputError:
-    """What to tell the user whose settings Lightning refuses."""
+    """The error for a user whose arguments of the Trainer Lightning refuses."""
     return InputError(f"trainer: {fault}; correct trainer=, or trainer.<argument>= of lightning.Trainer")

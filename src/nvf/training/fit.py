@@ -35,7 +35,7 @@ USELESS = {  # arguments of the Trainer with which no fit ends well, and what to
     "barebones": "leave it out: a run keeps its best weights and its curves",
     "max_time": "leave it out and lower the stages' epochs: one seed gives one result, whatever the clock",
     "overfit_batches": "trainer.limit_train_batches trains on as few",
-    "fast_dev_run": "trainer=debug is a short run",
+    "inference_mode": "leave it out: metrics that the start's validation leaves behind are used in the fit",
     "use_distributed_sampler": "leave it out: batches are dealt to the devices already",
     "reload_dataloaders_every_n_epochs": "leave it out: every epoch has batches of its own already",
 }
@@ -130,6 +130,7 @@ def fit(
     module.requires_grad_(False)
     if trainer.is_global_zero:
         save_weights(module.model, checkpoints / WEIGHTS, stage=settings.stage)
+    trainer.strategy.barrier()  # now every process can read them
     epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
     return Fitted(0 if start_wins else epochs, gradients.summary())
 
@@ -237,7 +238,7 @@ def _trainer(
         "strategy": _strategy(strategy) if strategy in ("auto", "ddp", SHARDED) else strategy,
         "use_distributed_sampler": False,  # the datamodule deals the batches to the ranks
         "num_sanity_val_steps": given.get("num_sanity_val_steps", 0),
-        "inference_mode": given.get("inference_mode", False),
+        "inference_mode": False,
     }
     try:
         return settings.trainer(**ours)

@@ -28,7 +28,7 @@ from nvf.training.stage import Judged
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
-    """Which of the memory's rows this rank holds: ceil(N / ranks) of them in turn, the last rank what is left.
+    """The memory's rows that this rank holds: ceil(N / ranks) each, in order; the last rank holds the rest.
 
     Raises:
         InputError: that would leave a rank without rows.
@@ -42,24 +42,20 @@ def own_rows(total: int, mesh: DeviceMesh) -> slice:
 
 
 class ShardedMemory(VectorMemory):
-    """The memory, of whose rows this rank holds its own: `rows` is a DTensor, (N, D), Shard(0).
+    """A memory of which each rank holds a share of the rows: `rows` is a DTensor, (N, D), Shard(0).
 
     Args:
         own: this rank's unit rows, those of `own_rows`.
         total: N.
         mesh: the ranks, in one dimension.
-        fingerprint: of the whole memory.
+        fingerprint: of all N rows.
 
     Raises:
         InputError: a rank without rows.
-        ValueError: other rows than its own.
     """
 
     def __init__(self, own: Tensor, *, total: int, mesh: DeviceMesh, fingerprint: str) -> None:
         nn.Module.__init__(self)
-        place = own_rows(total, mesh)
-        if len(own) != place.stop - place.start:
-            raise ValueError(f"rank {mesh.get_local_rank()} holds rows {place.start} to {place.stop}, not {len(own)}")
         self.ids, self.place, self.first, self.fingerprint = None, None, None, fingerprint
         shape = torch.Size((total, own.shape[1]))
         rows = DTensor.from_local(own, mesh, [Shard(0)], shape=shape, stride=(own.shape[1], 1))
@@ -124,8 +120,8 @@ def sharded_topk(queries: Tensor, keys: DTensor, k: int, *, logsumexp: bool = Fa
     mesh, own = keys.device_mesh, keys.to_local()
     found = blockwise_topk(queries, own, min(k, len(own)), logsumexp=logsumexp)
     missing = k - found.scores.shape[1]  # of a rank with fewer rows than k
-    scores = _whole(F.pad(found.scores, (0, missing), value=-math.inf), mesh, Shard(1))  # (B, ranks k)
-    rows = _whole(F.pad(found.rows + own_rows(len(keys), mesh).start, (0, missing)), mesh, Shard(1))
+    scores = _gathered(F.pad(found.scores, (0, missing), value=-math.inf), mesh, Shard(1))  # (B, ranks k)
+    rows = _gathered(F.pad(found.rows + own_rows(len(keys), mesh).start, (0, missing)), mesh, Shard(1))
     scores, order = scores.sort(dim=-1, descending=True, stable=True)  # of equal scores the smallest rows first
     total = None if found.logsumexp is None else _total(found.logsumexp, mesh)
     return TopK(scores[:, :k], rows.gather(-1, order[:, :k]), total)
@@ -139,7 +135,7 @@ def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
         assert isinstance(loss, DTensor)
         return loss.to_local()
     mesh = logits.device_mesh
-    right = _whole(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
+    right = _gathered(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
     return (_total(logits.to_local().logsumexp(dim=-1), mesh) - mean_of(right, targets >= 0)).mean()
 
 
@@ -147,13 +143,13 @@ def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
 def sharded_ranks(logits: DTensor, targets: Tensor) -> Tensor:
     """`target_ranks` of logits (B, N), Shard(1)."""
     mesh, own, padding = logits.device_mesh, logits.to_local(), targets < 0
-    right = _whole(_own_scores(logits, targets, elsewhere=-math.inf), mesh, Partial("max"))  # (B, m)
+    right = _gathered(_own_scores(logits, targets, elsewhere=-math.inf), mesh, Partial("max"))  # (B, m)
     best = right.amax(dim=-1, keepdim=True)
     first = targets.masked_fill(padding | (right < best), logits.shape[1]).amin(dim=-1, keepdim=True)
     place = own_rows(logits.shape[1], mesh)
     order = torch.arange(place.start, place.stop, device=own.device)
     above = ~(own <= best) | ((own == best) & (order < first))
-    return 1 + _whole(above.sum(dim=-1), mesh, Partial("sum"))
+    return 1 + _gathered(above.sum(dim=-1), mesh, Partial("sum"))
 
 
 def _own_scores(logits: DTensor, targets: Tensor, *, elsewhere: float) -> Tensor:
@@ -165,18 +161,18 @@ def _own_scores(logits: DTensor, targets: Tensor, *, elsewhere: float) -> Tensor
 
 def _total(logsumexp: Tensor, mesh: DeviceMesh) -> Tensor:
     """The log-sum-exp over all rows from each rank's own, (B,)."""
-    return _whole(logsumexp.unsqueeze(0), mesh, Shard(0)).logsumexp(dim=0)
+    return _gathered(logsumexp.unsqueeze(0), mesh, Shard(0)).logsumexp(dim=0)
 
 
-def _whole(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
-    """What the ranks' parts make together, on every rank; differentiable."""
+def _gathered(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    """The tensor of which each rank holds a part, on every rank; gradients flow through it."""
     return DTensor.from_local(part, mesh, [placement]).full_tensor()
 
 
 class ShardedAttentionModule(AttentionModule):
-    """Fits stage 1 as `AttentionModule` does, under Lightning's `ModelParallelStrategy`, over a memory that it shards.
+    """An `AttentionModule` under Lightning's `ModelParallelStrategy`, whose ranks share the memory.
 
-    The stage 1 that it is given keeps its weights; the fitted ones are in `model` and in the checkpoints.
+    It fits a copy of the stage 1 that it is given, which is in `model` and in the checkpoints.
     """
 
     def configure_model(self) -> None:
@@ -199,7 +195,7 @@ class ShardedAttentionModule(AttentionModule):
 
 
 class SameBatches(L.LightningDataModule):
-    """The batches of one process on every rank, made where the memory lies."""
+    """Gives every rank the same batches, those of a run on one device; they are made where the memory lies."""
 
     def __init__(self, data: VectorDataModule) -> None:
         super().__init__()

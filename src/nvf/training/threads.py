@@ -13,7 +13,7 @@ from nvf.errors import InputError, check_number
 from nvf.runs.versions import versions
 
 log = logging.getLogger("nvf")
-ALL = torch.get_num_threads()  # before a run has set another number, which is none of the next one's
+ALL = torch.get_num_threads()  # the process's own number, before a run sets another
 TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")  # environment variables
 
 
@@ -36,7 +36,7 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
         threads = 1
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS takes what is free
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Nothing of ours reads what it has not written.
+    # Filling memory that is then written anyway takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(ALL if threads is None else threads)
 

@@ -1,0 +1,91 @@
+"""A fit with the Trainer that a user gives: their callbacks, loggers, plugins and optimizers beside our own."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import Noisy
+from nvf.errors import InputError
+from nvf.models.attention import SoftAttention
+from nvf.models.memory import VectorMemory
+from nvf.training.fit import FitSettings, Fitted, check_trainer, fit
+from nvf.training.modules import AttentionModule
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
+
+
+class Steps(Callback):
+    """Counts the steps of a fit."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+
+def fitted(folder: Path, trainer: dict[str, Any], **module: Any) -> tuple[Fitted, AttentionModule]:
+    """Two epochs of four steps."""
+    memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
+    torch.manual_seed(0)
+    fit_it = AttentionModule(SoftAttention(memory, transform="linear"), lr=0.01, schedule="onecycle", **module)
+    data = VectorDataModule(Noisy(memory, sigma=0.2), seed=0, batch_size=16, steps_per_epoch=4, val_samples=100)
+    settings = FitSettings("attention", 2, trainer=partial(L.Trainer, **{**QUIET, **trainer}))
+    return fit(fit_it, data, settings, folder=folder, name="attention", start_competes=True), fit_it
+
+
+def test_what_a_user_gives_the_trainer_is_added_to_what_a_run_needs(tmp_path: Path) -> None:
+    steps = Steps()
+    given = {
+        "callbacks": [steps],
+        "logger": CSVLogger(tmp_path, name="csv", version=""),
+        "plugins": [],
+        "default_root_dir": str(tmp_path / "root"),
+        "num_sanity_val_steps": 2,
+    }
+    how, module = fitted(tmp_path / "run", given)
+    plain, other = fitted(tmp_path / "plain", {})
+    assert steps.count == how.gradients["steps"] == 8
+    assert (tmp_path / "csv/metrics.csv").read_text().count("\n") > 8
+    assert list((tmp_path / "run/attention").glob("events.out.tfevents.*"))
+    assert (tmp_path / "run/checkpoints/attention/best.safetensors").is_file()
+    assert how == plain
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_fit_may_have_no_logger(tmp_path: Path) -> None:
+    how, _ = fitted(tmp_path, {"logger": False, "inference_mode": False, "use_distributed_sampler": False})
+    assert how.gradients["steps"] == 8
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_an_optimizer_of_the_users_own_fits_something_else(tmp_path: Path) -> None:
+    modules = [
+        fitted(tmp_path / str(number), {}, **given)[1]
+        for number, given in enumerate(({}, {"optimizer": torch.optim.SGD}))
+    ]
+    weights = [module.attention.transform.network.weight for module in modules]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"barebones": True},
+        {"max_time": "00:00:01:00"},
+        {"overfit_batches": 2},
+        {"enable_checkpointing": False},
+        {"use_distributed_sampler": True},
+        {"inference_mode": True},
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(refused: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"trainer.{next(iter(refused))}="):
+        check_trainer(refused)
