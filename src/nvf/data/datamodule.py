@@ -108,8 +108,7 @@ class VectorDataModule(L.LightningDataModule):
         self.k, self.seed = k, seed
         self.stage = stage or ("attention" if attention is None else "reranker")
         self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
-        self.samples = {"val": val_samples, "test": test_samples}
-        self.eval_seed = eval_seed
+        self.samples, self.eval_seed = {"val": val_samples, "test": test_samples}, eval_seed
         self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, where a fit goes on in the middle of one
         self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
