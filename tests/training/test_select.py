@@ -156,7 +156,7 @@ def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Pa
 def test_the_default_plan_is_a_matter_of_sizes(
     tmp_path: Path, rows: int, queries: int, kept: dict[str, Any] | None
 ) -> None:
-    config = compose_config("data=embeddings")
+    config = compose_config("data=embeddings", "reranker=residual", "reranker.folds=3")  # no evidence is gathered
     config["data"]["work"] *= 8 / 384  # vectors as narrow as here, for those of these sizes that take some minutes
     memory = VectorMemory.synthetic(rows=rows, dim=8, seed=0)
     batch = QueryBatch(memory.rows[torch.arange(queries) % rows], (torch.arange(queries) % rows)[:, None])

@@ -104,17 +104,11 @@ class VectorDataModule(L.LightningDataModule):
         if not recorded and train_samples is None and steps_per_epoch is None:
             raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
         self.source = source
-        self.attention = attention
-        self.evidence = evidence
-        self.folds = folds
-        self.k = k
-        self.seed = seed
+        self.attention, self.evidence, self.folds = attention, evidence, folds
+        self.k, self.seed = k, seed
         self.stage = stage or ("attention" if attention is None else "reranker")
-        self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch
-        self.train_samples = train_samples
-        self.samples = {"val": val_samples, "test": test_samples}
-        self.eval_seed = eval_seed
+        self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
+        self.samples, self.eval_seed = {"val": val_samples, "test": test_samples}, eval_seed
         self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, where a fit goes on in the middle of one
         self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
@@ -188,15 +182,12 @@ class VectorDataModule(L.LightningDataModule):
     def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
         """The samples of a fixed set, made once."""
         if split not in self._sets:
-            self._sets[split] = self._samples(self.queries(split), split)
+            self._sets[split] = queries = self.queries(split)
+            if self.attention is not None:
+                self._sets[split] = self._all_candidates(queries, split)
+            elif self.evidence is not None and split == "train":
+                self._sets[split] = LoggedBatch(*queries, self.evidence.logged.to(self.device))
         return self._sets[split]
-
-    def _samples(self, queries: QueryBatch, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
-        if self.attention is not None:
-            return self._all_candidates(queries, split)
-        if self.evidence is not None and split == "train":
-            return LoggedBatch(*queries, self.evidence.logged.to(self.device))
-        return queries
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
         assert self.attention is not None

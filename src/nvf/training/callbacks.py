@@ -156,7 +156,7 @@ class SaveLast(Checkpoint):
         self.start_score: float | None = None  # what the untrained start validates to, if it competes
         self._stopped = False  # early: no epoch follows
         self._generators: list[dict[str, Tensor]] = []  # states of torch's global generators by device, rank by rank
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), 0
 
     def state_dict(self) -> dict[str, Any]:
         states = [_generator_states()]
@@ -171,7 +171,7 @@ class SaveLast(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.signals.install()
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), trainer.global_step
         trainer.should_stop = self._stopped
         if len(self._generators) == trainer.world_size:
             _set_generator_states(self._generators[trainer.global_rank])
@@ -188,6 +188,10 @@ class SaveLast(Checkpoint):
         # From a checkpoint before a validation, Lightning would skip that; gradients that are still being accumulated
         # are in none.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # Lightning hands a step's metrics to the loggers after this hook: a save in between would lose them.
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval > 1 and trainer.global_step % interval == 0:
             return
         asked, due = largest(trainer.strategy.root_device, self.signals.asked, int(self._due(trainer)))
         if asked or due:
@@ -210,7 +214,7 @@ class SaveLast(Checkpoint):
 
     def _due(self, trainer: L.Trainer) -> bool:
         if self.every is not None:
-            return trainer.global_step % self.every == 0
+            return trainer.global_step - self._saved_step >= self.every
         return time.monotonic() - self._saved >= SECONDS
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -218,7 +222,7 @@ class SaveLast(Checkpoint):
             if isinstance(logger, TensorBoardLogger):  # what was logged before a checkpoint does not come again
                 logger.experiment.flush()
         trainer.save_checkpoint(self.path)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), trainer.global_step
 
 
 class AtomicFiles(TorchCheckpointIO):

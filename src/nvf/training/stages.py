@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +180,30 @@ def make(node: Settings, name: str, **given: Any) -> Any:
         InputError: there is no such class or function, or it takes other arguments.
     """
     function = instantiated(node, name)
-    try:
-        inspect.signature(function).bind(**given)
-    except (TypeError, ValueError) as fault:
-        raise InputError(f"{name}: {node.get('_target_')} takes other arguments ({fault}); correct them") from None
+    _check_arguments(function, name, given)
     return function(**given)
 
 
 def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
     """The class or function that a part of the settings names, with its arguments; if `called`, what it makes."""
     try:
-        return instantiate({**node, "_partial_": not called}, _convert_="all")
+        made = instantiate({**node, "_partial_": not called}, _convert_="all")
     except InstantiationException as fault:
         if isinstance(fault.__cause__, InputError):
             raise fault.__cause__ from None
         raise InputError(f"{name}: {one_line(fault)}; correct {name}._target_ or its arguments") from None
+    if not called:
+        _check_arguments(made, name, {})
+    return made
+
+
+def _check_arguments(function: partial[Any], name: str, given: Settings) -> None:
+    """Raise an InputError where a function has no such arguments; those that it lacks may follow."""
+    try:
+        signature = inspect.signature(function.func)
+    except ValueError:  # some functions of C do not say
+        return
+    try:
+        signature.bind_partial(**{**function.keywords, **given})
+    except TypeError as fault:
+        raise InputError(f"{name}: {function.func.__qualname__}: {fault}; correct the settings under {name}") from None
