@@ -187,7 +187,7 @@ CLAIMS: dict[str, tuple[Callable[[Weights, About], Any], str]] = {
     "name": (claims(os="system"), "is damaged .TypeError"),
     "settings": (lambda _, about: about.update(settings=[1]), "is damaged"),
     "stage": (lambda _, about: about.update(stage=7), "not a checkpoint of NVF"),
-    "deep": (claims(hidden=json.loads("[" * 40 + "]" * 40)), "not a checkpoint of NVF"),
+    "deep": (claims(hidden=json.loads("[" * 40 + "]" * 40)), "is damaged .InputError: attention.hidden"),
     "infinite": (weighs(torch.tensor(torch.inf)), "has NaN or infinite values"),
     "whole": (weighs(torch.tensor(3)), "torch.int64, but"),
     "shape": (weighs(torch.zeros(2)), "but should be"),
