@@ -30,6 +30,7 @@ SMALL_STEPS = ["attention.epochs=2", "attention.steps_per_epoch=3", "reranker.ep
 
 
 FOLDERS = {"attacks": "attack", "browser": "browser"}  # the mark of all tests in a folder
+HERE = str(Path(__file__).parent)
 STARTS = {"command", "Program", "Process", "subprocess", "start_processes"}  # the names of what starts a process
 
 
@@ -48,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _starts(function: Any, known: dict[FunctionType, bool]) -> bool:
     """Whether a function of the tests, or one that it names, starts a process."""
-    if not isinstance(function, FunctionType) or "/tests/" not in function.__code__.co_filename:
+    if not isinstance(function, FunctionType) or not function.__code__.co_filename.startswith(HERE):
         return False
     if function not in known:
         known[function] = False  # while it is looked into, it may come by itself again

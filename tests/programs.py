@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 600  # seconds that a process may take on the busiest machine; none of them decides what is found
+PATIENCE = 1800  # seconds that a process may take on the busiest machine; none of them decides what is found
 LIBRARIES = ["hydra", "lightning", "matplotlib.figure", "safetensors.torch", "scipy.stats", "tensorboard.summary"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -40,8 +41,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(written: Path, tmp_path: Path) -> Path:
     """A good file for each door, to be damaged."""
-    subprocess.run(["cp", "-r", f"{written}/.", tmp_path], check=True)
-    return tmp_path
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True))
 
 
 class Malicious:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-PATIENCE = 600  # seconds; as in programs.py, which the session cannot import
+PATIENCE = 1800  # seconds; as in programs.py, which the session cannot import
 COMMON = ["data.rows=60", "data.dim=8", "queries.val_samples=100", "queries.test_samples=100", "threads=1"]
 TRAIN = ["nvf.train", "trainer=debug", *COMMON, "hydra.run.dir=outputs/run"]
 COMMANDS = {
