@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +152,11 @@ def _become(
     if at is not None:
         sys.addaudithook(_interruption(*at))
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        # As an interpreter does at its end, and multiprocessing too late: it waits for joblib's idle workers before.
+        threading._shutdown()  # type: ignore[attr-defined]
 
 
 def _interruption(number: signal.Signals, name: str, times: int) -> Callable[[str, tuple[Any, ...]], None]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import nvf.train
-from conftest import SMALL, SMALL_STEPS
+from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf import InputError
+from nvf.files.records import sealed, write_record
+from nvf.overrides import resumed_settings
 
 PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python -m nvf\.train (.+)$", PAGE, re.MULTILINE)
@@ -65,3 +67,18 @@ def test_what_cannot_be_built_is_refused_before_any_work(place: Path, word: str,
     with pytest.raises(InputError, match=message):
         nvf.train.run(*WORDS, word, "hydra.run.dir=run")
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("target", ["torch.load", "nvf.runs.resume.shutil.rmtree", "mine.Bilinear"])
+def test_a_record_has_nothing_built_that_conf_does_not_name(tmp_path: Path, target: str) -> None:
+    config = compose_config("stage=attention", "cache=off")
+    for allowed in (True, False):
+        config["callbacks"]["other"] = {
+            "_target_": "lightning.pytorch.callbacks.TQDMProgressBar" if allowed else target
+        }
+        write_record(tmp_path / "run.json", sealed({"config": config}))
+        if allowed:
+            assert resumed_settings(tmp_path, []) == config
+        else:
+            with pytest.raises(InputError, match=re.escape(target)):
+                resumed_settings(tmp_path, [])

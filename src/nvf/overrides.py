@@ -188,7 +188,7 @@ def settings() -> set[str]:
         for name in flatten(
             {name: value for name, value in content.items() if name not in ("defaults", "hydra")}, group
         ):
-            found |= {name, name.rpartition(".")[0]}
+            found |= {one for one in (name, name.rpartition(".")[0]) if not FREE.match(f"{one}.")}
     return found
 
 
