@@ -73,8 +73,8 @@ def read_memory(
         )
     where = f"data.path={path}" if url is None else f"data.url={url}"
     with _client(path, url, where) as client:
-        known = sorted(one.name for one in client.get_collections().collections)
-        if collection not in known:
+        if collection is None or not client.collection_exists(collection):
+            known = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
             raise InputError(
                 f"data.collection={collection} is not in {where}; set it to one of those there: "
                 f"{', '.join(known) or 'none'}"
