@@ -25,7 +25,7 @@ from nvf.errors import InputError
 from nvf.files.records import sealed
 from nvf.models.pipeline import Pipeline
 from nvf.train import train
-from nvf.training.build import build_source
+from nvf.training.build import build
 from nvf.training.checkpoints import hashed
 from nvf.training.select import fit_attention
 from programs import PATIENCE
@@ -216,7 +216,7 @@ def test_a_last_checkpoint_runs_no_code(place: Path, tmp_path: Path) -> None:
         (folder / "last.ckpt").write_bytes(evils(sentinel)[kind])
         config = compose_config(*SMALL, *SMALL_STEPS, "dashboards=none", "cache=off", "stage=attention")
         with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
-            fit_attention(config, build_source(config), place / "run")
+            fit_attention(build(config), place / "run")
         assert not sentinel.exists()
 
 

@@ -294,7 +294,7 @@ def test_ddp_leaves_one_run(tmp_path: Path) -> None:
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     done = command(*SMALL, "trainer=ddp", *TWO, "trainer.precision=65", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: trainer: ")
+    assert done.stderr.startswith("error: trainer.precision=65 ")
     assert done.stderr.count("\n") == 1
 
 

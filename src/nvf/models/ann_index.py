@@ -230,7 +230,4 @@ def _faiss() -> Any:
     try:
         return import_module("faiss")
     except ImportError as fault:
-        raise InputError(
-            f"an index needs FAISS, which cannot be imported ({one_line(fault)}); "
-            "pip install 'nvf[faiss]', or search exactly with index=flat"
-        ) from None
+        raise InputError(f"an index needs FAISS, which cannot be imported ({one_line(fault)}); {REMEDY}") from None

@@ -101,9 +101,11 @@ class SoftAttention(nn.Module):
         self.normalize = normalize
         if isinstance(transform, str):
             self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
-        else:
+        elif callable(transform):
             self.transform = transform(memory.dim)
             name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
+        else:
+            raise InputError(f"attention.transform={transform} is unknown; name one, or what makes one from D")
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None

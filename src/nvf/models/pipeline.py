@@ -242,9 +242,9 @@ class Pipeline(nn.Module):
             if queries.dtype.kind != "f" or queries.dtype.itemsize > 8:
                 raise InputError(f"queries have type {queries.dtype}; give floats, (B, {self.memory.dim})")
             queries = from_numpy(queries)
-        if queries.ndim != 2:
+        if checked_queries(queries, self.memory.dim, "B").ndim != 2:
             raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (B, {self.memory.dim})")
-        if len(checked_queries(queries, self.memory.dim, "B")):
+        if len(queries):
             check_vectors(queries, "queries")
         return queries
 

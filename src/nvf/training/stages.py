@@ -189,8 +189,13 @@ def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
     try:
         made = instantiate({**node, "_partial_": not called}, _convert_="all")
     except InstantiationException as fault:
-        if isinstance(fault.__cause__, InputError):
-            raise fault.__cause__ from None
+        cause: BaseException | None = fault
+        while cause is not None and not isinstance(
+            cause, InputError
+        ):  # Hydra wraps what it meets, several times at that
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
         raise InputError(f"{name}: {one_line(fault)}; correct {name}._target_ or its arguments") from None
     if not called:
         _check_arguments(made, name, {})
