@@ -31,6 +31,7 @@ from nvf.data.splits import SPLITS
 from nvf.errors import InputError
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST
+from nvf.overrides import quoted
 from nvf.statistics import in_percent, mcnemar, p_text, reciprocal_rank, wilson, wins_and_losses
 from nvf.train import CONF, train
 
@@ -73,9 +74,8 @@ def compare(folder: Path, source: Recorded, seed: int, overrides: Sequence[str] 
 def nvf_settings(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The settings of NVF's run on the folder, plain: the defaults, but for the overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("config", ["data=embeddings", "trainer.enable_progress_bar=false", *overrides])
-    config: Any = OmegaConf.to_container(settings, resolve=True)
-    config["data"]["dir"] = str(folder)
+        given = ["data=embeddings", f"data.dir={quoted(str(folder))}", "trainer.enable_progress_bar=false", *overrides]
+        config: Any = OmegaConf.to_container(compose("config", given), resolve=True)
     return config
 
 

@@ -373,11 +373,12 @@ def test_without_faiss_a_folder_is_searched_exactly(
         loaded = Pipeline.load(place / "pipeline")
     assert loaded.index is None
     (record,) = caplog.records
-    assert re.search(r"index\.safetensors: searched exactly instead: .*pip install 'nvf\[faiss\]'", record.getMessage())
+    said = r"index\.safetensors: searched exactly instead: .*pip install -e '\.\[faiss\]'"
+    assert re.search(said, record.getMessage())
     clustered.index = None
     assert torch.equal(loaded.search(drawn(9, DIM)).rows, clustered.search(drawn(9, DIM)).rows)
     with pytest.raises(
-        InputError, match=r"needs FAISS.*; pip install 'nvf\[faiss\]', or search exactly with index=flat"
+        InputError, match=r"needs FAISS.*; pip install -e '\.\[faiss\]'.* or search exactly with index=flat"
     ):
         build_index(clustered.keys(), "hnsw")
     assert build_index(clustered.keys(), "flat") is None
@@ -547,7 +548,7 @@ def test_a_run_without_faiss_refuses_before_any_work(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"pip install 'nvf\[faiss\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[faiss\]'"):
         run(*SMALL, "index=hnsw")
     assert list((tmp_path / "run").iterdir()) == []
     check_index({"kind": "flat"}, rows=1, fits=["attention"])

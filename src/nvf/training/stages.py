@@ -190,9 +190,7 @@ def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
         made = instantiate({**node, "_partial_": not called}, _convert_="all")
     except InstantiationException as fault:
         cause: BaseException | None = fault
-        while cause is not None and not isinstance(
-            cause, InputError
-        ):  # Hydra wraps what it meets, several times at that
+        while cause is not None and not isinstance(cause, InputError):  # Hydra wraps what it meets
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
