@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nvf.dashboards.show import log_hparams, show, texts_of
-from nvf.data.queries import fingerprint
+from nvf.data.queries import QueryBatch, fingerprint
 from nvf.evaluation.evaluate import Evaluation, against, evaluate, evaluate_index
 from nvf.evaluation.gradients import audit_gradients
 from nvf.evaluation.report import remarks, table
@@ -42,10 +42,9 @@ class Stopwatch:
         self.seconds[name] = (self.seconds.get(name) or 0) + time.perf_counter() - start
 
 
-def evaluated(built: Built, model: SoftAttention | Pipeline, split: str, *, title: str) -> Evaluation:
-    """What a model reaches on the `val` or `test` queries."""
-    oracle = built.source.oracle
-    return evaluate(model, built.queries(split), k=built.k, oracle=oracle, seen=built.seen, title=title)
+def evaluated(built: Built, model: SoftAttention | Pipeline, queries: QueryBatch, *, title: str) -> Evaluation:
+    """What a model reaches on the run's validation or test queries."""
+    return evaluate(model, queries, k=built.k, oracle=built.source.oracle, seen=built.seen, title=title)
 
 
 def save(
@@ -76,12 +75,13 @@ def save(
         took = {"build_seconds": time.perf_counter() - start}
         model.save(folder / "pipeline")
     with watch("evaluation"):
-        val = evaluated(built, model, "val", title="validation")
-        test = evaluated(built, model, "test", title="test")
+        val_queries, test_queries = built.queries("val"), built.queries("test")  # once: to draw them may be a search
+        val = evaluated(built, model, val_queries, title="validation")
+        test = evaluated(built, model, test_queries, title="test")
         if isinstance(model, Pipeline) and model.index is not None:
-            index = {**evaluate_index(model, *built.queries("test")), **took}
-        audit = audit_gradients(model, built.queries("val"))
-        _show(config, built, model, val, gradients, folder)
+            index = {**evaluate_index(model, *test_queries), **took}
+        audit = audit_gradients(model, val_queries)
+        _show(config, built, model, val_queries, val, gradients, folder)
     together = None
     if joint is not None and before is not None:
         won = against(test.answered, before.answered)
@@ -105,7 +105,7 @@ def save(
         "config": config,
         "versions": versions(),
         "memory": source.memory.fingerprint,
-        "queries": fingerprint(built.queries("test")),
+        "queries": fingerprint(test_queries),
     }
     log_hparams(results, folder)
     source.memory.check_unchanged()
@@ -117,13 +117,14 @@ def save(
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, folder)
     figures: Any = val.figures["pipeline"] or val.figures["attention"]
-    return float(figures[criterion(built.queries("val").targets)]["value"])
+    return float(figures[criterion(val_queries.targets)]["value"])
 
 
 def _show(
     config: dict[str, Any],
     built: Built,
     model: SoftAttention | Pipeline,
+    queries: QueryBatch,
     val: Evaluation,
     gradients: dict[str, Any],
     folder: Path,
@@ -139,6 +140,6 @@ def _show(
     logged = max((norms["steps"] for norms in gradients.values() if norms), default=0)
     steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
-        show(model, built.queries("val"), val, config["dashboards"], folder, steps=steps, texts=texts, labels=labels)
+        show(model, queries, val, config["dashboards"], folder, steps=steps, texts=texts, labels=labels)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

@@ -78,7 +78,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
             model, fitted["reranker"] = fit_reranker(built, chosen, folder)
     if built.joint is not None:
         with watch("evaluation"):
-            before = None if rank else evaluated(built, model, "test", title="before joint training")
+            before = None if rank else evaluated(built, model, built.queries("test"), title="before joint training")
         with watch("joint"):
             joint = fit_joint(built, model, folder)
             fitted["joint"] = joint.gradients
