@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvf.errors import InputError, check_number, one_line
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.files.ids import FILE as IDS_FILE
 from nvf.files.ids import write_ids
 from nvf.options import Option, find_device, path, run, whole
@@ -75,7 +75,7 @@ def embed(
     queries = read_queries(texts, documents, query_column=query_column, target_column=target_column)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 
-    with written_whole(output) as folder:
+    with atomic_write(output) as folder:
         encoder = load_model(model, find_device(device))
         corpus = encode(encoder.encode_document, documents.texts, batch_size=batch_size, dtype=dtype)
         vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype)

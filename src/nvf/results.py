@@ -14,7 +14,7 @@ from nvf.data.queries import QueryBatch, fingerprint
 from nvf.evaluation.evaluate import Evaluation, against, evaluate, evaluate_index
 from nvf.evaluation.gradients import audit_gradients
 from nvf.evaluation.report import remarks, table
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.files.records import write_record
 from nvf.models.ann_index import build_index
 from nvf.models.attention import SoftAttention
@@ -109,7 +109,7 @@ def save(
     }
     log_hparams(results, folder)
     source.memory.check_unchanged()
-    with written_whole(folder / "answered.npy") as partial, partial.open("wb") as file:
+    with atomic_write(folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(folder / "results.json", results)
     log.info("\n%s\n", table(results, len(test.answered)))

@@ -24,7 +24,7 @@ import recipes
 import sampling
 import scale
 import search_speed
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.options import Option, parse, path
 from nvf.runs.comparison.figure import COLOURS, INK
 from nvf.train import CONF
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> None:
     records = read(options["folder"])
     print(tables(records))
     if {"search_speed", "scale"} & records.keys():
-        with written_whole(options["figure"]) as partial:
+        with atomic_write(options["figure"]) as partial:
             draw(records).savefig(partial, format="png", dpi=160, facecolor="white")
         print(f"\n{options['figure']}", file=sys.stderr)
 

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
 from nvf.console import quiet
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.options import Option, path, whole
 from nvf.train import CONF
 from nvf.training import fit as fitting
@@ -206,6 +206,6 @@ def write_json(name: str, figures: Any, options: Mapping[str, Any]) -> Path:
     }
     target = Path(options["folder"]) / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     return target

@@ -11,7 +11,7 @@ import pytest
 import nvf.train
 from conftest import SMALL, command, compose_config
 from nvf.errors import InputError, explain
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.runs.resume import begin, decided, recorded, remove_traces
 
 WORDS = [*SMALL, "trainer=debug", "stage=attention", "dashboards=none"]
@@ -94,6 +94,6 @@ def write_in_vain(fault: Exception | None) -> None:
 
 @pytest.mark.parametrize("fault", [None, RuntimeError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_is_named_whatever_library_was_writing(tmp_path: Path, fault: Exception | None) -> None:
-    with pytest.raises(OSError, match="No space") as caught, written_whole(tmp_path / "rows"):
+    with pytest.raises(OSError, match="No space") as caught, atomic_write(tmp_path / "rows"):
         write_in_vain(fault)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "rows"))

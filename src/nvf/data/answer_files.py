@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from nvf.errors import InputError
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.models.pipeline import Hits
 
 ENDINGS = (".npy", ".parquet", ".jsonl")
@@ -40,7 +40,7 @@ def check_output(output: Path, queries: Path) -> None:
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
     """Write the answers to `count` queries, given in blocks of (b, k), atomically."""
     blocks = ((block.rows if block.ids is None else block.ids, block) for block in hits)
-    with written_whole(output) as partial, partial.open("wb") as file:
+    with atomic_write(output) as partial, partial.open("wb") as file:
         if output.suffix == ".npy":
             _write_npy(file, blocks, count, k)
         elif output.suffix == ".parquet":

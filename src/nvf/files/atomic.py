@@ -11,7 +11,7 @@ from nvf.errors import InputError, disk_is_full
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a hidden path to write a file or a folder at, which is renamed to `path` when the block ends without error.
 
     A file replaces a file, a folder replaces a folder. The content is on the disk before the renaming, so that after a

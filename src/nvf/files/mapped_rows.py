@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nvf.errors import InputError
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 
 State = tuple[int, int, int, int]
 
@@ -75,13 +75,13 @@ def _verified(path: Path, noted: Path) -> State | None:
 
 def _write(path: Path, noted: Path, blocks: Iterable[Tensor]) -> State:
     digest = hashlib.sha256()
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         with partial.open("wb") as file:  # writing through a map ends the process where the disk is full
             for block in blocks:
                 digest.update(as_bytes(block))
                 file.write(as_bytes(block))
         partial.chmod(0o444)
         state = state_of(partial.stat())
-    with written_whole(noted) as partial:
+    with atomic_write(noted) as partial:
         partial.write_text(f"{digest.hexdigest()}\n")
     return state

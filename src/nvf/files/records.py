@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 
 LONGEST = 10_000  # characters of settings, as JSON
 LARGEST = 2**24  # bytes of a file; Python's objects take some twenty times the room of their JSON
@@ -44,7 +44,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write the file that `read_record` reads, atomically; NaN, which is not JSON, is a ValueError."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -60,7 +60,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "digest": _digest(record)}
 
 
-def is_whole(record: Mapping[str, Any]) -> bool:
+def is_unchanged(record: Mapping[str, Any]) -> bool:
     """Tell whether a record is unchanged since it was sealed."""
     return record.get("digest") == _digest({name: value for name, value in record.items() if name != "digest"})
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, one_line
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.files.ids import FILE as IDS_FILE
 from nvf.files.ids import read_ids, write_ids
-from nvf.files.records import check_settings, is_whole, own_file, read_record, sealed, sha256
+from nvf.files.records import check_settings, is_unchanged, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.ann_index import FILE as INDEX_FILE
 from nvf.models.ann_index import Index, read_index
@@ -56,7 +56,7 @@ def save(
         "reranker": reranker.settings,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder) as partial:
+    with atomic_write(folder) as partial:
         partial.mkdir()
         config["index"] = None if index is None else index.write(partial / INDEX_FILE)
         if memory.ids is not None:
@@ -104,7 +104,7 @@ def export_keys(keys: Tensor, path: Path) -> None:
     if path.suffix not in (".npy", ".safetensors"):
         raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
     keys = keys.cpu().contiguous()
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         if path.suffix == ".safetensors":
             save_file({"keys": keys}, partial)
             return
@@ -145,7 +145,9 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         _check_own(folder / IDS_FILE)
     if "digest" not in config and "sha256" not in config:  # an older version's
         return
-    hashes = {name: sha256(folder / name) for name in _hashed(config)} if is_whole(config) else {"config.json": None}
+    hashes = (
+        {name: sha256(folder / name) for name in _hashed(config)} if is_unchanged(config) else {"config.json": None}
+    )
     for name, found in hashes.items():
         if found is None or config["sha256"].get(name) != found:
             raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
-from nvf.files.records import is_whole, read_record, sealed, write_record
+from nvf.files.records import is_unchanged, read_record, sealed, write_record
 from nvf.runs.signals import restarted
 
 RECORD, DECISIONS, LOCK = "run.json", "decisions.json", ".lock"
@@ -44,7 +44,7 @@ def recorded(folder: Path, targets: Container[str] | None = None) -> dict[str, A
         )
     record = _read(path)
     config = record.get("config")
-    if not isinstance(config, dict) or not is_whole(record):
+    if not isinstance(config, dict) or not is_unchanged(record):
         raise InputError(f"{path} is damaged; start the run anew")
     if (foreign := _foreign(config, targets)) is not None:
         raise InputError(

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
-from nvf.files.records import is_whole, read_record, sealed, write_record
+from nvf.files.records import is_unchanged, read_record, sealed, write_record
 from nvf.runs.resume import recorded
 from nvf.runs.settings import key, material
 from nvf.runs.signals import command_to_resume
@@ -56,7 +56,7 @@ def words(folder: Path) -> list[str]:
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = (record := read_record(folder / RECORD))["overrides"]
-        if is_whole(record) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
+        if is_unchanged(record) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
             return [*found]
     raise InputError(f"{folder / RECORD} is damaged, or names what is to be built; start the sweep anew")
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from nvf.data.queries import Recorded, Source, fingerprint
 from nvf.errors import InputError, one_line
-from nvf.files.atomic import written_whole
-from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
+from nvf.files.atomic import atomic_write
+from nvf.files.records import is_unchanged, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
@@ -50,7 +50,7 @@ class Entry:
             about = read_record(self.path / "about.json")
             for name in (WEIGHTS, FIT):
                 path = self.path / name
-                if not own_file(path) or not is_whole(about) or sha256(path) != about["sha256"][name]:
+                if not own_file(path) or not is_unchanged(about) or sha256(path) != about["sha256"][name]:
                     raise ValueError(f"{name} is not what was kept")
             with torch.device("meta"):  # where settings may claim any size: the weights say which it is
                 attention = SoftAttention(memory, **about["settings"])
@@ -71,7 +71,7 @@ class Entry:
         """Keep a stage 1, with the checkpoints and the curves that its fit left in a run's folder."""
         if not self.path.is_dir() or self.path.is_symlink():
             self.path.unlink(missing_ok=True)  # whatever it is, it is no entry
-        with written_whole(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.mkdir()
             weights = {name: tensor.cpu().contiguous() for name, tensor in kept.attention.state_dict().items()}
             save_file(weights, partial / WEIGHTS)

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from nvf.data.datamodule import VectorDataModule
 from nvf.errors import InputError
 from nvf.evaluation.gradients import PARTS, norms
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.runs.signals import Deferred, stop_when_asked
 from nvf.training.devices import largest
 
@@ -232,7 +232,7 @@ class AtomicFiles(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)  # to a file, torch reports a full disk by aborting the program at times
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_bytes(buffer.getbuffer())
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nvf.errors import InputError, one_line
-from nvf.files.atomic import written_whole
-from nvf.files.records import check_settings, is_whole, sealed
+from nvf.files.atomic import atomic_write
+from nvf.files.records import check_settings, is_unchanged, sealed
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
@@ -35,7 +35,7 @@ def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str) -> 
     """Write a model's weights, with its settings and the memory's hash as metadata, atomically."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     about = sealed({"stage": stage, **_description(model), "weights": hashed(weights)})
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(weights, partial, {"nvf": json.dumps(about)})
 
 
@@ -112,7 +112,7 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nvf"])
         check_settings(about)
-        if not is_whole(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
+        if not is_unchanged(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
             raise ValueError("it is not what was saved")
     if (about["stage"] == "attention") != (kind == "attention"):
         raise InputError(f"{kind}_checkpoint={path} has stage {about['stage']}, but this run {kind}; {remedy}")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from nvf.errors import InputError
-from nvf.files.atomic import written_whole
+from nvf.files.atomic import atomic_write
 from nvf.runs.comparison.runs import Row
 from nvf.runs.comparison.settings import order, shown
 from nvf.runs.comparison.table import Comparison, compare
@@ -51,12 +51,12 @@ def write(comparison: Comparison, folder: Path) -> str:
     except OSError as fault:
         raise InputError(f"{folder} cannot be made a folder ({fault.strerror}); give another output") from None
     for ending, text in {"md": comparison.markdown, "csv": comparison.csv, "json": comparison.json}.items():
-        with written_whole(folder / f"comparison.{ending}") as partial:
+        with atomic_write(folder / f"comparison.{ending}") as partial:
             partial.write_text(text() + "\n", encoding="utf-8")
     with matplotlib.rc_context(STYLE):  # no state of matplotlib's is left
         figure = draw(comparison)
         for ending, metadata in (("png", None), ("svg", {"Date": None})):
-            with written_whole(folder / f"comparison.{ending}") as partial:
+            with atomic_write(folder / f"comparison.{ending}") as partial:
                 figure.savefig(partial, format=ending, metadata=metadata)
     return f"written to {folder}: comparison.md, .csv, .json, .png, .svg"
 
