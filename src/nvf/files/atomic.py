@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder gets its name once it is complete, whatever stops the program or the machine."""
+"""Atomic writes: a file or a folder gets its name only when it is complete, whatever stops the program or the machine."""
 
 import errno
 import os
@@ -12,28 +12,28 @@ from nvf.errors import InputError, disk_is_full
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a hidden path to write a file or a folder at, which is renamed to `path` when the block ends without error.
+    """Give a hidden path to write a file or a folder at, and rename it to `path` if the block ends without an error.
 
-    A file replaces a file, a folder replaces a folder. The content is on the disk before the renaming, so that after a
-    power failure, too, either the old content or the new one is there.
+    A file replaces a file, a folder replaces a folder. The content reaches the disk before the renaming, so even after
+    a power failure `path` has either its old or its new content.
 
     Raises:
-        InputError: the folder that should hold it does not exist.
-        OSError: the disk is full; it names the path, whatever library was writing.
+        InputError: the parent folder does not exist.
+        OSError: the disk is full; the error names the path, whichever library was writing.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; create it, or give another path")
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
     if old.is_dir() and not path.exists():
-        os.replace(old, path)  # a process was killed between the two renamings below
-    for leftover in (partial, old):  # of a process that was killed
-        _remove(leftover)
+        os.replace(old, path)  # an earlier process was killed between the two renamings below
+    _remove(partial)
+    _remove(old)
     try:
         yield partial
-        for inside in (*(partial.rglob("*") if partial.is_dir() else ()), partial):
+        for inside in (*partial.rglob("*"), partial):
             _flush(inside)
         if partial.is_dir() and path.is_dir():
-            os.replace(path, old)  # the system renames no folder onto one that is not empty
+            os.replace(path, old)  # no system renames a folder onto one that is not empty
         os.replace(partial, path)
         _flush(path.parent)
         _remove(old)
@@ -53,7 +53,7 @@ def _flush(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError:
-        if not path.is_dir():  # some systems flush no folders
+        if not path.is_dir():  # some systems cannot flush a folder
             raise
 
 

@@ -1,10 +1,10 @@
-"""The rows of a memory that stays on the disk (data.mapped): a file that is written once and then mapped.
+"""The rows of a memory that stays on disk (data.mapped): a file that is written once and then memory-mapped.
 
 The file is read-only, so that nothing writes to it by mistake. If it is truncated all the same, the process that reads
-the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` the traceback is printed.
+the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` it prints a traceback.
 """
 
-import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
+from nvf.files.records import sha256
 
 State = tuple[int, int, int, int]
 
@@ -39,18 +40,25 @@ class RowsFile:
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
 ) -> tuple[Tensor, RowsFile]:
-    """Map the rows, (N, D), of the file at `path`, which is first written from the blocks unless it exists.
+    """Map the rows, (N, D), in the file at `path`.
 
-    The rows' SHA-256 stands in a file beside it; a file that does not match it is written anew.
+    The rows' SHA-256 is in a file beside it. If either file is missing or they do not match, the rows are written again
+    from the blocks.
     """
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
-        state = _verified(path, noted) or _write(path, noted, blocks())
-        rows = torch.from_file(str(path), size=shape[0] * shape[1], dtype=dtype).view(shape)
-    file = RowsFile(path, state)
-    file.check_unchanged()
-    return rows, file
+        if not (path.is_file() and noted.is_file() and noted.read_bytes() == sha256(path).encode()):
+            with atomic_write(path) as partial:
+                with partial.open("wb") as file:  # writing through a map ends the process if the disk is full
+                    for block in blocks():
+                        file.write(as_bytes(block))
+                partial.chmod(0o444)
+            with atomic_write(noted) as partial:
+                partial.write_text(sha256(path))
+        state = state_of(path.stat())
+        rows = torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
+    return rows, RowsFile(path, state)
 
 
 def as_bytes(rows: Tensor) -> memoryview:
@@ -59,29 +67,5 @@ def as_bytes(rows: Tensor) -> memoryview:
 
 
 def state_of(status: os.stat_result) -> State:
-    """Tell which file it is, when it was last written, and its size in bytes."""
+    """Return what changes when a file is replaced or written: device, inode, time of the last write, and size."""
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _verified(path: Path, noted: Path) -> State | None:
-    """Return the state of the file if its hash is the noted one."""
-    if not path.is_file() or not noted.is_file():
-        return None
-    with path.open("rb") as file:
-        state = state_of(os.fstat(file.fileno()))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return state if noted.read_bytes() == f"{digest}\n".encode() else None
-
-
-def _write(path: Path, noted: Path, blocks: Iterable[Tensor]) -> State:
-    digest = hashlib.sha256()
-    with atomic_write(path) as partial:
-        with partial.open("wb") as file:  # writing through a map ends the process where the disk is full
-            for block in blocks:
-                digest.update(as_bytes(block))
-                file.write(as_bytes(block))
-        partial.chmod(0o444)
-        state = state_of(partial.stat())
-    with atomic_write(noted) as partial:
-        partial.write_text(f"{digest.hexdigest()}\n")
-    return state

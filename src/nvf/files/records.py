@@ -1,6 +1,6 @@
-"""JSON files that may have been damaged or made by others: how they are read, written and hashed.
+"""JSON files that may be damaged or made by others: reading, writing and hashing them.
 
-Hashes find damage, not forgery: whoever can write a file can write its hash too.
+Hashes find damage, not forgery: whoever can write a file can also write its hash.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from typing import Any
 from nvf.files.atomic import atomic_write
 
 LONGEST = 10_000  # characters of settings, as JSON
-LARGEST = 2**24  # bytes of a file; Python's objects take some twenty times the room of their JSON
+LARGEST = 2**24  # bytes of a file; Python's objects take some twenty times as much memory as their JSON
 
 
 def own_file(path: Path) -> bool:
-    """Tell whether a path is a regular file of its folder, or a link to one: no pipe, no device, no file elsewhere."""
+    """Tell whether the path is a regular file in its folder, not a pipe, a device or a link to another folder."""
     return path.is_file() and path.resolve().is_relative_to(path.parent.resolve())
 
 
@@ -49,35 +49,33 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_settings(settings: Any) -> None:
-    """Raise a ValueError unless settings read from JSON are short and plain enough for a message to quote them."""
+    """Raise a ValueError unless settings that were read from JSON are short plain text that a message can quote."""
     text = json.dumps(settings)
-    if len(text) > LONGEST or "\\" in text:  # whatever is not plain ASCII is escaped
+    if len(text) > LONGEST or "\\" in text:  # JSON escapes every character that is not plain ASCII
         raise ValueError(f"its settings are longer than {LONGEST} characters, or not of plain characters")
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with a digest of everything in it."""
-    return {**record, "digest": _digest(record)}
+    """Return the record with a digest of all its values."""
+    try:
+        text = json.dumps(record, sort_keys=True)
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+    return {**record, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def is_unchanged(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record is unchanged since it was sealed."""
-    return record.get("digest") == _digest({name: value for name, value in record.items() if name != "digest"})
+    """Tell whether a record still has the values that it was sealed with."""
+    values = {name: value for name, value in record.items() if name != "digest"}
+    return record.get("digest") == sealed(values)["digest"]
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a file's content; what is no regular file is a ValueError."""
+    """Return the hash of a regular file's content; any other path is a ValueError."""
     if not path.is_file():
         raise ValueError(f"{path.name} is no regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    try:
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    except RecursionError:
-        raise ValueError("it is too deep") from None
 
 
 def _finite(text: str) -> float:

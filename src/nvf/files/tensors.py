@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that may be damaged or made by others: none runs code or takes more room than it has."""
+"""Tensors in safetensors files that may be damaged or made by others; reading them never runs code."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,22 +8,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# What a damaged file makes us, torch or safetensors raise.
+# The errors that this module, torch and safetensors raise for a damaged file; RecursionError is a RuntimeError.
 DAMAGE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,  # RecursionError is one
-    ArithmeticError,
-    MemoryError,
-    OSError,
+    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OSError),
     SafetensorError,
 )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file as copies, since in the file they are not aligned, which changes rounding.
+    """Read the tensors of a safetensors file as copies: the file does not align them, which would change rounding.
 
     Raises:
         ValueError: the file is no regular file.
@@ -45,12 +38,12 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{strange[0]} is missing or unknown among the weights")
     for name, own in mine.items():
         given = weights[name]
-        if type(given) not in (Tensor, nn.Parameter) or given.layout != torch.strided or given.is_quantized:
-            raise ValueError(f"{name} is no plain tensor")
-        if given.shape != own.shape or given.dtype.is_floating_point != own.dtype.is_floating_point:
-            raise ValueError(f"{name} is {_shown(given)}, but should be {_shown(own)}")
-        if given.is_complex() or given.device.type == "meta" or not given.is_contiguous():
+        plain = type(given) in (Tensor, nn.Parameter) and given.layout == torch.strided and not given.is_quantized
+        if not plain or given.is_complex() or given.is_meta or not given.is_contiguous():
             raise ValueError(f"{name} is no plain tensor of numbers")
+        if given.shape != own.shape or given.dtype.is_floating_point != own.dtype.is_floating_point:
+            found, expected = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (given, own))
+            raise ValueError(f"{name} is {found}, but should be {expected}")
         if not bool(given.isfinite().all()):
             raise ValueError(f"{name} has NaN or infinite values")
     if any(own.is_meta for own in mine.values()):
@@ -58,7 +51,3 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model.load_state_dict(copies, assign=True)
     else:
         model.load_state_dict(weights)
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
