@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import command
-from nvf.data.answer_files import ENDINGS
+from nvf.data.search_files import ENDINGS
 from nvf.errors import InputError
 from nvf.files.ids import checked_ids
 from nvf.models.pipeline import Hits, Pipeline
@@ -151,7 +151,7 @@ BAD_QUERIES = [
     ("q.parquet", spoil(9_000, np.nan).tolist(), "q.parquet: row 9000 holds NaN or infinite values (1 such rows)"),
     ("q.parquet", [[1.0] * 7], "q.parquet: 7 dimensions, but the memory has 8; embed both with the same"),
     ("q.parquet", [*MANY, [1.0] * 7], "q.parquet: row 9000: column 'vector' has 7 values, but 8 in row 0; embed"),
-    ("q.parquet", [*MANY, None], "q.parquet: row 9000: column 'vector' is null; remove"),
+    ("q.parquet", [*MANY, None], "q.parquet: row 9000: column 'vector' holds a null; remove"),
     ("q.parquet", [*MANY, [1.0] * 7 + [None]], "q.parquet: row 9000: column 'vector' holds a null; remove"),
     ("q.parquet", [[1] * 8], "q.parquet: column 'vector' has type list<element: int64>; give lists of float16"),
     ("q.parquet", [0.5], "q.parquet: column 'vector' has type double; give lists of float16"),

@@ -10,7 +10,7 @@ from nvf.options import Option, find_device, path, run, whole
 from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
-    from nvf.data.vector_files import VectorFile
+    from nvf.files.npy import ArrayFile
     from nvf.models.pipeline import Hits, Pipeline
 
 OPTIONS = (
@@ -34,8 +34,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
         InputError: anything about the pipeline, the queries or the output that is not as it must be.
     """
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.answer_files import check_output, write_answers
-    from nvf.data.vector_files import open_vectors
+    from nvf.data.search_files import check_output, open_queries, write_answers
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
 
@@ -45,22 +44,22 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     model = Pipeline.load(pipeline, find_device(device), index=index is None)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
-    vectors = open_vectors(queries, column, dim=model.memory.dim)
+    vectors = open_queries(queries, column, dim=model.memory.dim)
 
     start = time.perf_counter()
-    write_answers(output, _answer(model, vectors, k), count=vectors.count, k=k)
+    write_answers(output, _answer(model, vectors, k), count=len(vectors), k=k)
     seconds = time.perf_counter() - start
-    rate = two_digits(vectors.count / seconds)
+    rate = two_digits(len(vectors) / seconds)
     how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
-    return f"{vectors.count:,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
+    return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
 
 
-def _answer(model: "Pipeline", vectors: "VectorFile", k: int) -> Iterator["Hits"]:
+def _answer(model: "Pipeline", vectors: "ArrayFile", k: int) -> Iterator["Hits"]:
     from tqdm import tqdm
 
     from nvf.ops.products import QUERY_BLOCK
 
-    with tqdm(total=vectors.count, unit=" queries", leave=False, delay=1) as bar:
+    with tqdm(total=len(vectors), unit=" queries", leave=False, delay=1) as bar:
         for block in vectors.blocks(QUERY_BLOCK):
             yield model.search(block, k)
             bar.update(len(block))

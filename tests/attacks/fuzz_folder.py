@@ -25,7 +25,7 @@ from mutate import mutations
 
 from nvf.dashboards.show import texts_of
 from nvf.data.folder import COLUMNS, read_memory, read_recorded
-from nvf.data.vector_files import open_vectors
+from nvf.data.search_files import open_queries
 from nvf.errors import InputError
 from nvf.files import npy
 from nvf.models.memory import VectorMemory
@@ -52,18 +52,18 @@ def read_corpus(path: Path) -> None:
 
 
 def read_queries(path: Path) -> None:
-    file = open_vectors(path, "vector", dim=8)
+    file = open_queries(path, "vector", dim=8)
     found = np.concatenate([*file.blocks(7)])
     read_recorded(path.parent, read_memory(path.parent), seed=0)
     expected = np.load(path, allow_pickle=False)
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(npy.read_vectors(path, "vectors").numpy(), expected)
+    np.testing.assert_array_equal(file.read(), expected)
 
 
 def read_targets(path: Path) -> None:
-    found = npy.read_targets(path, "row", 400)
+    found = npy.NpyFile(path, "targets").read()
     read_recorded(path.parent, read_memory(path.parent), seed=0)
-    np.testing.assert_array_equal(found, np.load(path, allow_pickle=False).reshape(400, -1))
+    np.testing.assert_array_equal(found, np.load(path, allow_pickle=False))
 
 
 def read_ids(path: Path) -> None:
@@ -93,7 +93,7 @@ def read_corpus_table(path: Path) -> None:
 
 def read_queries_table(path: Path) -> None:
     read_recorded(path.parent, read_memory(path.parent), seed=0, columns=COLUMNS)
-    assert sum(map(len, open_vectors(path, "vector", dim=8).blocks(7))) > 0
+    assert sum(map(len, open_queries(path, "vector", dim=8).blocks(7))) > 0
 
 
 def read_storage(path: Path) -> None:

@@ -256,16 +256,16 @@ def test_damaged_copies_are_refused_or_read_right(place: Path, attempts: Callabl
 def change_while_it_is_read(monkeypatch: pytest.MonkeyPatch, reading: int, change: Callable[[], None]) -> None:
     """Make the change after three blocks of the first or second reading of a file."""
     monkeypatch.setattr("nvf.models.memory.BLOCK", 64)  # several blocks
-    blocks, readings = npy.ArrayFile.blocks, itertools.count(1)
+    blocks, readings = npy.NpyFile.blocks, itertools.count(1)
 
-    def changed(self: npy.ArrayFile, rows: int) -> Iterator[np.ndarray]:
+    def changed(self: npy.NpyFile, rows: int) -> Iterator[np.ndarray]:
         now = next(readings)
         for number, block in enumerate(blocks(self, rows)):
             yield block
             if (now, number) == (reading, 2):
                 change()
 
-    monkeypatch.setattr(npy.ArrayFile, "blocks", changed)
+    monkeypatch.setattr(npy.NpyFile, "blocks", changed)
 
 
 CHANGES: dict[str, Callable[[Path, bytes], object]] = {

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from conftest import write_folder
 from nvf import Pipeline, Reranker, SoftAttention, VectorMemory
-from nvf.data.answer_files import write_answers
 from nvf.data.folder import read_memory, read_recorded
+from nvf.data.search_files import write_answers
 from nvf.data.splits import SPLITS
 from nvf.errors import InputError
 from nvf.files.ids import target_rows
-from nvf.files.npy import ArrayFile
+from nvf.files.npy import NpyFile
 from nvf.models.memory import unit
 
 
@@ -236,7 +236,7 @@ def test_a_file_is_read_in_blocks_whatever_its_order(
 ) -> None:
     values = np.random.default_rng(0).integers(100, size=shape).astype(dtype, order=order)
     np.save(tmp_path / "a.npy", values)
-    file = ArrayFile(tmp_path / "a.npy", "values")
+    file = NpyFile(tmp_path / "a.npy", "values")
     tracemalloc.start()
     for start, block in zip(range(0, 2000, 30), file.blocks(30), strict=True):
         np.testing.assert_array_equal(block, values[start : start + 30])
@@ -257,11 +257,11 @@ FAULTS = {
         r"type int64; give the vectors of your items as float16",
     ),
     "dimensions": (lambda f: edit(f, "queries.npy", lambda a: a[:, :5]), r"queries.npy: 5 dimensions.*has 8"),
-    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: 9 targets for 400 queries"),
+    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: shape \(9,\) .* for 400 queries"),
     "too high": (lambda f: edit(f, "targets.npy", put(7, 50)), r"targets.npy: row 7: target 50 is outside 0..49"),
     "too low": (lambda f: edit(f, "targets.npy", put(7, -2)), r"targets.npy: row 7: target -2 is outside 0..49"),
     "no target": (lambda f: edit(f, "targets.npy", put(7, -1)), r"targets.npy: row 7 has no target; give it one"),
-    "float rows": (lambda f: edit(f, "targets.npy", lambda a: a / 1.0), r"targets.npy: type float64; give integer"),
+    "float rows": (lambda f: edit(f, "targets.npy", lambda a: a / 1.0), r"targets.npy: shape .* and type float64 for"),
     "target rank": (lambda f: edit(f, "targets.npy", lambda a: a[:, None, None]), r"targets.npy: shape \(400, 1, 1\)"),
     "NaN": (lambda f: edit(f, "corpus.npy", put((3, 2), np.nan)), r"corpus.npy: row 3 holds NaN or infinite"),
     "infinite": (lambda f: edit(f, "queries.npy", put((4, 0), -np.inf)), r"queries.npy: row 4 holds NaN or infinite"),

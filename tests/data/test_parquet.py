@@ -20,7 +20,7 @@ from nvf.data.splits import SPLITS
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-from nvf.data.parquet import vector_blocks  # noqa: E402  # needs pyarrow
+from nvf.data.parquet import ParquetFile  # noqa: E402  # needs pyarrow
 
 
 @pytest.fixture
@@ -133,12 +133,12 @@ def test_a_folder_of_parts_is_the_file_that_they_make(tables: Path, size: int) -
     assert again.fingerprint == memory.fingerprint
     for mine, theirs in zip(same.splits["train"], recorded.splits["train"], strict=True):
         assert torch.equal(mine, theirs)
-    blocks = list(vector_blocks(tables / "corpus.parquet", "vector", 9))
+    blocks = list(ParquetFile(tables / "corpus.parquet", {"column": "vector"}).blocks(9))
     np.testing.assert_array_equal(
         np.concatenate(blocks), pq.read_table(tables / "corpus.parquet")["vector"].to_pylist()
     )
     edit(tables, "corpus.parquet/part-001.parquet", "id", put(2, None))
-    with pytest.raises(InputError, match=rf"corpus.parquet: row {size + 2}: column 'id' is null"):
+    with pytest.raises(InputError, match=rf"corpus.parquet: row {size + 2}: column 'id' holds a null"):
         read(tables)
     for path in (tables / "corpus.parquet").iterdir():
         path.unlink()
@@ -171,13 +171,13 @@ def test_columns_may_have_other_names(tables: Path) -> None:
 
 FLOATS, TEXTS = pa.list_(pa.float32()), pa.list_(pa.string())
 FAULTS = {
-    "no corpus": (lambda f: (f / "corpus.parquet").unlink(), r"corpus.npy is missing.*; corpus.parquet would do"),
+    "no corpus": (lambda f: (f / "corpus.parquet").unlink(), r"corpus.npy is missing; it holds"),
     "no queries": (lambda f: (f / "queries.parquet").unlink(), r"queries.parquet is missing, or no file; it holds col"),
     "two corpora": (lambda f: np.save(f / "corpus.npy", np.eye(8)), r"both corpus.npy and corpus.parquet; keep"),
     "two queries": (lambda f: np.save(f / "queries.npy", np.eye(8)), r"both queries.npy and queries.parquet; keep"),
     "two formats": (
         lambda f: [(f / "queries.parquet").unlink(), np.save(f / "queries.npy", np.eye(8))],
-        r"holds corpus.parquet, but queries.npy; give both as",
+        r"holds both .npy and .parquet files; give",
     ),
     "text": (lambda f: (f / "corpus.parquet").write_text("id,vector\n"), r"corpus.parquet is truncated or not a par"),
     "cut": (
@@ -196,7 +196,7 @@ FAULTS = {
         lambda f: edit(f, "corpus.parquet", "id", put(9, "item 3")),
         r"corpus.parquet: column 'id': row 9 has the id 'item 3' of row 3; give each row",
     ),
-    "null id": (lambda f: edit(f, "corpus.parquet", "id", put(9, None)), r"row 9: column 'id' is null; remove or"),
+    "null id": (lambda f: edit(f, "corpus.parquet", "id", put(9, None)), r"row 9: column 'id' holds a null; remove or"),
     "float id": (
         lambda f: edit(f, "corpus.parquet", "id", [0.5 + row for row in range(50)], pa.float32()),
         r"corpus.parquet: column 'id': row 0 has the id 0.5, which is not an integer",
@@ -211,11 +211,11 @@ FAULTS = {
     ),
     "dates for ids": (
         lambda f: edit(f, "corpus.parquet", "id", list(range(50)), pa.timestamp("s")),
-        r"column 'id' has type timestamp\[.*\]; give ids as integers or strings",
+        r"column 'id': row 0 has the id datetime.*, which is not an integer",
     ),
     "null vector": (
         lambda f: edit(f, "corpus.parquet", "vector", put(4, None), FLOATS),
-        r"corpus.parquet: row 4: column 'vector' is null",
+        r"corpus.parquet: row 4: column 'vector' holds a null",
     ),
     "null value": (
         lambda f: edit(f, "corpus.parquet", "vector", put(4, [1.0, None] * 4), FLOATS),
@@ -261,7 +261,10 @@ FAULTS = {
         lambda f: edit(f, "queries.parquet", "targets", [3] * 400, pa.int64()),
         r"queries.parquet: row 0: target 3 is not an id of the memory, whose first is 'item 0' \(400 such",
     ),
-    "null targets": (lambda f: edit(f, "queries.parquet", "targets", put(7, None)), r"row 7: column 'targets' is null"),
+    "null targets": (
+        lambda f: edit(f, "queries.parquet", "targets", put(7, None)),
+        r"row 7: column 'targets' holds a null",
+    ),
     "null target": (
         lambda f: edit(f, "queries.parquet", "targets", [["item 1", "item 2"]] * 9 + [["item 1", None]] * 391, TEXTS),
         r"queries.parquet: row 9: column 'targets' holds a null",
@@ -314,7 +317,7 @@ def test_a_changed_bit_is_found_where_pages_have_checksums(tables: Path) -> None
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tables: Path) -> None:
     path = tables / "queries.parquet"
-    blocks = vector_blocks(path, "vector", 7)
+    blocks = ParquetFile(path, {"column": "vector"}).blocks(7)
     next(blocks)
     with path.open("ab") as file:
         file.write(b"more")
@@ -389,9 +392,9 @@ def test_a_column_of_times_splits_as_times_npy_does(folder: Path, tables: Path, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["monday"] * 400, "column 'asked': shape .* type object"),
-        ([0.0, float("nan")] * 200, "column 'asked': row 1 is nan"),
-        ([0, None] * 200, "row 1: column 'asked' is null"),
+        (["monday"] * 400, "times have shape .* type object"),
+        ([0.0, float("nan")] * 200, "row 1: the time is nan"),
+        ([0, None] * 200, "row 1: column 'asked' holds a null"),
     ],
 )
 def test_a_column_that_says_no_times_is_refused(tables: Path, values: list[Any], message: str) -> None:

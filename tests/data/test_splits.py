@@ -58,7 +58,7 @@ def write_splits(folder: Path, parts: tuple[slice, slice, slice]) -> None:
         (
             (slice(300), slice(290, 350), slice(340, 400)),
             {"train/val": 10, "val/test": 10},
-            "10 of 60 val queries are also in train, 10 of 60 test queries are also in val; they were seen before",
+            "10 of 60 val queries are also in train, 10 of 60 test queries are also in val; a model that has seen them",
         ),
     ],
 )
@@ -134,12 +134,15 @@ def test_equal_times_are_dealt_by_seed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (np.arange(399), r"times\.npy: shape \(399,\)"),
-        (np.arange(800).reshape(400, 2), r"times\.npy: shape \(400, 2\)"),
-        (np.array(["2026-01-01"] * 400), r"times\.npy: shape .* type <U10"),
-        (np.where(np.arange(400) == 7, np.nan, 1.0), r"times\.npy: row 7 is nan"),
-        (np.where(np.arange(400) == 7, np.inf, 1.0), r"times\.npy: row 7 is inf"),
-        (np.where(np.arange(400) == 7, np.datetime64("NaT"), np.datetime64(0, "s")), r"times\.npy: row 7 is NaT"),
+        (np.arange(399), r"times\.npy: times have shape \(399,\)"),
+        (np.arange(800).reshape(400, 2), r"times\.npy: times have shape \(400, 2\)"),
+        (np.array(["2026-01-01"] * 400), r"times\.npy: times have shape .* type <U10"),
+        (np.where(np.arange(400) == 7, np.nan, 1.0), r"times\.npy: row 7: the time is nan"),
+        (np.where(np.arange(400) == 7, np.inf, 1.0), r"times\.npy: row 7: the time is inf"),
+        (
+            np.where(np.arange(400) == 7, np.datetime64("NaT"), np.datetime64(0, "s")),
+            r"times\.npy: row 7: the time is NaT",
+        ),
     ],
 )
 def test_times_that_say_nothing_are_refused(folder: Path, times: np.ndarray, message: str) -> None:
@@ -151,7 +154,7 @@ def test_times_that_say_nothing_are_refused(folder: Path, times: np.ndarray, mes
 def test_times_beside_splits_of_ones_own_are_refused(folder: Path) -> None:
     write_splits(folder, (slice(300), slice(300, 350), slice(350, 400)))
     write_times(folder, np.arange(400))
-    with pytest.raises(InputError, match=r"times\.npy splits queries"):
+    with pytest.raises(InputError, match=r"holds times\.npy, or .* but also splits"):
         read_recorded(folder, read_memory(folder), seed=0)
 
 

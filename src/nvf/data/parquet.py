@@ -1,25 +1,21 @@
-"""Readers of vectors, ids, targets and times in columns of .parquet files, a block of rows at a time.
+"""Reader of vectors, ids, targets and times in columns of .parquet files, a block of rows at a time.
 
-In place of a file there may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in name order.
-
-Every fault is an InputError that names the file, the row or the column, and the fix. Without pyarrow, importing this
-module raises one too.
+Every fault is an InputError that names the file, the row or the column, and the remedy. Importing this module without
+pyarrow raises one too.
 """
 
+import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nvf.errors import InputError, one_line
-from nvf.files.ids import checked_ids
 from nvf.files.mapped_rows import state_of
-from nvf.files.vectors import check_vectors
+from nvf.files.npy import ROWS, ArrayFile
 
 try:
     import pyarrow as pa
@@ -28,158 +24,132 @@ try:
 except ImportError:
     raise InputError("reading .parquet files needs pyarrow: pip install -e '.[parquet]' in NVF's folder") from None
 
-BLOCK = 8192  # rows
-ROWS_A_BYTE = 1024  # more than equal vectors take, run-length encoded and compressed
-T = TypeVar("T")
+ROWS_A_BYTE = 1024  # more than even equal vectors reach, run-length encoded and compressed
 
 
-def read_corpus(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndarray]:
-    """Read the vectors of the items, (N, D), and their ids, (N,), which all differ."""
-    file = _Columns(path, {f"data.columns.{role}": columns[role] for role in ("vector", "id")})
-    found = [*file.blocks(lambda rows: (file.matrix(rows, columns["vector"]), file.ids(rows, columns["id"])[0]))]
-    vectors, ids = zip(*found, strict=True)
-    names = [*chain.from_iterable(ids)]
-    given = checked_ids(names, len(names), f"{path}: column {columns['id']!r}")
-    return _checked(vectors, path, given), given
-
-
-def read_queries(path: Path, columns: Mapping[str, str]) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Read the queries, (n, D), the ids of all their targets, (t,), and how many of these each query has, (n,)."""
-    file = _Columns(path, {f"data.columns.{role}": columns[role] for role in ("vector", "targets")})
-    found = [*file.blocks(lambda rows: (file.matrix(rows, columns["vector"]), *file.ids(rows, columns["targets"])))]
-    vectors, ids, counts = zip(*found, strict=True)
-    return _checked(vectors, path), np.array([*chain.from_iterable(ids)], dtype=object), np.concatenate(counts)
-
-
-def read_times(path: Path, column: str) -> np.ndarray:
-    """Read when each query was asked, (n,), in the column's own type."""
-    file = _Columns(path, {"data.columns.time": column})
-    return np.concatenate([*file.blocks(lambda rows: file.column(rows, column).to_numpy(zero_copy_only=False))])
-
-
-def vector_blocks(path: Path, column: str, size: int) -> Iterator[np.ndarray]:
-    """Yield the vectors of a column, (b, D), at most `size` at a time; zeros, NaN and infinite values pass."""
-    file = _Columns(path, {"column": column})
-    return file.blocks(lambda rows: file.matrix(rows, column), size)
-
-
-def _checked(vectors: tuple[np.ndarray, ...], path: Path, ids: np.ndarray | None = None) -> Tensor:
-    joined = torch.from_numpy(np.concatenate(vectors))
-    check_vectors(joined, str(path), ids)
-    return joined
-
-
-class _Columns:
-    """Some columns of a file, or of a folder of parts.
+class ParquetFile(ArrayFile):
+    """The vectors in a column of a .parquet file, (n, D), and the ids or times in its other columns.
 
     Args:
-        path: the file or folder.
-        names: the columns, by the option that gives each name.
+        path: the file, or a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in the order of names.
+        columns: the names of the columns that are read, by the option that gives each; the first holds the vectors.
+
+    Raises:
+        InputError: no file, a damaged one, a missing column, no rows, or no vectors.
     """
 
-    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
-        self.path, self.names = path, names
-        self.start = 0  # the row that the current block begins with
-        self.dim: int | None = None  # of row 0
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path, (self.column, *others) = path, columns.values()
+        self.parts = (sorted(path.glob("*.parquet")) if path.is_dir() else []) or [path]
+        for part in self.parts:
+            if not part.is_file():
+                holds = " and ".join(f"column {name!r}" for name in (self.column, *others))
+                raise InputError(f"{part} is missing, or no file; it holds {holds}")
+        with self._damage_named():
+            self._states = [state_of(part.stat()) for part in self.parts]
+            self.shape = (sum(_claimed_rows(part, columns) for part in self.parts), 0)
+            if not len(self):
+                raise InputError(f"{path} has no rows; write it anew")
+            kind = pq.read_schema(self.parts[0]).field(self.column).type
+            if not pa.types.is_floating(getattr(kind, "value_type", pa.null())):
+                fault = f"column {self.column!r} has type {kind}"
+                raise InputError(f"{path}: {fault}; give lists of float16, float32 or float64")
+            _, first, _ = next(self._values(self.column, 1))
+        self.shape, self.dtype = (len(self), len(first)), np.dtype(kind.value_type.to_pandas_dtype())
+        if not len(first):
+            raise InputError(f"{path}: row 0: column {self.column!r} is an empty list; give each row a vector")
 
-    def blocks(self, convert: Callable[["pa.RecordBatch"], T], size: int = BLOCK) -> Iterator[T]:
-        """Yield what `convert` makes of each block of at most `size` rows."""
-        parts = (sorted(self.path.glob("*.parquet")) if self.path.is_dir() else []) or [self.path]
-        claimed = 0
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        with self._damage_named():
+            for start, values, counts in self._values(self.column, rows):
+                if (ragged := counts != self.shape[1]).any():
+                    row = int(ragged.argmax())
+                    raise InputError(
+                        f"{self.path}: row {start + row}: column {self.column!r} has {counts[row]} values, but "
+                        f"{self.shape[1]} in row 0; embed all with the same model"
+                    )
+                yield np.array(values.to_numpy(zero_copy_only=False), self.dtype).reshape(-1, self.shape[1])
+
+    def ids(self, column: str) -> tuple[list[Any], np.ndarray]:
+        """Return the ids in a column of ids or of lists of ids, row by row, and how many each row has, (n,).
+
+        UUIDs are spelled out. Floats and decimals become integers where that is exact, and stay as they are elsewhere.
+        """
+        ids: list[Any] = []
+        counts = []
+        with self._damage_named():
+            for _, values, count in self._values(column, ROWS):
+                kind, exact = values.type, math.inf
+                if pa.types.is_floating(kind):
+                    exact = 2.0 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1)
+                if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+                    ids += [int(v) if abs(v) < exact and v == int(v) else v for v in values.to_pylist()]
+                else:
+                    ids += [str(v) if isinstance(v, uuid.UUID) else v for v in values.to_pylist()]
+                counts.append(count)
+        return ids, np.concatenate(counts)
+
+    def times(self, column: str) -> np.ndarray:
+        """Return the values of a column, (n,), in its own type."""
+        with self._damage_named():
+            return np.concatenate([v.to_numpy(zero_copy_only=False) for _, v, _ in self._values(column, ROWS)])
+
+    def _values(self, column: str, size: int) -> Iterator[tuple[int, "pa.Array", np.ndarray]]:
+        """Yield the first row of each block, the block's values with lists joined, and how many values each row has."""
+        start, expected = 0, len(self)
+        for part in self.parts:
+            with pq.ParquetFile(part, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(size, columns=[column]):
+                    batch.validate(full=True)
+                    if start + len(batch) > expected:
+                        raise InputError(f"{self.path} has more than the {expected} rows that it claims; write it anew")
+                    if len(batch):
+                        values, rows = self._flat(batch.column(0), column, np.arange(start, start + len(batch)))
+                        yield start, values, np.bincount(rows - start, minlength=len(batch))
+                    start += len(batch)
+        if [state_of(part.stat()) for part in self.parts] != self._states:
+            raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
+        if start != expected:
+            raise InputError(f"{self.path} has fewer than the {expected} rows that it claims; write it anew")
+
+    def _flat(self, values: "pa.Array", column: str, rows: np.ndarray) -> tuple["pa.Array", np.ndarray]:
+        """Return values with categories spelled out and lists joined, and the row that each is from; refuse nulls."""
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if values.null_count:
+            row = rows[values.is_null().to_numpy(zero_copy_only=False).argmax()]
+            raise InputError(f"{self.path}: row {row}: column {column!r} holds a null; remove or repair it")
+        kind = values.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return values, rows
+        lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+        return self._flat(values.flatten(), column, np.repeat(rows, lengths))
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
         try:
-            before = [state_of(part.stat()) for part in parts if part.is_file()]
-            for part in parts:
-                if not part.is_file():
-                    holds = " and ".join(f"column {name!r}" for name in self.names.values())
-                    raise InputError(f"{part} is missing, or no file; it holds {holds}")
-                with pq.ParquetFile(part, page_checksum_verification=True) as file:
-                    self._check(file, part)
-                    claimed += file.metadata.num_rows
-                    for rows in file.iter_batches(size, columns=[*self.names.values()]):
-                        rows.validate(full=True)
-                        if len(rows):
-                            yield convert(rows)
-                        self.start += len(rows)
-            changed = [state_of(part.stat()) for part in parts] != before
+            yield
         except InputError:
             raise
         except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
             raise InputError(
                 f"{self.path} is truncated or not a parquet file ({one_line(fault)}); write it anew"
             ) from None
-        if changed:
-            raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
-        if self.start != claimed or not claimed:
-            raise InputError(f"{self.path} has no rows, or fewer than the {claimed} that it claims; write it anew")
 
-    def _check(self, file: "pq.ParquetFile", path: Path) -> None:
-        """Refuse a file that lacks a column, or claims rows that it lacks, before room is made for them."""
+
+def _claimed_rows(path: Path, columns: Mapping[str, str]) -> int:
+    """Return how many rows a file claims, unless it lacks a column or is too small for so many rows."""
+    with pq.ParquetFile(path) as file:
         known = file.schema_arrow.names
-        for option, name in self.names.items():
+        for option, name in columns.items():
             if known.count(name) != 1:
                 raise InputError(
                     f"{path} has {known.count(name)} columns {name!r}, but {', '.join(map(repr, known))}; "
                     f"add it, or name one of them with {option}="
                 )
         rows, size = file.metadata.num_rows, path.stat().st_size
-        # Nothing is asked of columns: where what describes one is damaged, pyarrow 26.0 ends the process.
+        # Nothing is asked of columns: if their descriptions are damaged, pyarrow 26.0 ends the process.
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        if not 0 <= rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups, default=0) < 0:
-            raise InputError(f"{path} claims {rows:,} rows in {size:,} bytes, which do not hold them; write it anew")
-
-    def column(self, rows: "pa.RecordBatch", name: str) -> "pa.Array":
-        """Return a column, none of whose values is null."""
-        return self._without_nulls(rows.column(name), name)
-
-    def _without_nulls(self, values: "pa.Array", name: str, lists: "pa.Array | None" = None) -> "pa.Array":
-        """Return the values, categories spelled out; refuse nulls."""
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        if values.null_count:
-            row = int(values.is_null().to_numpy(zero_copy_only=False).argmax())
-            row, fault = (row, "is") if lists is None else (pc.list_parent_indices(lists)[row].as_py(), "holds a")
-            raise InputError(f"{self.path}: row {self.start + row}: column {name!r} {fault} null; remove or repair it")
-        return values
-
-    def _flat(self, lists: "pa.Array", name: str) -> tuple["pa.Array", np.ndarray]:
-        """Return the values of all lists, one list after the other, and the lengths of the lists."""
-        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        return self._without_nulls(lists.flatten(), name, lists), lengths
-
-    def matrix(self, rows: "pa.RecordBatch", name: str) -> np.ndarray:
-        """Return a column of lists of floats, all of one length, as a matrix, (b, D)."""
-        lists = self.column(rows, name)
-        if not _is_list(lists.type) or not pa.types.is_floating(lists.type.value_type):
-            raise InputError(
-                f"{self.path}: column {name!r} has type {lists.type}; give lists of float16, float32 or float64"
-            )
-        values, lengths = self._flat(lists, name)
-        self.dim = int(lengths[0]) if self.dim is None else self.dim
-        if self.dim == 0:
-            raise InputError(f"{self.path}: row 0: column {name!r} is an empty list; give each row a vector")
-        if (ragged := lengths != self.dim).any():
-            row = int(ragged.argmax())
-            raise InputError(
-                f"{self.path}: row {self.start + row}: column {name!r} has {lengths[row]} values, but {self.dim} in "
-                "row 0; embed all with the same model"
-            )
-        return values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
-
-    def ids(self, rows: "pa.RecordBatch", name: str) -> tuple[list[Any], np.ndarray]:
-        """Return the ids in a column of ids or of lists of ids, and how many each row has.
-
-        UUIDs are spelled out; floats and decimals are integers where they are exact, and stay what they are elsewhere.
-        """
-        values = self.column(rows, name)
-        values, counts = self._flat(values, name) if _is_list(values.type) else (values, np.ones(len(values), np.int64))
-        kind, ids = values.type, values.to_pylist()
-        if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-            exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1) if pa.types.is_floating(kind) else np.inf
-            return [int(value) if abs(value) < exact and value == int(value) else value for value in ids], counts
-        if ids and not isinstance(ids[0], int | str | uuid.UUID):
-            raise InputError(f"{self.path}: column {name!r} has type {kind}; give ids as integers or strings")
-        return [str(value) if isinstance(value, uuid.UUID) else value for value in ids], counts
-
-
-def _is_list(kind: "pa.DataType") -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not 0 <= rows <= size * ROWS_A_BYTE or sum(groups) != rows or min(groups, default=0) < 0:
+        raise InputError(f"{path} claims {rows:,} rows in {size:,} bytes, which do not hold them; write it anew")
+    return rows

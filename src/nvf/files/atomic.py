@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder gets its name only when it is complete, whatever stops the program or the machine."""
+"""Atomic writes: a file or a folder gets its name when it is complete, whatever stops the program or the machine."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Ids of a memory's rows, integers or strings: how they are checked, read, written and found again."""
+"""Ids of a memory's rows, integers or strings: checking, reading and writing them, and the rows that have them."""
 
 import json
 import reprlib
@@ -37,7 +37,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     for row, value in enumerate(values):
         if not isinstance(value, kind) or isinstance(value, bool):
             fault = ", which is not an integer or a string, or not of the type of the first"
-        elif kind is str and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        elif kind is str and value.encode(errors="ignore").decode() != value:
             fault = ", which holds half a character"
         elif first.setdefault(value, row) != row:
             fault = f" of row {first[value]}"
@@ -49,7 +49,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     least, most = int(min(values)), int(max(values))
     if least < -(2**63) or most >= 2**64:
         raise InputError(f"{name}: the ids {shown(least)} to {shown(most)} do not fit into 64 bits; {remedy}")
-    # Without a dtype numpy takes float64 where some exceed int64, which rounds them.
+    # Without a dtype numpy would take float64, which rounds, if some of them exceed int64.
     dtype = np.int64 if most < 2**63 else np.uint64 if least >= 0 else object
     return np.array([int(value) for value in values], dtype=dtype)
 
@@ -94,25 +94,23 @@ def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.
         name: the file that holds the targets, for an error's message.
 
     Raises:
-        InputError: a target that is no row's id, or rows without ids.
+        InputError: a target that is no row's id, or a memory without ids.
     """
     if ids is None:
         raise InputError(f"{name} names its targets by id, but the memory has no ids; give it ids")
     if isinstance(ids, range):
+        known = f"outside 0..{len(ids) - 1}, and only -1 pads"
         rows = np.where((targets >= 0) & (targets < len(ids)), targets, -1).astype(np.int64)
     else:
-        place = {value: row for row, value in enumerate(ids.tolist())}
-        rows = np.array([place.get(value, -1) for value in targets.tolist()], dtype=np.int64)
+        known = f"not an id of the memory, whose first is {shown(ids.tolist()[0])}"
+        row_of = {value: row for row, value in enumerate(ids.tolist())}
+        rows = np.array([row_of.get(value, -1) for value in targets.tolist()], dtype=np.int64)
     if (unknown := rows < 0).any():
         first = int(unknown.argmax())
-        query = int(np.repeat(np.arange(len(counts)), counts)[first])
-        if isinstance(ids, range):
-            known = f"outside 0..{len(ids) - 1}, and only -1 pads"
-        else:
-            known = f"not an id of the memory, whose first is {shown(ids.tolist()[0])}"
+        query, target = np.repeat(np.arange(len(counts)), counts)[first], shown(targets.tolist()[first])
+        count = int(unknown.sum())
         raise InputError(
-            f"{name}: row {query}: target {shown(targets.tolist()[first])} is {known} ({int(unknown.sum())} such "
-            "targets); correct or remove them"
+            f"{name}: row {query}: target {target} is {known} ({count} such targets); correct or remove them"
         )
     return padded(rows, counts)
 

@@ -1,11 +1,10 @@
-"""Answers to queries as a file, written block by block: .npy, .parquet or .jsonl.
+"""The files of `nvf.search`: query vectors, .npy or .parquet, and answers, which are written block by block.
 
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .parquet  a row a query: query int64, ids list, probabilities list of float
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
 
-Best first in all three; `query` counts from 0 in the order of the queries; `ids` are row numbers where the memory
-has none.
+Answers are best first; `query` counts from 0 in the order of the queries; `ids` are row numbers if the memory has none.
 """
 
 import itertools
@@ -16,13 +15,37 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
+from nvf.files.npy import ROWS, ArrayFile, open_vectors
+from nvf.files.vectors import check_largest, largest
+from nvf.models.memory import check_dim
 from nvf.models.pipeline import Hits
 
 ENDINGS = (".npy", ".parquet", ".jsonl")
-Blocks = Iterable[tuple[np.ndarray, Hits]]  # what the user calls the rows, (b, k): ids, or row numbers; and the hits
+Blocks = Iterable[tuple[np.ndarray, Hits]]  # the hits, and the ids or numbers of their rows, (b, k)
+
+
+def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
+    """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim).
+
+    Raises:
+        InputError: a missing or damaged file, another type, shape or dimension, a row that is zero or not finite.
+    """
+    file: ArrayFile
+    if path.suffix == ".npy":
+        file = open_vectors(path, "the vectors of your queries")
+    elif path.suffix == ".parquet":
+        from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
+
+        file = ParquetFile(path, {"column": column})
+    else:
+        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+    check_dim(file.shape[1], dim, str(path))
+    check_largest(torch.cat([largest(torch.from_numpy(block)) for block in file.blocks(ROWS)]), str(path))
+    return file
 
 
 def check_output(output: Path, queries: Path) -> None:
@@ -34,7 +57,7 @@ def check_output(output: Path, queries: Path) -> None:
     if output.resolve() == queries.resolve():
         raise InputError(f"output={output} is the file of the queries; give another path")
     if output.suffix == ".parquet":
-        import_module("nvf.data.parquet")  # now, since without pyarrow it raises
+        import_module("nvf.data.parquet")  # raises now if pyarrow is missing
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
@@ -44,7 +67,7 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
         if output.suffix == ".npy":
             _write_npy(file, blocks, count, k)
         elif output.suffix == ".parquet":
-            _write_parquet(file, blocks)
+            _write_parquet(file, blocks, k)
         else:
             _write_jsonl(file, blocks)
 
@@ -67,20 +90,19 @@ def _write_jsonl(file: IO[bytes], blocks: Blocks) -> None:
             file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
 
 
-def _write_parquet(file: IO[bytes], blocks: Blocks) -> None:
+def _write_parquet(file: IO[bytes], blocks: Blocks, k: int) -> None:
     from nvf.data.parquet import pa, pq  # needs pyarrow, which is an extra
 
     writer, start = None, 0
     for names, block in blocks:
-        b, k = block.rows.shape
-        # Integers that neither int64 nor uint64 has all of come as objects, like strings.
+        # Integers that fit neither int64 nor uint64 come as objects, like strings.
         kind = pa.decimal128(20) if names.dtype == object and not isinstance(names[0, 0], str) else None
-        ends = pa.array(np.arange(0, b * k + 1, k, dtype=np.int32))
+        ends = pa.array(np.arange(0, names.size + 1, k, dtype=np.int32))
         values = {"ids": pa.array(names.ravel(), type=kind), "probabilities": pa.array(block.probabilities.ravel())}
         lists = {name: pa.ListArray.from_arrays(ends, flat) for name, flat in values.items()}
-        table = pa.table({"query": np.arange(start, start + b), **lists})
+        table = pa.table({"query": np.arange(start, start + len(names)), **lists})
         writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
-        start += b
+        start += len(names)
     if writer is not None:
         writer.close()
