@@ -146,12 +146,11 @@ def test_splits_stay_apart(place: Path, stub: Stub) -> None:
     assert read_recorded(place / "out", read_memory(place / "out"), seed=0).splits["train"].queries.shape == (2, 8)
 
 
-def test_columns_have_other_names_and_vectors_half_the_size(place: Path, stub: Stub) -> None:
-    write(place / "texts", "documents.jsonl", [{"url": i, "body": f"b{i}"} for i in range(3)])
+def test_vectors_take_half_the_size_and_ids_are_integers(place: Path, stub: Stub) -> None:
+    write(place / "texts", "documents.jsonl", [{"id": i, "text": f"b{i}"} for i in range(3)])
     (place / "texts/queries.jsonl").unlink()
-    write(place / "texts", "queries.csv", [{"q": "x", "url": "2"}])  # in CSV all is text
-    names = {"id_column": "url", "text_column": "body", "query_column": "q", "target_column": "url"}
-    make(place, dtype="float16", **names)
+    write(place / "texts", "queries.csv", [{"query": "x", "id": "2"}])  # in CSV all is text
+    make(place, dtype="float16")
     assert np.load(place / "out/corpus.npy").dtype == np.load(place / "out/queries.npy").dtype == np.float16
     assert json.loads((place / "out/ids.json").read_text()) == [0, 1, 2]
     assert np.load(place / "out/targets.npy").tolist() == [[2]]
@@ -186,14 +185,14 @@ BAD_TEXTS = [
     (
         "documents.jsonl",
         [D, "{oops"],
-        "documents.jsonl: line 2 cannot be read (JSONDecodeError: Expecting property name",
+        "documents.jsonl: after line 1: JSONDecodeError: Expecting property name",
     ),
-    ("documents.jsonl", [D, "", "3"], "documents.jsonl: line 3 cannot be read (ValueError: it is no JSON object"),
-    ("documents.jsonl", ["[" * 100_000], "documents.jsonl: line 1 cannot be read (RecursionError"),
+    ("documents.jsonl", [D, "", "3"], "documents.jsonl: after line 1: ValueError: it is no JSON object"),
+    ("documents.jsonl", ["[" * 100_000], "documents.jsonl: after line 0: RecursionError"),
     (
         "documents.jsonl",
         [{**D, "text": "a smile \ud83d"}],
-        "documents.jsonl: line 1 cannot be read (UnicodeEncodeError: 'utf-8' codec",
+        "documents.jsonl: after line 1: UnicodeEncodeError: 'utf-8' codec",
     ),
     ("documents.jsonl", [], "documents.jsonl is empty; give at least one line"),
     ("documents.jsonl", [D, {**D, "text": "u"}], "line 2: id 'a' is also that of"),
@@ -205,24 +204,24 @@ BAD_TEXTS = [
         "documents: the ids 1 to 18446744073709551616 do",
     ),
     ("documents.jsonl", [{**D, "id": ""}], "documents.jsonl: line 1: the id '' is neither a text nor a whole"),
-    ("documents.jsonl", [{**D, "text": " \n"}], "documents.jsonl: line 1: text is empty; write a text, or remove"),
+    ("documents.jsonl", [{**D, "text": " \n"}], "documents.jsonl: line 1: text is ' \\n'; give a text"),
     ("documents.jsonl", [{**D, "text": 3}], "documents.jsonl: line 1: text is 3; give a text"),
     ("documents.jsonl", [{**D, "text": [[[[[[[[3]]]]]]]]}], "line 1: text is [[[[[[[...]]]]]]]; give a text"),
     (
         "documents.jsonl",
         [D, {"id": 1, "body": "x"}],
-        "line 2 has no 'text', but id, body; add it, or name its column: t",
+        "line 2 has no 'text', but id, body; add it, or rename",
     ),
     ("queries.jsonl", [Q, {**Q, "id": "d99"}], "queries.jsonl: line 2: no document has the id 'd99'; correct it, or"),
     ("queries.jsonl", [{"query": "q", "ids": []}], "queries.jsonl: line 1: ids is empty; name a document that"),
     ("queries.jsonl", [{"query": "q", "ids": ["d1", None]}], "queries.jsonl: line 1: the id None is neither"),
-    ("queries.jsonl", [{"query": "q"}], "queries.jsonl: line 1 has no 'id', but query; add it, or name its column: ta"),
+    ("queries.jsonl", [{"query": "q"}], "queries.jsonl: line 1 has no 'id', but query; add it, or rename"),
     (
         "queries.jsonl",
         [{"text": "q", "id": "d1"}],
-        "line 1 has no 'query', but text, id; add it, or name its column: q",
+        "line 1 has no 'query', but text, id; add it, or rename",
     ),
-    ("queries.jsonl", [{**Q, "query": ""}], "queries.jsonl: line 1: query is empty"),
+    ("queries.jsonl", [{**Q, "query": ""}], "queries.jsonl: line 1: query is ''"),
     ("queries.jsonl", [{**Q, "split": "dev"}], "queries.jsonl: line 1: split 'dev' is not train, val, test; correct"),
     ("queries.jsonl", [{**Q, "split": "val"}, Q], "queries.jsonl: line 2: some queries have a split and some have no"),
     ("queries.jsonl", [Q, {**Q, "split": "val"}], "queries.jsonl: line 2: some queries have a split and some have no"),
@@ -230,19 +229,19 @@ BAD_TEXTS = [
     (
         "documents.csv",
         ["id,text", "1,a,b"],
-        "documents.csv: line 2 cannot be read (ValueError: it has more fields than the header; quote",
+        "documents.csv: after line 0: ValueError: it has more fields than the header; quote",
     ),
     (
         "documents.csv",
         ["id,text,id", "1,a,b"],
-        "documents.csv: line 1 cannot be read (ValueError: it names the column 'id' twice",
+        "documents.csv: after line 0: ValueError: it names a column twice",
     ),
-    ("documents.csv", ["id,text", "1"], "documents.csv: line 2 has no 'text', but id; add it, or name its column"),
-    ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: line 2 cannot be read (Error"),
+    ("documents.csv", ["id,text", "1"], "documents.csv: line 2 has no 'text', but id; add it, or rename"),
+    ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: after line 0: Error"),
     (
         "documents.csv",
         ["id,text", "1,a", '2,"b', "3,c"],
-        "documents.csv: line 3 cannot be read (Error: unexpected end of data); ",
+        "documents.csv: after line 2: Error: unexpected end of data; ",
     ),
     ("documents.csv", ["id,text"], "documents.csv is empty; give at least one line"),
 ]
@@ -260,14 +259,16 @@ def test_bad_texts_are_refused(place: Path, stub: Stub, name: str, records: list
 
 def test_files_must_be_there_once_and_in_utf8(place: Path, stub: Stub) -> None:
     write(place / "texts", "queries.csv", QUERIES)
-    with pytest.raises(InputError, match=r"texts holds both queries\.jsonl and queries\.csv; keep one"):
+    with pytest.raises(InputError, match=r"texts holds both of queries\.jsonl and queries\.csv; give one"):
         make(place)
     (place / "texts/queries.csv").unlink()
     (place / "texts/queries.jsonl").write_bytes('{"query": "ü", "id": "d1"}'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"queries\.jsonl: line 1 cannot be read \(UnicodeDecodeError.*in UTF-8"):
+    with pytest.raises(InputError, match=r"queries\.jsonl: after line 0: UnicodeDecodeError.*in UTF-8"):
         make(place)
     (place / "texts/queries.jsonl").unlink()
-    with pytest.raises(InputError, match=r"queries\.jsonl is missing, and so is queries\.csv; it holds query, id"):
+    with pytest.raises(
+        InputError, match=r"holds neither of queries\.jsonl and queries\.csv; give one, which holds query, id"
+    ):
         make(place)
 
 
@@ -310,7 +311,7 @@ def test_models_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for name, message in (
         (str(tmp_path), "is not a sentence-transformers folder ("),
-        (str(tmp_path / "none"), "is no folder; correct the path, or name a model of huggingface.co"),
+        (str(tmp_path / "none"), "is not a sentence-transformers folder ("),
         ("nvf/none", "is no folder, was never downloaded, and cannot be had from http://127.0.0.1:9 ("),
     ):
         with pytest.raises(InputError, match=re.escape(f"model={name} {message}")):
@@ -360,4 +361,7 @@ def test_a_user_types_one_line_and_a_real_model_reads(place: Path) -> None:
 def test_bad_input_ends_in_one_line(tmp_path: Path) -> None:
     done = command("texts=none", "output=out", module="nvf.embed", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: none/documents.jsonl is missing, and so is documents.csv; it holds id, text\n"
+    assert (
+        done.stderr
+        == "error: none holds neither of documents.jsonl and documents.csv; give one, which holds id, text\n"
+    )

