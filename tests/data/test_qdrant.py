@@ -207,22 +207,25 @@ def test_a_named_vector_can_be_chosen(tmp_path: Path) -> None:
 FAULTS = {
     "neither": ({"path": None}, r"data.path=None and data.url=None; set one of them"),
     "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one of them"),
-    "no storage": ({"path": "nowhere"}, r"data.path=nowhere is no local storage; name the folder"),
-    "no collection": ({"collection": None}, r"data.collection=None is not in .*: empty, multi, named, one, zero$"),
-    "another collection": ({"collection": "moon"}, r"data.collection=moon is not in data.path=.*one of those there"),
-    "which vector": ({"collection": "named"}, r"data.vector=None is no dense vector of .* named; choose .*: a, b"),
-    "another vector": ({"collection": "named", "vector": "c"}, r"data.vector=c is no dense vector .*: a, b"),
-    "no names": ({"collection": "zero", "vector": "a"}, r"data.vector=a is no dense vector .*: none with a name"),
+    "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be read .*; name the folder"),
+    "no collection": (
+        {"collection": None},
+        r"data.collection=None does not exist; .*: empty, multi, named, one, zero$",
+    ),
+    "another collection": ({"collection": "moon"}, r"data.collection=moon does not exist; choose one of"),
+    "which vector": ({"collection": "named"}, r"data.vector=None is no vector of collection named .*: a, b"),
+    "another vector": ({"collection": "named", "vector": "c"}, r"data.vector=c is no vector .*: a, b"),
+    "no names": ({"collection": "zero", "vector": "a"}, r"data.vector=a is no vector .*: none with a name"),
     "lacking": ({"collection": "named", "vector": "b"}, r"collection named: point 2 has no vector b; give it one"),
     "another distance": ({"distance": "dot"}, r"data.distance=dot is neither null, .* nor cosine"),
-    "several": ({"collection": "multi"}, r"collection multi has several vectors a point"),
+    "several": ({"collection": "multi"}, r"data.vector=None is no vector of collection multi"),
     "empty": ({"collection": "empty"}, r"collection empty is empty; fill it"),
     "zero": ({"collection": "zero"}, r"collection zero: row 1 \(id 9\) is zero"),
     "no server": (
         {"path": None, "url": "http://localhost:1"},
-        r"data.url=http://localhost:1 does not answer .*; check",
+        r"data.url=http://localhost:1 cannot be read .*; check",
     ),
-    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port is not a URL"),
+    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port cannot be read"),
 }
 
 
@@ -244,7 +247,9 @@ def test_an_open_storage_is_named(storage: Path) -> None:
     assert other.stdout is not None
     try:
         other.stdout.readline()
-        with pytest.raises(InputError, match=r"data.path=.*storage is open in another process; close it there"):
+        with pytest.raises(
+            InputError, match=r"data.path=.*storage cannot be read \(.*already accessed.*close it elsewhere"
+        ):
             read(storage)
     finally:
         other.communicate("\n", timeout=PATIENCE)
@@ -254,7 +259,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
 @pytest.mark.parametrize("name", ["meta.json", "collection/items/storage.sqlite"])
 def test_a_damaged_storage_is_named(storage: Path, name: str) -> None:
     (storage / name).write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(InputError, match=r"data.path=.*storage cannot be read \(.*\); repair it"):
+    with pytest.raises(InputError, match=r"data.path=.*storage cannot be read \(.*\); name the folder"):
         read(storage)
 
 
@@ -353,7 +358,7 @@ def test_the_key_of_a_server_is_in_no_file(tmp_path: Path, folder: Path, storage
     overrides.append("data.distance=cosine")
     done = command(*overrides, cwd=tmp_path, **{KEY: "wrong"})
     assert done.returncode == 1
-    assert f"error: data.url={server} does not answer (UnexpectedResponse: Unexpected Response: 401" in done.stderr
+    assert f"error: data.url={server} cannot be read (UnexpectedResponse: Unexpected Response: 401" in done.stderr
     assert not list(tmp_path.glob("outputs/*"))
     done = command(*overrides, cwd=tmp_path, **{KEY: "secret"})
     assert done.returncode == 0, done.stderr

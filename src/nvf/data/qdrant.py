@@ -1,7 +1,7 @@
 """Reader of a Qdrant collection as the memory: its vectors and point ids, read in pages and sorted by id.
 
-Every fault is an InputError that names the setting, the point where there is one, and the fix. Without qdrant-client,
-importing this module raises one too.
+Every fault is an InputError that names the setting, the point where there is one, and the remedy. Importing this module
+without qdrant-client raises one too.
 """
 
 import os
@@ -23,7 +23,6 @@ from nvf.models.memory import VectorMemory
 
 try:
     from qdrant_client import QdrantClient
-    from qdrant_client.http.exceptions import ApiException
 except ImportError:
     raise InputError("reading a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
 PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
 TIMEOUT = 60  # seconds a request
-ONE_LENGTH = 1e-3  # the relative difference up to which vectors count as of one length
+ONE_LENGTH = 1e-3  # relative difference of lengths that count as equal
 
 
 def read_memory(
@@ -71,19 +70,15 @@ def read_memory(
         raise InputError(
             f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
         )
-    where = f"data.path={path}" if url is None else f"data.url={url}"
-    with _client(path, url, where) as client:
+    with _client(path, url) as client:
         if collection is None or not client.collection_exists(collection):
-            known = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
-            raise InputError(
-                f"data.collection={collection} is not in {where}; set it to one of those there: "
-                f"{', '.join(known) or 'none'}"
-            )
+            names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
+            raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
         field, own = _vector(client.get_collection(collection).config.params.vectors, collection, vector)
         ids, vectors = _scroll(client, collection, field)
-        if len(set(map(type, ids))) > 1:
-            ids = [str(point) for point in ids]
-        order = sorted(range(len(ids)), key=ids.__getitem__)  # not numpy, whose float64 rounds large ones
+    if len(set(map(type, ids))) > 1:
+        ids = [str(point) for point in ids]
+    order = sorted(range(len(ids)), key=ids.__getitem__)  # numpy would round large ids to float64
     sorted_ids = checked_ids([ids[row] for row in order], len(ids), f"collection {collection}")
     rows = torch.from_numpy(vectors[order])
     check_vectors(rows, f"collection {collection}", sorted_ids)
@@ -100,13 +95,8 @@ def read_memory(
 
 
 @contextmanager
-def _client(path: str | None, url: str | None, where: str) -> Iterator[QdrantClient]:
+def _client(path: str | None, url: str | None) -> Iterator[QdrantClient]:
     """Open a local storage or a server; whatever the client raises meanwhile is an InputError."""
-    if path is not None and not (Path(path) / "meta.json").is_file():
-        raise InputError(
-            f"{where} is no local storage; name the folder that QdrantClient(path=...) wrote, or, for the storage of a "
-            "server, start the server and set data.url"
-        )
     client = None
     try:
         if path is not None:
@@ -121,15 +111,14 @@ def _client(path: str | None, url: str | None, where: str) -> Iterator[QdrantCli
     except InputError:
         raise
     except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
-        if isinstance(fault, ApiException):
-            remedy = f"does not answer ({one_line(fault)}); check the server, and {KEY} if it asks"
-        elif client is None and url is not None:
-            remedy = f"is not a URL ({one_line(fault)}); give one like http://localhost:6333"
-        elif "already accessed" in str(fault):
-            remedy = "is open in another process; close it there, or run a server and set data.url"
+        if url is not None:
+            where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
         else:
-            remedy = f"cannot be read ({one_line(fault)}); repair it with qdrant-client"
-        raise InputError(f"{where} {remedy}") from None
+            where, remedy = (
+                f"data.path={path}",
+                "name the folder that QdrantClient(path=...) wrote, and close it elsewhere",
+            )
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
     finally:
         if client is not None:
             client.close()
@@ -142,13 +131,12 @@ def _vector(
     named: dict[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
     if vector is None and len(named) == 1:
         (vector,) = named
-    if vector not in named:
-        names = ", ".join(str(name) for name in named if name is not None) or "none with a name"
+    if vector not in named or named[vector].multivector_config is not None:
+        single = [str(name) for name, one in named.items() if name is not None and one.multivector_config is None]
         raise InputError(
-            f"data.vector={vector} is no dense vector of collection {collection}; choose one of those there: {names}"
+            f"data.vector={vector} is no vector of collection {collection} of which a point has one; choose one of: "
+            f"{', '.join(single) or 'none with a name'}"
         )
-    if named[vector].multivector_config is not None:
-        raise InputError(f"collection {collection} has several vectors a point; choose one with one: data.vector=name")
     return vector, named[vector].distance.value
 
 
@@ -166,11 +154,9 @@ def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[
             if not points:
                 break
             vectors = [one.vector.get(vector or "") if isinstance(one.vector, dict) else one.vector for one in points]
-            if not all(vectors):
-                point = points[vectors.index(next(one for one in vectors if not one))].id
-                raise InputError(
-                    f"collection {collection}: point {point} has no vector {vector or ''}; give it one or remove it"
-                )
+            if lacking := [one.id for one, given in zip(points, vectors, strict=True) if not given]:
+                point = f"collection {collection}: point {lacking[0]}"
+                raise InputError(f"{point} has no vector {vector or ''}; give it one or remove it")
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))

@@ -1,4 +1,4 @@
-"""Guard of Qdrant's local storages, whose points are pickles: only what is proved to be points is loaded.
+"""Guard of Qdrant's local storages, whose points are pickles: a storage is opened only if every point is harmless.
 
 A pickle is a program, which may import and call whatever it names. Those of points name two classes and call nothing.
 """
@@ -22,9 +22,8 @@ OPCODES = """
     BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET
     ADDITEMS EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
 """
-ARGUMENTS = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.name in OPCODES.split()}
-LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4U: 4}  # bytes of a text's length
-FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)  # most of a point; a step a number would take long
+ALLOWED = set(OPCODES.split())
+FLOATS = re.compile(rb"(?:G.{8})*", re.DOTALL)  # most of a point; visiting each number would take long
 SCHEMA = {
     ("table", "points", "CREATE TABLE points (id TEXT PRIMARY KEY, point BLOB)"),
     ("index", "sqlite_autoindex_points_1", None),
@@ -32,7 +31,7 @@ SCHEMA = {
 
 
 def check_storage(folder: Path) -> None:
-    """Raise an InputError unless the collections of a local storage hold points and nothing else; run nothing of it.
+    """Raise an InputError unless the collections of a local storage hold nothing but points; nothing in it is run.
 
     JSON and sqlite3 raise exceptions of their own for damaged files.
     """
@@ -41,7 +40,7 @@ def check_storage(folder: Path) -> None:
         if not path.is_file():
             raise InputError(f"{path} is missing; write the collection anew with qdrant-client")  # older forms too
         with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as database:
-            # A view, or a table of another kind, might answer the client otherwise than it answers here.
+            # A view or another kind of table might answer the client otherwise than it answers here.
             if set(database.execute("SELECT type, name, sql FROM sqlite_master")) != SCHEMA:
                 raise InputError(f"{path} holds other tables than a collection's; write it anew with qdrant-client")
             for row, _, point in database.execute("SELECT rowid, id, point FROM points ORDER BY rowid DESC"):
@@ -62,14 +61,11 @@ class _Points(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_opcodes(data: bytes) -> None:
-    """Raise unless these are instructions of points, because others could take any amount of memory."""
-    at = 0
-    while (code := data[at]) != ord(pickle.STOP):
-        if run := FLOATS.match(data, at):
-            at = run.end()
-            continue
-        size = ARGUMENTS[code]  # KeyError: no instruction of points
-        if size in LENGTHS:
-            size = LENGTHS[size] + int.from_bytes(data[at + 1 : at + 1 + LENGTHS[size]], "little")
-        at += 1 + size
+def _check_opcodes(point: bytes) -> None:
+    """Raise unless all instructions are those of points, because others could take any amount of memory."""
+    stream = BytesIO(point)
+    for opcode, _, _ in pickletools.genops(stream):
+        if opcode.name not in ALLOWED:
+            raise pickle.UnpicklingError(f"it has the instruction {opcode.name}")
+        if floats := FLOATS.match(point, stream.tell()):
+            stream.seek(floats.end())
