@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
     Option("queries", "the vectors: .npy (n, D), or .parquet", read=path),
-    Option("output", "the answers, best first: .npy, .parquet or .jsonl", read=path),
+    Option("output", "the answers, best first: .npy or .jsonl", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),

@@ -170,9 +170,6 @@ def test_all_integers_of_64_bits_are_ids(folder: Path, tmp_path: Path, ids: list
     assert hits.ids.tolist() == expected
     write_answers(tmp_path / "a.jsonl", [hits], count=4, k=50)
     assert [json.loads(line)["ids"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == expected
-    table = pytest.importorskip("pyarrow.parquet")
-    write_answers(tmp_path / "a.parquet", [hits], count=4, k=50)
-    assert table.read_table(tmp_path / "a.parquet").column("ids").to_pylist() == expected
     np.testing.assert_array_equal(
         target_rows(memory.ids, np.array(ids, dtype=object), np.ones(50, dtype=int), "targets"),
         np.arange(50)[:, None],

@@ -92,8 +92,8 @@ class VectorDataModule(L.LightningDataModule):
         eval_seed: int = 0,
     ) -> None:
         super().__init__()
-        optional = {"steps_per_epoch": steps_per_epoch, "train_samples": train_samples}
         sizes = {"batch_size": batch_size, "val_samples": val_samples, "test_samples": test_samples}
+        optional = {"steps_per_epoch": steps_per_epoch, "train_samples": train_samples}
         for name, size in {**sizes, **{n: s for n, s in optional.items() if s is not None}}.items():
             check_number(name, size, minimum=1, whole=True, remedy="raise it")
         for number in (seed, eval_seed):
@@ -109,13 +109,12 @@ class VectorDataModule(L.LightningDataModule):
         self.stage = stage or ("attention" if attention is None else "reranker")
         self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
         self.samples, self.eval_seed = {"val": val_samples, "test": test_samples}, eval_seed
-        self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, where a fit goes on in the middle of one
+        self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, if a fit resumes in the middle of one
         self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Move the frozen parts to the trainer's device; fixed sets are made when their loader is first asked for."""
-        stages = [self.attention, self.evidence, *(fold.attention for fold in self.folds)]
-        for module in (self.source.memory, *stages):
+        """Move the frozen parts to the trainer's device."""
+        for module in (self.source.memory, self.attention, self.evidence, *(fold.attention for fold in self.folds)):
             if module is not None:
                 module.to(self.device)
 
@@ -124,28 +123,25 @@ class VectorDataModule(L.LightningDataModule):
         """Where batches are made: the trainer's device, else the memory's."""
         return self.trainer.strategy.root_device if self.trainer else self.source.memory.rows.device
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch as it is: it was made there, and looking for what to move costs a tenth of a small step."""
+        """Return the batch, which is on the device already; Lightning's own search would cost a tenth of a step."""
         return batch
 
     @property
     def criterion(self) -> str:
-        """What chooses on validation queries, see `metrics.criterion`: a generated query has one target."""
+        """The metric that chooses between models, see `ops.ranks.criterion`; a generated query has one target."""
         return criterion(self.source.splits["val"].targets) if isinstance(self.source, Recorded) else "top1"
 
     def train_dataloader(self) -> DataLoader:
-        batches = self._training_batches()
+        finite = isinstance(self.source, Recorded) or self.train_samples is not None
+        batches = _FiniteBatches(self, self.samples_of("train")) if finite else _FreshBatches(self)
         sampler = _StepSampler(batches.steps, self.steps_done)
         return DataLoader(batches, batch_size=None, sampler=sampler, generator=torch.Generator())
-
-    def seed_of(self, epoch: int, step: int) -> tuple[str, int]:
-        """What a training batch is drawn by, in words, and the seed of that."""
-        return self._training_batches().seed_of((epoch, step))
-
-    def _training_batches(self) -> "_FiniteBatches | _FreshBatches":
-        if isinstance(self.source, Recorded) or self.train_samples is not None:
-            return _FiniteBatches(self, self.samples_of("train"))
-        return _FreshBatches(self)
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_loader("val")
@@ -153,15 +149,20 @@ class VectorDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader("test")
 
-    def with_candidates(self, batch: QueryBatch) -> CandidateBatch:
-        """The batch with stage 1's candidates and their labels, all in whole-tensor operations."""
-        assert self.attention is not None
-        return self._candidates(self.attention, batch)
+    def _eval_loader(self, split: str) -> DataLoader:
+        samples, (rank, ranks) = self.samples_of(split), self.ranks
+        mine = type(samples)(*(part[rank::ranks] for part in samples))
+        candidates = isinstance(mine, CandidateBatch)  # else every row is scored
+        batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     @torch.no_grad()
-    def _candidates(
-        self, attention: SoftAttention, batch: QueryBatch, logged_as: Tensor | None = None
+    def with_candidates(
+        self, batch: QueryBatch, attention: SoftAttention | None = None, logged_as: Tensor | None = None
     ) -> CandidateBatch:
+        """Return the batch with the candidates of a stage 1, by default `self.attention`, and their labels."""
+        attention = attention or self.attention
+        assert attention is not None
         top = attention.candidates(batch.queries, self.k, logsumexp=self.evidence is not None)
         if self.evidence is None:
             evidence = top.scores.new_empty(*top.rows.shape, 0)
@@ -171,7 +172,7 @@ class VectorDataModule(L.LightningDataModule):
         return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence, batch.targets)
 
     def queries(self, split: str) -> QueryBatch:
-        """A fixed set of queries: `val`, `test`, or a finite `train`."""
+        """Return a fixed set of queries: `val`, `test`, or a finite `train`."""
         if isinstance(self.source, Recorded):
             return QueryBatch(*(part.to(self.device) for part in self.source.splits[split]))
         if split == "train":
@@ -180,7 +181,7 @@ class VectorDataModule(L.LightningDataModule):
         return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
 
     def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
-        """The samples of a fixed set, made once."""
+        """Return the samples of a fixed set, which are made once."""
         if split not in self._sets:
             self._sets[split] = queries = self.queries(split)
             if self.attention is not None:
@@ -191,16 +192,14 @@ class VectorDataModule(L.LightningDataModule):
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
         assert self.attention is not None
-        every = torch.arange(len(queries.queries), device=self.device)
         training = split == "train"
-        folds = self.folds if training and self.folds else [Fold(self.attention, every)]
+        folds = self.folds if training else ()
+        folds = folds or [Fold(self.attention, torch.arange(len(queries.queries)))]
         work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
         logged = self.evidence.logged.to(self.device) if training and self.evidence is not None else None
         found = [
-            self._candidates(
-                attention,
-                QueryBatch(*(part[places] for part in queries)),
-                None if logged is None else logged[places],
+            self.with_candidates(
+                QueryBatch(*(part[places] for part in queries)), attention, None if logged is None else logged[places]
             )
             for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3)
         ]
@@ -214,20 +213,9 @@ class VectorDataModule(L.LightningDataModule):
             )
         return CandidateBatch(*(part[batch.valid] for part in batch))
 
-    def _eval_loader(self, split: str) -> DataLoader:
-        samples, (rank, ranks) = self.samples_of(split), self._ranks
-        mine = type(samples)(*(part[rank::ranks] for part in samples))
-        candidates = isinstance(mine, CandidateBatch)  # else every row is scored
-        batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
 
 class _StepSampler(Sampler[tuple[int, int]]):
-    """(epoch, step) for each step of an epoch that is not done yet; Lightning tells the epoch."""
+    """Yields (epoch, step) for each remaining step of an epoch, which Lightning sets."""
 
     def __init__(self, steps: int, done: Callable[[], int]) -> None:
         self.steps, self.done = steps, done
@@ -253,48 +241,34 @@ class _FreshBatches(Dataset):
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
         data = self.data
-        generator = torch.Generator(data.device).manual_seed(self.seed_of(position)[1])
+        generator = stream(data.seed, f"train/{data.stage}", *position, data.ranks[0], device=data.device)
         batch = data.source.sample(data.batch_size, generator)  # type: ignore[union-attr]
         return batch if data.attention is None else data.with_candidates(batch)
-
-    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
-        data = self.data
-        return "its stream of queries", stream_seed(data.seed, f"train/{data.stage}", *position, data._ranks[0])
 
 
 class _FiniteBatches(Dataset):
     """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short.
 
-    Ranks have slices of one length, which together are what one process with as many times the samples a step sees; for
-    it at most ranks - 1 samples a pass are seen twice.
+    All ranks have slices of one length. Together these are the batch of one process with `ranks` times the batch size,
+    but for at most ranks - 1 samples a pass that are seen twice.
     """
 
     def __init__(self, data: VectorDataModule, samples: Any) -> None:
-        self.samples = samples
-        self.count = len(samples.queries)
+        self.samples, self.count = samples, len(samples.queries)
         self.size, self.seed = data.batch_size, data.seed
-        self.rank, self.ranks = data._ranks
-        self.slices = -(-self.count // (self.size * self.ranks))  # a pass has so many
+        self.rank, self.ranks = data.ranks
+        self.slices = -(-self.count // (self.size * self.ranks))  # of a pass
         self.steps = data.steps_per_epoch or self.slices
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # a pass, and the order of its samples
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
-        turn, index = self._place(position)
-        if self._order[0] != turn:
-            order = torch.randperm(self.count, generator=stream(self.seed, "order", turn))
-            self._order = (turn, order.to(self.samples.queries.device))
+        epoch, step = position
+        number, index = divmod(epoch * self.steps + step, self.slices)
+        if self._order[0] != number:
+            order = torch.randperm(self.count, generator=stream(self.seed, "order", number))
+            self._order = (number, order.to(self.samples.queries.device))
         start = index * self.size * self.ranks
         share = min(self.size, -(-(self.count - start) // self.ranks))  # alike for all: their gradients are averaged
         places = (start + self.rank * share + torch.arange(share)) % self.count
         chosen = self._order[1][places.to(self._order[1].device)]
         return type(self.samples)(*(part[chosen] for part in self.samples))
-
-    def seed_of(self, position: tuple[int, int]) -> tuple[str, int]:
-        return "the order of its pass over the training queries", stream_seed(
-            self.seed, "order", self._place(position)[0]
-        )
-
-    def _place(self, position: tuple[int, int]) -> tuple[int, int]:
-        """The pass that a step is in, and its slice of that."""
-        epoch, step = position
-        return divmod(epoch * self.steps + step, self.slices)

@@ -13,8 +13,10 @@ from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
 
 WARPS = ("rotation", "mlp")
-ALL_SCORES = 2**22  # that are held at once where all of them are needed,
-FEWEST_QUERIES = 64  # but for so many queries, or reading the rows would take longer than the arithmetic
+ALL_SCORES = 2**22  # scores over all rows that are held at once; 16 MB of float32
+FEWEST_QUERIES = (
+    64  # of a block, however many rows there are: with fewer, reading the rows takes longer than arithmetic
+)
 Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
 
 
@@ -26,17 +28,17 @@ class QueryBatch(NamedTuple):
 
 
 def blocks(batch: Batch, size: int) -> list[Batch]:
-    """A named tuple of tensors, cut into pieces of at most `size` samples."""
+    """Cut a named tuple of tensors into pieces of at most `size` samples."""
     return [type(batch)(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
 
 
 def score_blocks(batch: Batch, rows: int) -> list[Batch]:
-    """Pieces whose scores over so many rows are few enough to be held at once."""
+    """Cut a batch into pieces whose scores over so many rows can be held at once."""
     return blocks(batch, min(QUERY_BLOCK, max(FEWEST_QUERIES, ALL_SCORES // rows)))
 
 
 def fingerprint(batch: QueryBatch) -> str:
-    """The hash of queries and targets: `sha256:` and 64 hexadecimal digits."""
+    """Return the hash of queries and targets: `sha256:` and 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in batch:
         digest.update(str((part.dtype, tuple(part.shape))).encode())
@@ -114,19 +116,15 @@ class Warped(Noisy):
         generator, dim = stream(warp_seed, "warp"), memory.dim
         if warp == "rotation":
             q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-            rotation = q * r.diagonal().sign()
-
-            def warped(rows: Tensor) -> Tensor:
-                return rows @ rotation
+            layers = [q * r.diagonal().sign()]
         else:
-            inner = torch.randn(dim, 4 * dim, generator=generator)
-            outer = torch.randn(4 * dim, dim, generator=generator)
-
-            def warped(rows: Tensor) -> Tensor:
-                return torch.tanh(rows @ inner) @ outer
-
-        parts = memory.rows.cpu().split(ALL_SCORES // dim)
-        self._warped = torch.cat([F.normalize(warped(part.float()), dim=-1).to(part.dtype) for part in parts])
+            layers = [torch.randn(*shape, generator=generator) for shape in ((dim, 4 * dim), (4 * dim, dim))]
+        parts = []
+        for rows in memory.rows.cpu().split(ALL_SCORES // dim):
+            warped = rows.float() @ layers[0]
+            warped = warped if warp == "rotation" else torch.tanh(warped) @ layers[1]
+            parts.append(F.normalize(warped, dim=-1).to(rows.dtype))
+        self._warped = torch.cat(parts)
 
     @property
     def oracle(self) -> Tensor:
@@ -150,10 +148,8 @@ class Recorded:
         duplicates: dict[str, int] | None = None,
         merged: int = 0,
     ) -> None:
-        self.memory = memory
-        self.splits = splits
-        self.duplicates = duplicates or {}
-        self.merged = merged
+        self.memory, self.splits = memory, splits
+        self.duplicates, self.merged = duplicates or {}, merged
 
 
 Source = QuerySource | Recorded

@@ -1,4 +1,4 @@
-"""Training, validation and test: how recorded queries are split, and which of them stand there several times."""
+"""Training, validation and test: how recorded queries are split, and which of them are repeated."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -30,24 +30,21 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
         by_time = np.argsort(times, kind="stable")
         batch, times = QueryBatch(*(part[by_time] for part in batch)), times[by_time]
     distinct, first = merge(batch)
-    shuffled = np.random.default_rng(stream_seed(seed, "split")).permutation(len(first))
-    order = shuffled if times is None else np.lexsort((shuffled, times[first]))
+    order = np.random.default_rng(stream_seed(seed, "split")).permutation(len(first))
+    if times is not None:
+        order = np.lexsort((order, times[first]))
     ends = np.ceil(np.cumsum(SHARES) * len(first) - 1e-9).astype(int)
-    splits = {
-        name: QueryBatch(*(part[order[start:end]] for part in distinct))
-        for name, start, end in zip(SPLITS, (0, *ends), ends, strict=False)
-    }
-    for name, split in splits.items():
-        if len(split.queries) == 0:
-            raise InputError(
-                f"{path}: {len(first)} distinct queries leave the {name} split empty; "
-                f"record at least 10, or give the splits as train_{path.name} and so on"
-            )
-    return splits
+    if not 0 < ends[0] < ends[1] < ends[2]:
+        raise InputError(
+            f"{path}: {len(first)} distinct queries leave a split empty; "
+            f"record at least 10, or give the splits as train_{path.name} and so on"
+        )
+    parts = np.split(order, ends[:2])
+    return {name: QueryBatch(*(part[of] for part in distinct)) for name, of in zip(SPLITS, parts, strict=True)}
 
 
 def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
-    """For each pair "a/b" of splits that share queries, how many of b's are equal to one of a's in every bit.
+    """Count, for each pair "a/b" of splits that share queries, those of b that equal one of a in every bit.
 
     Pairs come in the order train/val, train/test, val/test; those that share nothing are left out.
     """
@@ -57,7 +54,7 @@ def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
 
 
 def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
-    """Each different query once, with the targets of all queries that equal it in every bit.
+    """Keep each different query once, with the targets of all queries that equal it in every bit.
 
     Returns:
         The different queries in the order of their first lines, and the places of these, (n,).
@@ -68,5 +65,4 @@ def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
         return batch, first
     place, column = np.nonzero(batch.targets.numpy() >= 0)
     pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
-    merged = QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0]))))
-    return merged, first
+    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0])))), first

@@ -97,11 +97,9 @@ class StopOnNaN(Callback):
         (step,) = largest(trainer.strategy.root_device, int(self._first))
         if step < 0:
             return
-        epoch, batch = divmod(step, max(1, int(trainer.num_training_batches)))
-        what, seed = self.data.seed_of(epoch, batch)
         raise InputError(
-            f"{self.stage}: the loss is nan or infinite in step {step} (epoch {epoch}, batch {batch}; {what} has seed "
-            f"{seed}); {self._cause(trainer, module)}. Checkpoints from before it are in the run's folder"
+            f"{self.stage}: the loss is nan or infinite in step {step}; "
+            f"{self._cause(trainer, module)}. Checkpoints from before it are in the run's folder"
         )
 
     def _cause(self, trainer: L.Trainer, module: L.LightningModule) -> str:
