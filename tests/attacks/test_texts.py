@@ -36,10 +36,10 @@ def write(folder: Path, ending: str) -> None:
 
 def read(folder: Path) -> dict[str, list[Any]]:
     """What each file holds, by its column."""
-    documents = read_documents(folder)
-    (queries,) = read_queries(folder, documents).values()
-    targets = documents.ids[queries.targets]
-    return {"id": documents.ids.tolist(), "text": documents.texts, "query": queries.texts, "target": targets.tolist()}
+    ids, texts = read_documents(folder)
+    (queries,) = read_queries(folder, ids).values()
+    targets = ids[queries.targets]
+    return {"id": ids.tolist(), "text": texts, "query": queries.texts, "target": targets.tolist()}
 
 
 def columns(path: Path) -> list[dict[str, Any]]:

@@ -205,8 +205,8 @@ def test_a_named_vector_can_be_chosen(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "neither": ({"path": None}, r"data.path=None and data.url=None; set one of them"),
-    "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one of them"),
+    "neither": ({"path": None}, r"data.path=None and data.url=None; set one"),
+    "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one"),
     "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be read .*; name the folder"),
     "no collection": (
         {"collection": None},

@@ -6,10 +6,9 @@ without qdrant-client raises one too.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,6 @@ try:
     from qdrant_client import QdrantClient
 except ImportError:
     raise InputError("reading a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
-
-if TYPE_CHECKING:
-    from qdrant_client.models import VectorParams
 
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
 PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
@@ -67,15 +63,17 @@ def read_memory(
             f"data.distance={distance} is neither null, the collection's own, nor cosine; give one of them"
         )
     if (path is None) == (url is None):
-        raise InputError(
-            f"data.path={path} and data.url={url}; set one of them: the folder of a local storage, or a server's URL"
-        )
-    with _client(path, url) as client:
-        if collection is None or not client.collection_exists(collection):
-            names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
-            raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
-        field, own = _vector(client.get_collection(collection).config.params.vectors, collection, vector)
-        ids, vectors = _scroll(client, collection, field)
+        raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
+    where, remedy = f"data.path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
+    if url is not None:
+        where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
+    try:
+        with closing(_open(path, url)) as client:
+            own, ids, vectors = _read(client, collection, vector)
+    except InputError:
+        raise
+    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
+        raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
     if len(set(map(type, ids))) > 1:
         ids = [str(point) for point in ids]
     order = sorted(range(len(ids)), key=ids.__getitem__)  # numpy would round large ids to float64
@@ -94,54 +92,30 @@ def read_memory(
     return memory
 
 
-@contextmanager
-def _client(path: str | None, url: str | None) -> Iterator[QdrantClient]:
-    """Open a local storage or a server; whatever the client raises meanwhile is an InputError."""
-    client = None
-    try:
-        if path is not None:
-            check_storage(Path(path))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
-                client = QdrantClient(path=path)
-        else:
-            key = os.environ.get(KEY)
-            client = QdrantClient(url=url, api_key=key, timeout=TIMEOUT, check_compatibility=False)
-        yield client
-    except InputError:
-        raise
-    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
-        if url is not None:
-            where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
-        else:
-            where, remedy = (
-                f"data.path={path}",
-                "name the folder that QdrantClient(path=...) wrote, and close it elsewhere",
-            )
-        raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
-    finally:
-        if client is not None:
-            client.close()
+def _open(path: str | None, url: str | None) -> QdrantClient:
+    if path is None:
+        return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
+    check_storage(Path(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
+        return QdrantClient(path=path)
 
 
-def _vector(
-    params: "VectorParams | dict[str, VectorParams] | None", collection: str, vector: str | None
-) -> tuple[str | None, str]:
-    """Return the name of the vector to read, None for the one without a name, and the distance that searches it."""
-    named: dict[Any, VectorParams] = params if isinstance(params, dict) else {None: params} if params else {}
+def _read(client: QdrantClient, collection: str | None, vector: str | None) -> tuple[str, list[int | str], np.ndarray]:
+    """Return the distance that the collection searches by, all ids, and all vectors, (N, D) float32."""
+    if collection is None or not client.collection_exists(collection):
+        names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
+        raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
+    params = client.get_collection(collection).config.params.vectors
+    named: dict[str | None, Any] = {**params} if isinstance(params, dict) else {None: params} if params else {}
+    named = {name: one for name, one in named.items() if one.multivector_config is None}
     if vector is None and len(named) == 1:
         (vector,) = named
-    if vector not in named or named[vector].multivector_config is not None:
-        single = [str(name) for name, one in named.items() if name is not None and one.multivector_config is None]
+    if vector not in named:
         raise InputError(
             f"data.vector={vector} is no vector of collection {collection} of which a point has one; choose one of: "
-            f"{', '.join(single) or 'none with a name'}"
+            f"{', '.join(filter(None, named)) or 'none with a name'}"
         )
-    return vector, named[vector].distance.value
-
-
-def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[list[int | str], np.ndarray]:
-    """Return all ids, and all vectors, (N, D) float32."""
     ids: list[int | str] = []
     pages: list[np.ndarray] = []
     wanted: Any = True if vector is None else [vector]
@@ -162,4 +136,4 @@ def _scroll(client: QdrantClient, collection: str, vector: str | None) -> tuple[
             bar.update(len(points))
     if not pages:
         raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
-    return ids, np.concatenate(pages)
+    return named[vector].distance.value, ids, np.concatenate(pages)

@@ -36,22 +36,20 @@ def check_storage(folder: Path) -> None:
     JSON and sqlite3 raise exceptions of their own for damaged files.
     """
     for name in json.loads((folder / "meta.json").read_text())["collections"]:
-        path = folder / "collection" / name / "storage.sqlite"
-        if not path.is_file():
-            raise InputError(f"{path} is missing; write the collection anew with qdrant-client")  # older forms too
+        path, remedy = folder / "collection" / name / "storage.sqlite", "write the collection anew with qdrant-client"
+        if not path.is_file():  # as in older versions, too
+            raise InputError(f"{path} is missing; {remedy}")
         with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as database:
             # A view or another kind of table might answer the client otherwise than it answers here.
             if set(database.execute("SELECT type, name, sql FROM sqlite_master")) != SCHEMA:
-                raise InputError(f"{path} holds other tables than a collection's; write it anew with qdrant-client")
+                raise InputError(f"{path} holds other tables than a collection's; {remedy}")
             for row, _, point in database.execute("SELECT rowid, id, point FROM points ORDER BY rowid DESC"):
                 try:
                     _check_opcodes(point)
                     _Points(BytesIO(point)).load()
                 except Exception as fault:  # a damaged pickle raises anything
-                    raise InputError(
-                        f"{path}: row {row} is no point ({one_line(fault)}), and might run code; it was not loaded: "
-                        "write the collection anew with qdrant-client"
-                    ) from None
+                    what = f"row {row} is no point ({one_line(fault)}), and might run code; it was not loaded"
+                    raise InputError(f"{path}: {what}: {remedy}") from None
 
 
 class _Points(pickle.Unpickler):

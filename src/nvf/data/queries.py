@@ -1,13 +1,14 @@
 """Where queries come from: three generated sources with their oracles, and the user's own."""
 
 import hashlib
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError, check_number
+from nvf.files.mapped_rows import as_bytes
 from nvf.models.memory import VectorMemory
 from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
@@ -42,41 +43,35 @@ def fingerprint(batch: QueryBatch) -> str:
     digest = hashlib.sha256()
     for part in batch:
         digest.update(str((part.dtype, tuple(part.shape))).encode())
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(as_bytes(part))
     return f"sha256:{digest.hexdigest()}"
 
 
-class QuerySource(Protocol):
-    """A generated source: it draws any number of queries from a generator on the memory's device."""
-
-    memory: VectorMemory
-
-    @property
-    def oracle(self) -> Tensor:
-        """The rows, (N, D), that someone who knows how the queries were made would search."""
-        ...
-
-    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
-        """Draw `count` queries."""
-        ...
-
-
-class Nearest:
-    """Queries uniform on the unit sphere; the target is the row that exact search finds."""
+class QuerySource:
+    """A generated source of queries over a memory."""
 
     def __init__(self, memory: VectorMemory) -> None:
         self.memory = memory
 
     @property
     def oracle(self) -> Tensor:
+        """The rows, (N, D), that someone who knows how the queries were made would search."""
         return self.memory.rows
+
+    def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
+        """Draw `count` queries from a generator on the memory's device."""
+        raise NotImplementedError
+
+
+class Nearest(QuerySource):
+    """Queries uniform on the unit sphere; the target is the row that exact search finds."""
 
     def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
         queries = F.normalize(_normal(count, self.memory.dim, generator), dim=-1)
         return QueryBatch(queries, self.memory.search(queries, k=1).rows)
 
 
-class Noisy:
+class Noisy(QuerySource):
     """Queries normalize(V[i] + sigma randn), target i: exact search is Bayes-optimal for unit rows.
 
     Raises:
@@ -84,13 +79,9 @@ class Noisy:
     """
 
     def __init__(self, memory: VectorMemory, *, sigma: float) -> None:
+        super().__init__(memory)
         check_number("queries.sigma", sigma, minimum=0, remedy="0.1 is easy, 0.3 is hard")
-        self.memory = memory
         self.sigma = sigma
-
-    @property
-    def oracle(self) -> Tensor:
-        return self.memory.rows
 
     def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
         rows = self.oracle

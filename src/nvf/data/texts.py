@@ -22,13 +22,6 @@ from nvf.errors import InputError, one_line
 from nvf.files.ids import checked_ids, padded, shown
 
 
-class Documents(NamedTuple):
-    """What is searched; a document's place in the lists is its row in the memory."""
-
-    ids: np.ndarray  # (N,) integers or strings
-    texts: list[str]
-
-
 class Queries(NamedTuple):
     """What was asked, and the documents that answer it."""
 
@@ -37,8 +30,8 @@ class Queries(NamedTuple):
     lines: int  # at least n, because equal texts are one query
 
 
-def read_documents(folder: Path) -> Documents:
-    """Read the documents of a folder; 7 and "7" are the same id."""
+def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """Read the ids, (N,) integers or strings, and the texts of a folder's documents; 7 and "7" are the same id."""
     place_of: dict[str, str] = {}
     ids: list[str | int] = []
     texts = []
@@ -50,15 +43,15 @@ def read_documents(folder: Path) -> Documents:
         texts.append(_text(place, fields, "text"))
     if any(isinstance(name, str) for name in ids):
         ids = [str(name) for name in ids]
-    return Documents(checked_ids(ids, len(texts), f"{folder}: documents"), texts)
+    return checked_ids(ids, len(texts), f"{folder}: documents"), texts
 
 
-def read_queries(folder: Path, documents: Documents) -> dict[str | None, Queries]:
-    """Read the queries of a folder, by split, or all under None where there are no splits.
+def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
+    """Read the queries over documents with these ids, by split, or all under None where there are no splits.
 
     Equal texts of a split are one query, which the documents of all its lines answer.
     """
-    row_of = {str(name): row for row, name in enumerate(documents.ids.tolist())}
+    row_of = {str(name): row for row, name in enumerate(ids.tolist())}
     targets: dict[str | None, dict[str, dict[int, None]]] = {}  # by split and text, the rows in order
     lines: Counter[str | None] = Counter()
     for place, fields in _lines(folder, "queries", "query, id"):
@@ -79,12 +72,13 @@ def read_queries(folder: Path, documents: Documents) -> dict[str | None, Queries
     order = (None,) if None in targets else SPLITS
     if missing := [split for split in order if split not in targets]:
         raise InputError(f"{folder}: no query has the split {missing[0]}; give some, or leave the column out")
-    return {split: Queries([*targets[split]], _table(targets[split]), lines[split]) for split in order}
-
-
-def _table(targets: dict[str, dict[int, None]]) -> np.ndarray:
-    counts = np.array([len(rows) for rows in targets.values()])
-    return padded(np.array([*chain.from_iterable(targets.values())]), counts)
+    table = {}
+    for split in order:
+        rows_of_texts = targets[split].values()
+        rows = np.array([*chain.from_iterable(rows_of_texts)])
+        padded_rows = padded(rows, np.array([len(some) for some in rows_of_texts]))
+        table[split] = Queries([*targets[split]], padded_rows, lines[split])
+    return table
 
 
 def _field(place: str, fields: dict[str, Any], name: str) -> Any:
@@ -142,6 +136,6 @@ def _csv_lines(file: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     if len(set(names)) < len(names):
         raise ValueError("it names a column twice")
     for fields in reader:
-        if None in fields:
+        if None in fields:  # those beyond the header's
             raise ValueError("it has more fields than the header; quote texts with commas")
         yield reader.line_num, {name: text for name, text in fields.items() if text is not None}
