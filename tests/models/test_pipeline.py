@@ -206,9 +206,9 @@ def test_hits_carry_the_ids_of_their_rows(pipeline: Pipeline, tmp_path: Path, id
 
 BROKEN_IDS = {
     "none": (lambda path: path.unlink(), "ids.json is missing"),
-    "cut": (lambda path: path.write_text(path.read_text()[:-5]), "ids.json is truncated or not JSON"),
+    "cut": (lambda path: path.write_text(path.read_text()[:-5]), "ids.json is missing, truncated or no JSON list"),
     "few": (lambda path: path.write_text("[1, 2]"), "ids.json: 2 ids for 30 rows"),
-    "object": (lambda path: path.write_text("{}"), "ids.json holds no list"),
+    "object": (lambda path: path.write_text("{}"), "ids.json is missing, truncated or no JSON list"),
     "types": (lambda path: path.write_text(json.dumps([*range(29), "x"])), "row 29 has the id 'x', which is not"),
     "floats": (lambda path: path.write_text(json.dumps([0.5] * 30)), "row 0 has the id 0.5, which is not"),
     "twice": (lambda path: path.write_text(json.dumps([*range(29), 3])), "row 29 has the id 3 of row 3"),

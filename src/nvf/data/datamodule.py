@@ -52,9 +52,8 @@ class VectorDataModule(L.LightningDataModule):
     Without `attention` the loaders yield `QueryBatch`, or for training `LoggedBatch` where there is `evidence`; with it
     `CandidateBatch`. The training batch of step s of epoch e on rank r is a function of (seed, stage, e, s, r) alone,
     so a resumed run sees what an uninterrupted one would have seen. Generated queries are fresh in every step, unless
-    `train_samples` fixes a finite set; finite sets are shuffled anew in every pass. Validation and test queries are
-    fixed by `eval_seed`. Where the queries are fixed, their candidates are computed once; a finite training set of
-    candidates holds the valid samples alone.
+    `train_samples` fixes a finite set; finite sets are shuffled anew in every pass. The candidates of fixed queries are
+    computed once; a finite training set of candidates holds the valid samples alone.
 
     Args:
         source: generated or recorded queries.
@@ -69,6 +68,7 @@ class VectorDataModule(L.LightningDataModule):
         k: candidates a query.
         train_samples: size of the finite training set of a generated source.
         val_samples, test_samples: sizes of a generated source's fixed splits.
+        eval_seed: of these splits.
 
     Raises:
         InputError: a size below 1; no `steps_per_epoch` for unlimited queries; `train_samples` for recorded queries.
@@ -94,8 +94,9 @@ class VectorDataModule(L.LightningDataModule):
         super().__init__()
         sizes = {"batch_size": batch_size, "val_samples": val_samples, "test_samples": test_samples}
         optional = {"steps_per_epoch": steps_per_epoch, "train_samples": train_samples}
-        for name, size in {**sizes, **{n: s for n, s in optional.items() if s is not None}}.items():
-            check_number(name, size, minimum=1, whole=True, remedy="raise it")
+        for name, size in (sizes | optional).items():
+            if size is not None or name in sizes:
+                check_number(name, size, minimum=1, whole=True, remedy="raise it")
         for number in (seed, eval_seed):
             stream_seed(number, "batch")  # checked now, not in the first step
         recorded = isinstance(source, Recorded)
@@ -143,18 +144,15 @@ class VectorDataModule(L.LightningDataModule):
         sampler = _StepSampler(batches.steps, self.steps_done)
         return DataLoader(batches, batch_size=None, sampler=sampler, generator=torch.Generator())
 
-    def val_dataloader(self) -> DataLoader:
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader:
+    def val_dataloader(self, split: str = "val") -> DataLoader:
         samples, (rank, ranks) = self.samples_of(split), self.ranks
         mine = type(samples)(*(part[rank::ranks] for part in samples))
         candidates = isinstance(mine, CandidateBatch)  # else every row is scored
         batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader("test")
 
     @torch.no_grad()
     def with_candidates(
@@ -192,19 +190,17 @@ class VectorDataModule(L.LightningDataModule):
 
     def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
         assert self.attention is not None
-        training = split == "train"
-        folds = self.folds if training else ()
-        folds = folds or [Fold(self.attention, torch.arange(len(queries.queries)))]
+        folds, logged = [Fold(self.attention, torch.arange(len(queries.queries)))], None
+        if split == "train":
+            folds = [*self.folds] or folds
+            logged = None if self.evidence is None else self.evidence.logged.to(self.device)
         work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
-        logged = self.evidence.logged.to(self.device) if training and self.evidence is not None else None
-        found = [
-            self.with_candidates(
-                QueryBatch(*(part[places] for part in queries)), attention, None if logged is None else logged[places]
-            )
-            for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3)
-        ]
+        found = []
+        for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
+            part = QueryBatch(queries.queries[places], queries.targets[places])
+            found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
         batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-        if not training:
+        if split != "train":
             return batch
         if not batch.valid.any():
             raise InputError(

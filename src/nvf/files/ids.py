@@ -35,15 +35,15 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     kind: Any = str if isinstance(values[0], str) else Integral
     first: dict[Any, int] = {}
     for row, value in enumerate(values):
+        fault = None
         if not isinstance(value, kind) or isinstance(value, bool):
             fault = ", which is not an integer or a string, or not of the type of the first"
         elif kind is str and value.encode(errors="ignore").decode() != value:
             fault = ", which holds half a character"
         elif first.setdefault(value, row) != row:
             fault = f" of row {first[value]}"
-        else:
-            continue
-        raise InputError(f"{name}: row {row} has the id {shown(value)}{fault}; {remedy}")
+        if fault:
+            raise InputError(f"{name}: row {row} has the id {shown(value)}{fault}; {remedy}")
     if kind is str:
         return np.array(values, dtype=object)
     least, most = int(min(values)), int(max(values))
@@ -63,19 +63,13 @@ def plain_uuid(name: Any) -> Any:
 
 
 def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
-    """Read a JSON list of ids, one a row.
-
-    Raises:
-        InputError: no such file, not a list, or ids that `checked_ids` refuses.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is missing; {remedy}")
+    """Read a JSON list of ids, one a row; a missing or faulty file is an InputError."""
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not isinstance(ids, list):
+            raise ValueError("no list")
     except (ValueError, RecursionError, OSError) as fault:
-        raise InputError(f"{path} is truncated or not JSON ({fault}); {remedy}") from None
-    if not isinstance(ids, list):
-        raise InputError(f"{path} holds no list; {remedy}")
+        raise InputError(f"{path} is missing, truncated or no JSON list ({fault}); {remedy}") from None
     return checked_ids(ids, rows, str(path), remedy=remedy)
 
 
@@ -107,11 +101,9 @@ def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.
         rows = np.array([row_of.get(value, -1) for value in targets.tolist()], dtype=np.int64)
     if (unknown := rows < 0).any():
         first = int(unknown.argmax())
-        query, target = np.repeat(np.arange(len(counts)), counts)[first], shown(targets.tolist()[first])
-        count = int(unknown.sum())
-        raise InputError(
-            f"{name}: row {query}: target {target} is {known} ({count} such targets); correct or remove them"
-        )
+        place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
+        fault = f"target {shown(targets.tolist()[first])} is {known} ({unknown.sum()} such targets)"
+        raise InputError(f"{place}: {fault}; correct or remove them")
     return padded(rows, counts)
 
 

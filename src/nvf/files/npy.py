@@ -45,11 +45,7 @@ class ArrayFile:
 
 
 class NpyFile(ArrayFile):
-    """A .npy file whose header is checked.
-
-    Args:
-        path: where the file is.
-        what: what it holds, for an error's message.
+    """A .npy file whose header is checked; `what` says what it holds, for an error's message.
 
     Raises:
         InputError: no file, another format, Python objects or records, or fewer values than the header claims.
@@ -82,12 +78,12 @@ class NpyFile(ArrayFile):
             for start in range(0, len(self), rows):
                 size = min(rows, len(self) - start)
                 if self._columns_first:
-                    parts = [self._values(file, column * len(self) + start, size) for column in range(columns)]
-                    values = np.stack(parts, axis=-1)
+                    firsts = range(start, start + columns * len(self), len(self))
+                    values = np.stack([self._values(file, first, size) for first in firsts], axis=-1)
                 else:
                     values = self._values(file, start * columns, size * columns)
                 yield np.ascontiguousarray(values.reshape(size, *self.shape[1:]), self.dtype)
-            self._values(file, 0, 0)  # the last block may have been changed since it was yielded
+            self._values(file, 0, 0)  # the file may have changed since the last block was yielded
 
     def _values(self, file: IO[bytes], first: int, count: int) -> np.ndarray:
         file.seek(self._offset + first * self._stored.itemsize)

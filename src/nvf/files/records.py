@@ -34,12 +34,24 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} has {size} bytes, more than {LARGEST}")
     try:
         text = path.read_text(encoding="utf-8")
-        record = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_short)
+        record = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
     except (RecursionError, MemoryError) as fault:
         raise ValueError(f"{path.name} is too deep or too large ({type(fault).__name__})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path.name} holds no object but {type(record).__name__}")
     return record
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it holds {text}")
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or abs(number := int(text)) >= 2**64:
+        raise ValueError("a number in it has more than 64 bits")
+    return number
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -76,15 +88,3 @@ def sha256(path: Path) -> str:
         raise ValueError(f"{path.name} is no regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"it holds {text}")
-    return number
-
-
-def _short(text: str) -> int:
-    if len(text) > 20 or abs(number := int(text)) >= 2**64:
-        raise ValueError("a number in it has more than 64 bits")
-    return number

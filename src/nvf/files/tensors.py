@@ -46,8 +46,6 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is {found}, but should be {expected}")
         if not bool(given.isfinite().all()):
             raise ValueError(f"{name} has NaN or infinite values")
-    if any(own.is_meta for own in mine.values()):
-        copies = {name: weights[name].detach().to(own.dtype, copy=True) for name, own in mine.items()}
-        model.load_state_dict(copies, assign=True)
-    else:
-        model.load_state_dict(weights)
+    meta = any(own.is_meta for own in mine.values())
+    copies = {name: weights[name].detach().to(own.dtype, copy=meta) for name, own in mine.items()}
+    model.load_state_dict(copies, assign=meta)
