@@ -222,9 +222,9 @@ BAD_TEXTS = [
     ),
     ("queries.jsonl", [{**Q, "query": ""}], "queries.jsonl: line 1: query is ''"),
     ("queries.jsonl", [{**Q, "split": "dev"}], "queries.jsonl: line 1: split 'dev' is not train, val, test; correct"),
-    ("queries.jsonl", [{**Q, "split": "val"}, Q], "queries.jsonl: line 2: some queries have a split and some have no"),
-    ("queries.jsonl", [Q, {**Q, "split": "val"}], "queries.jsonl: line 2: some queries have a split and some have no"),
-    ("queries.jsonl", [{**Q, "split": "val"}], "texts: no query has the split train; give some, or leave the column"),
+    ("queries.jsonl", [{**Q, "split": "val"}, Q], "texts: queries have the splits val, none; give train, val, test"),
+    ("queries.jsonl", [Q, {**Q, "split": "val"}], "texts: queries have the splits none, val; give train, val, test"),
+    ("queries.jsonl", [{**Q, "split": "val"}], "texts: queries have the splits val; give train, val, test"),
     (
         "documents.csv",
         ["id,text", "1,a,b"],

@@ -72,10 +72,8 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
     seconds = two_digits(time.perf_counter() - start)
     again = sum(split.lines for split in queries.values()) - len(asked)
     merged = f" ({again:,} lines have the text of an earlier one)" if again else ""
-    return (
-        f"{len(documents):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions, "
-        f"in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
-    )
+    counts = f"{len(documents):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions"
+    return f"{counts}, in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
 
 
 def load_model(name: str, device: "torch.device") -> Any:

@@ -56,19 +56,15 @@ class VectorDataModule(L.LightningDataModule):
     computed once; a finite training set of candidates holds the valid samples alone.
 
     Args:
-        source: generated or recorded queries.
         stage: what the batches train, which names their stream; if None, `attention`, or `reranker` where it is given.
-        seed: of the training stream.
+        seed, eval_seed: of the training stream, and of the fixed splits.
         batch_size: training queries a step and rank.
         steps_per_epoch: steps between two validations; None is one pass over a finite training set.
-        attention: a trained stage 1, used without gradients.
+        attention: a trained stage 1, used without gradients, which chooses k candidates a query.
         evidence: what the reranker weighs; gathered from the training split.
         folds: stages 1 that choose the candidates of the training queries that they have not seen, all of them
             together. A stage 1 ranks the targets of its own training queries too well to teach a reranker.
-        k: candidates a query.
-        train_samples: size of the finite training set of a generated source.
-        val_samples, test_samples: sizes of a generated source's fixed splits.
-        eval_seed: of these splits.
+        train_samples, val_samples, test_samples: sizes of a generated source's fixed sets.
 
     Raises:
         InputError: a size below 1; no `steps_per_epoch` for unlimited queries; `train_samples` for recorded queries.
@@ -99,17 +95,15 @@ class VectorDataModule(L.LightningDataModule):
                 check_number(name, size, minimum=1, whole=True, remedy="raise it")
         for number in (seed, eval_seed):
             stream_seed(number, "batch")  # checked now, not in the first step
-        recorded = isinstance(source, Recorded)
-        if recorded and train_samples is not None:
+        if isinstance(source, Recorded) and train_samples is not None:
             raise InputError(f"train_samples={train_samples} fixes generated queries; recorded ones are all used")
-        if not recorded and train_samples is None and steps_per_epoch is None:
+        if not isinstance(source, Recorded) and train_samples is None and steps_per_epoch is None:
             raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
-        self.source = source
-        self.attention, self.evidence, self.folds = attention, evidence, folds
-        self.k, self.seed = k, seed
+        self.source, self.attention, self.evidence, self.folds, self.k = source, attention, evidence, folds, k
+        self.seed, self.eval_seed = seed, eval_seed
         self.stage = stage or ("attention" if attention is None else "reranker")
         self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
-        self.samples, self.eval_seed = {"val": val_samples, "test": test_samples}, eval_seed
+        self.samples = {"val": val_samples, "test": test_samples}
         self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, if a fit resumes in the middle of one
         self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
 
@@ -181,19 +175,19 @@ class VectorDataModule(L.LightningDataModule):
     def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
         """Return the samples of a fixed set, which are made once."""
         if split not in self._sets:
-            self._sets[split] = queries = self.queries(split)
+            queries, logged = self.queries(split), None
+            if self.evidence is not None and split == "train":
+                logged = self.evidence.logged.to(self.device)
             if self.attention is not None:
-                self._sets[split] = self._all_candidates(queries, split)
-            elif self.evidence is not None and split == "train":
-                self._sets[split] = LoggedBatch(*queries, self.evidence.logged.to(self.device))
+                self._sets[split] = self._all_candidates(queries, split, logged)
+            else:
+                self._sets[split] = queries if logged is None else LoggedBatch(*queries, logged)
         return self._sets[split]
 
-    def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
+    def _all_candidates(self, queries: QueryBatch, split: str, logged: Tensor | None) -> CandidateBatch:
         assert self.attention is not None
-        folds, logged = [Fold(self.attention, torch.arange(len(queries.queries)))], None
-        if split == "train":
-            folds = [*self.folds] or folds
-            logged = None if self.evidence is None else self.evidence.logged.to(self.device)
+        folds = self.folds if split == "train" else ()
+        folds = folds or [Fold(self.attention, torch.arange(len(queries.queries)))]
         work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
         found = []
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
@@ -203,10 +197,8 @@ class VectorDataModule(L.LightningDataModule):
         if split != "train":
             return batch
         if not batch.valid.any():
-            raise InputError(
-                f"none of the {len(batch.valid)} training queries has its target among the k={self.k} candidates; "
-                "raise k, or train stage 1 for longer"
-            )
+            fault = f"none of the {len(batch.valid)} training queries has its target among the k={self.k} candidates"
+            raise InputError(f"{fault}; raise k, or train stage 1 for longer")
         return CandidateBatch(*(part[batch.valid] for part in batch))
 
 
@@ -214,8 +206,7 @@ class _StepSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, step) for each remaining step of an epoch, which Lightning sets."""
 
     def __init__(self, steps: int, done: Callable[[], int]) -> None:
-        self.steps, self.done = steps, done
-        self.epoch = 0
+        self.steps, self.done, self.epoch = steps, done, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -224,7 +215,7 @@ class _StepSampler(Sampler[tuple[int, int]]):
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in range(self.done(), self.steps):  # asked when the first is wanted: then it is known
+        for step in range(self.done(), self.steps):  # `done` is known once the first step is asked for
             yield self.epoch, step
 
 
@@ -232,8 +223,7 @@ class _FreshBatches(Dataset):
     """Generated queries that no other step sees."""
 
     def __init__(self, data: VectorDataModule) -> None:
-        self.data = data
-        self.steps = data.steps_per_epoch or 0
+        self.data, self.steps = data, data.steps_per_epoch or 0
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
         data = self.data

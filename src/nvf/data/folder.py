@@ -1,17 +1,10 @@
 """Readers of a folder of the user's own embeddings, which is either all .npy or all .parquet.
 
-    corpus.npy                                                  (N, D) float16/32/64
-    ids.json                                                    if the rows have ids: a list of integers or strings
-    queries.npy, targets.npy                                    (n, D), and (n,) or (n, m) int rows padded with -1
-    times.npy                                                   optional, (n,) numbers: when each query was asked
-    or {train,val,test}_queries.npy, {train,val,test}_targets.npy
+    corpus.npy, and ids.json if the rows have ids; or corpus.parquet, with columns for vectors and ids
+    queries.npy, targets.npy and perhaps times.npy; or queries.parquet, with columns for all three
+    or {train,val,test}_queries and {train,val,test}_targets in place of queries and targets
 
-    corpus.parquet                                              columns id, integer or string, and vector
-    queries.parquet                                             columns vector and targets, an id or a list of ids,
-                                                                and a time, if data.columns.time names it
-    or {train,val,test}_queries.parquet
-
-Every fault is an InputError that names the file, the row where there is one, and the remedy.
+See docs/real-embeddings.md. Every fault is an InputError that names the file, the row and the remedy.
 """
 
 import logging
@@ -54,22 +47,16 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
 
 
 def read_recorded(
-    folder: str | Path,
-    memory: VectorMemory,
-    *,
-    seed: int,
-    columns: Mapping[str, str] = COLUMNS,
-    by_id: bool = False,
+    folder: str | Path, memory: VectorMemory, *, seed: int, columns: Mapping[str, str] = COLUMNS, by_id: bool = False
 ) -> Recorded:
     """Read the queries of a folder: the user's splits, or 80/10/10 by time or by seed; identical queries are one.
 
-    Args:
-        by_id: whether the memory is from elsewhere; targets.npy then holds ids, as .parquet files always do, and the
-            queries may have either format.
+    With `by_id` the memory is from elsewhere: targets.npy holds ids, as .parquet files always do, and the queries may
+    have either format.
     """
     folder = Path(folder)
     stems = [name for name in ("queries", *(f"{split}_queries" for split in SPLITS)) if _format(folder, name)]
-    if "queries" in stems[:1] and len(stems) > 1:
+    if "queries" in stems and len(stems) > 1:
         raise InputError(f"{folder} holds both queries and {stems[1]}; keep either your splits or the one file")
     formats = {_format(folder, name) for name in (*stems, *(() if by_id else ("corpus",)))} - {None}
     if len(formats) > 1:
@@ -89,14 +76,12 @@ def read_recorded(
     merged = sum(len(batch.queries) for batch in given) - sum(len(batch.queries) for batch in splits.values())
     if merged:
         log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
-    if duplicates:
-        pairs = [(pair.split("/"), count) for pair, count in duplicates.items()]
-        shared = [f"{count} of {len(splits[b].queries)} {b} queries are also in {a}" for (a, b), count in pairs]
+    for pair, count in duplicates.items():
+        a, b = pair.split("/")
         log.warning(
-            "%s: %s; a model that has seen them scores higher on them than on new queries; "
-            "remove them from one split, or give all queries in one file and let NVF split them",
-            folder,
-            ", ".join(shared),
+            "%s: %d of %d %s queries are also in %s; a model that has seen them scores higher on them than on new "
+            "queries; remove them from one split, or give all queries in one file and let NVF split them",
+            *(folder, count, len(splits[b].queries), b, a),
         )
     return Recorded(memory, splits, duplicates, merged)
 
@@ -135,10 +120,8 @@ def _read_pair(
     check_dim(queries.shape[1], memory.dim, str(path))
     rows = target_rows(ids, targets, counts, str(named))
     if rows.shape[1] == memory.given > 2 and (rows >= 0).all() and len(np.unique(rows)) <= 2:
-        raise InputError(
-            f"{named}: targets of shape {rows.shape}, of two kinds, are a relevance matrix; give each query the "
-            "rows or ids of its ones alone, padded with -1"
-        )
+        matrix = f"targets of shape {rows.shape}, of two kinds, are a relevance matrix"
+        raise InputError(f"{named}: {matrix}; give each query the rows or ids of its ones alone, padded with -1")
     if (counts == 0).any():
         raise InputError(f"{named}: row {(counts == 0).argmax()} has no target; give it one or remove this query")
     rows = memory.rows_of(torch.from_numpy(rows)).numpy()
@@ -151,9 +134,9 @@ def _read_targets(path: Path, what: str, queries: int) -> np.ndarray:
     """Read the targets of `queries` queries, (n, m) integers padded with -1; `what` says what the integers are."""
     targets = NpyFile(path, f"for each query the {what} of its target")
     if targets.dtype.kind not in "iu" or len(targets.shape) > 2 or 0 in targets.shape or len(targets) != queries:
+        found = f"shape {targets.shape} and type {targets.dtype} for {queries} queries"
         raise InputError(
-            f"{path}: shape {targets.shape} and type {targets.dtype} for {queries} queries; give each query the "
-            f"{what} of its target, integers (n,), or (n, m) padded with -1"
+            f"{path}: {found}; give each the {what} of its target: integers (n,), or (n, m) padded with -1"
         )
     return targets.read().reshape(queries, -1)
 
@@ -161,18 +144,16 @@ def _read_targets(path: Path, what: str, queries: int) -> np.ndarray:
 def _read_times(folder: Path, kind: str, columns: Mapping[str, str], count: int) -> np.ndarray:
     """Read when each query was asked, (n,), numbers or dates."""
     path, column = folder / TIMES, columns["time"]
-    if column is not None and kind == "npy":
+    if column is None:
+        times = NpyFile(path, "when each query was asked").read()
+    elif kind == "npy":
         raise InputError(f"data.columns.time={column} names a column of .parquet files; write {path} instead")
-    if column is not None:
+    else:
         path = folder / "queries.parquet"
         times = _table(path, columns, "vector", "time").times(column)
-    else:
-        times = NpyFile(path, "when each query was asked").read()
     if times.dtype.kind not in "iufM" or times.shape != (count,):
-        raise InputError(
-            f"{path}: times have shape {times.shape} and type {times.dtype} for {count} queries; give one number a "
-            "query, (n,)"
-        )
+        found = f"times have shape {times.shape} and type {times.dtype} for {count} queries"
+        raise InputError(f"{path}: {found}; give one number a query, (n,)")
     if (wrong := ~np.isfinite(times)).any():
         row = int(wrong.argmax())
         raise InputError(f"{path}: row {row}: the time is {times[row]}; correct or remove this query")

@@ -30,30 +30,29 @@ ROWS_A_BYTE = 1024  # more than even equal vectors reach, run-length encoded and
 class ParquetFile(ArrayFile):
     """The vectors in a column of a .parquet file, (n, D), and the ids or times in its other columns.
 
-    Args:
-        path: the file, or a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in the order of names.
-        columns: the names of the columns that are read, by the option that gives each; the first holds the vectors.
+    The path may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in the order of their names.
+    `columns` has the names of the columns that are read, by the option that gives each; the first holds the vectors.
 
     Raises:
         InputError: no file, a damaged one, a missing column, no rows, or no vectors.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        self.path, (self.column, *others) = path, columns.values()
+        self.path, (self.column, *_) = path, columns.values()
         self.parts = (sorted(path.glob("*.parquet")) if path.is_dir() else []) or [path]
         for part in self.parts:
             if not part.is_file():
-                holds = " and ".join(f"column {name!r}" for name in (self.column, *others))
+                holds = " and ".join(f"column {name!r}" for name in columns.values())
                 raise InputError(f"{part} is missing, or no file; it holds {holds}")
         with self._damage_named():
             self._states = [state_of(part.stat()) for part in self.parts]
             self.shape = (sum(_claimed_rows(part, columns) for part in self.parts), 0)
-            if not len(self):
-                raise InputError(f"{path} has no rows; write it anew")
             kind = pq.read_schema(self.parts[0]).field(self.column).type
             if not pa.types.is_floating(getattr(kind, "value_type", pa.null())):
-                fault = f"column {self.column!r} has type {kind}"
-                raise InputError(f"{path}: {fault}; give lists of float16, float32 or float64")
+                fault = f"{path}: column {self.column!r} has type {kind}"
+                raise InputError(f"{fault}; give lists of float16, float32 or float64")
+            if not len(self):
+                raise InputError(f"{path} has no rows; write it anew")
             _, first, _ = next(self._values(self.column, 1))
         self.shape, self.dtype = (len(self), len(first)), np.dtype(kind.value_type.to_pandas_dtype())
         if not len(first):
@@ -64,10 +63,8 @@ class ParquetFile(ArrayFile):
             for start, values, counts in self._values(self.column, rows):
                 if (ragged := counts != self.shape[1]).any():
                     row = int(ragged.argmax())
-                    raise InputError(
-                        f"{self.path}: row {start + row}: column {self.column!r} has {counts[row]} values, but "
-                        f"{self.shape[1]} in row 0; embed all with the same model"
-                    )
+                    fault = f"row {start + row}: column {self.column!r} has {counts[row]} values"
+                    raise InputError(f"{self.path}: {fault}, but {self.shape[1]} in row 0; embed all with one model")
                 yield np.array(values.to_numpy(zero_copy_only=False), self.dtype).reshape(-1, self.shape[1])
 
     def ids(self, column: str) -> tuple[list[Any], np.ndarray]:
@@ -101,16 +98,14 @@ class ParquetFile(ArrayFile):
             with pq.ParquetFile(part, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(size, columns=[column]):
                     batch.validate(full=True)
-                    if start + len(batch) > expected:
-                        raise InputError(f"{self.path} has more than the {expected} rows that it claims; write it anew")
-                    if len(batch):
+                    if 0 < len(batch) <= expected - start:
                         values, rows = self._flat(batch.column(0), column, np.arange(start, start + len(batch)))
                         yield start, values, np.bincount(rows - start, minlength=len(batch))
                     start += len(batch)
         if [state_of(part.stat()) for part in self.parts] != self._states:
             raise InputError(f"{self.path} changed while it was read; start again when nothing writes to it")
         if start != expected:
-            raise InputError(f"{self.path} has fewer than the {expected} rows that it claims; write it anew")
+            raise InputError(f"{self.path} does not have the {expected} rows that it claims; write it anew")
 
     def _flat(self, values: "pa.Array", column: str, rows: np.ndarray) -> tuple["pa.Array", np.ndarray]:
         """Return values with categories spelled out and lists joined, and the row that each is from; refuse nulls."""
@@ -132,9 +127,8 @@ class ParquetFile(ArrayFile):
         except InputError:
             raise
         except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
-            raise InputError(
-                f"{self.path} is truncated or not a parquet file ({one_line(fault)}); write it anew"
-            ) from None
+            what = f"is truncated or not a parquet file ({one_line(fault)})"
+            raise InputError(f"{self.path} {what}; write it anew") from None
 
 
 def _claimed_rows(path: Path, columns: Mapping[str, str]) -> int:
@@ -143,10 +137,8 @@ def _claimed_rows(path: Path, columns: Mapping[str, str]) -> int:
         known = file.schema_arrow.names
         for option, name in columns.items():
             if known.count(name) != 1:
-                raise InputError(
-                    f"{path} has {known.count(name)} columns {name!r}, but {', '.join(map(repr, known))}; "
-                    f"add it, or name one of them with {option}="
-                )
+                found = f"{known.count(name)} columns {name!r}, but {', '.join(map(repr, known))}"
+                raise InputError(f"{path} has {found}; add it, or name one of them with {option}=")
         rows, size = file.metadata.num_rows, path.stat().st_size
         # Nothing is asked of columns: if their descriptions are damaged, pyarrow 26.0 ends the process.
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]

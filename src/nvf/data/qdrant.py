@@ -42,21 +42,15 @@ def read_memory(
 ) -> VectorMemory:
     """Read the vectors of a collection as a memory, (N, D), whose rows have the point ids and are sorted by them.
 
-    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
-    searched by cosine, which is what a collection does by its own distance if that is Cosine, or Dot or Euclid between
-    vectors of one length.
+    Give either `path`, the folder of a local storage, which must not be open elsewhere, or the `url` of a server; the
+    key that it may ask for is read from the environment, QDRANT_API_KEY. `vector` names one of several vectors a point.
 
-    Args:
-        path: the folder of a local storage, which must not be open elsewhere; or
-        url: of a server; the key that it may ask for is read from the environment, QDRANT_API_KEY.
-        collection: its name.
-        vector: the name of the vector, where points have several.
-        distance: "cosine" if a collection that orders its vectors otherwise is to be searched by cosine all the same.
-        stored: how the memory keeps its rows, `dtype` and `mapped`.
+    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
+    searched by cosine, as the collection does by its own distance if that is Cosine, or Dot or Euclid between vectors
+    of one length; distance="cosine" accepts others too. `stored` may say `dtype` and `mapped` of the memory.
 
     Raises:
-        InputError: not exactly one of path and url, nothing readable there, no such collection or vector, no points, or
-            vectors that the collection orders otherwise than cosine does.
+        InputError: contradictory settings, or a collection that cannot be read or orders otherwise than cosine.
     """
     if distance not in (None, "cosine"):
         raise InputError(
@@ -64,9 +58,9 @@ def read_memory(
         )
     if (path is None) == (url is None):
         raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
-    where, remedy = f"data.path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
-    if url is not None:
-        where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
+    where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
+    if path is not None:
+        where, remedy = f"data.path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
     try:
         with closing(_open(path, url)) as client:
             own, ids, vectors = _read(client, collection, vector)

@@ -67,16 +67,13 @@ class Nearest(QuerySource):
     """Queries uniform on the unit sphere; the target is the row that exact search finds."""
 
     def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
-        queries = F.normalize(_normal(count, self.memory.dim, generator), dim=-1)
+        drawn = torch.randn(count, self.memory.dim, generator=generator, device=generator.device)
+        queries = F.normalize(drawn, dim=-1)
         return QueryBatch(queries, self.memory.search(queries, k=1).rows)
 
 
 class Noisy(QuerySource):
-    """Queries normalize(V[i] + sigma randn), target i: exact search is Bayes-optimal for unit rows.
-
-    Raises:
-        InputError: sigma is negative or not finite.
-    """
+    """Queries normalize(V[i] + sigma randn), target i: exact search is Bayes-optimal for unit rows."""
 
     def __init__(self, memory: VectorMemory, *, sigma: float) -> None:
         super().__init__(memory)
@@ -86,7 +83,7 @@ class Noisy(QuerySource):
     def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
         rows = self.oracle
         targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
-        noise = _normal(count, self.memory.dim, generator)
+        noise = torch.randn(count, self.memory.dim, generator=generator, device=generator.device)
         return QueryBatch(F.normalize(rows[targets[:, 0]].float() + self.sigma * noise, dim=-1), targets)
 
 
@@ -95,9 +92,6 @@ class Warped(Noisy):
 
     `rotation` is a rotation drawn uniformly; `mlp` is normalize(tanh(x A) B) with normal A, (D, 4D), and B, (4D, D).
     Both depend on `warp_seed` and D alone.
-
-    Raises:
-        InputError: an unknown warp, or a bad sigma.
     """
 
     def __init__(self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int) -> None:
@@ -144,7 +138,3 @@ class Recorded:
 
 
 Source = QuerySource | Recorded
-
-
-def _normal(count: int, dim: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, dim, generator=generator, device=generator.device)

@@ -46,12 +46,10 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
 
 def check_output(output: Path, queries: Path) -> None:
     """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
-    if output.suffix not in ENDINGS:
-        raise InputError(f"output={output}: {output.suffix or 'no ending'} is not written; give {' or '.join(ENDINGS)}")
-    if output.is_dir():
-        raise InputError(f"output={output} is a folder; name a file in it")
-    if output.resolve() == queries.resolve():
-        raise InputError(f"output={output} is the file of the queries; give another path")
+    if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
+        raise InputError(
+            f"output={output} is a folder, the file of the queries, or not {' or '.join(ENDINGS)}; rename it"
+        )
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:

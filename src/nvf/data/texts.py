@@ -36,7 +36,8 @@ def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
     ids: list[str | int] = []
     texts = []
     for place, fields in _lines(folder, "documents", "id, text"):
-        name = _checked_id(place, _field(place, fields, "id"))
+        name = _field(place, fields, "id")
+        _check_id(place, name)
         if (other := place_of.setdefault(str(name), place)) != place:
             raise InputError(f"{place}: id {shown(name)} is also that of {other}; make each its own")
         ids.append(name)
@@ -56,29 +57,29 @@ def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
     lines: Counter[str | None] = Counter()
     for place, fields in _lines(folder, "queries", "query, id"):
         split = fields.get("split")
-        if split is not None and split not in SPLITS:
+        if split not in (None, *SPLITS):
             raise InputError(f"{place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
-        if targets and (split is None) != (None in targets):
-            raise InputError(f"{place}: some queries have a split and some have none; give every one, or none")
         lines[split] += 1
         rows = targets.setdefault(split, {}).setdefault(_text(place, fields, "query"), {})
         value = _field(place, fields, "ids" if "ids" in fields else "id")
         if value == []:
             raise InputError(f"{place}: ids is empty; name a document that answers the query, or remove it")
         for name in value if isinstance(value, list) else [value]:
-            if (row := row_of.get(str(_checked_id(place, name)))) is None:
+            _check_id(place, name)
+            if (row := row_of.get(str(name))) is None:
                 raise InputError(f"{place}: no document has the id {shown(name)}; correct it, or add the document")
             rows[row] = None
-    order = (None,) if None in targets else SPLITS
-    if missing := [split for split in order if split not in targets]:
-        raise InputError(f"{folder}: no query has the split {missing[0]}; give some, or leave the column out")
-    table = {}
-    for split in order:
+    if targets.keys() not in ({None}, set(SPLITS)):
+        given = ", ".join("none" if split is None else split for split in targets)
+        raise InputError(
+            f"{folder}: queries have the splits {given}; give {', '.join(SPLITS)}, or leave out the column"
+        )
+    queries = {}
+    for split in (None,) if None in targets else SPLITS:
         rows_of_texts = targets[split].values()
-        rows = np.array([*chain.from_iterable(rows_of_texts)])
-        padded_rows = padded(rows, np.array([len(some) for some in rows_of_texts]))
-        table[split] = Queries([*targets[split]], padded_rows, lines[split])
-    return table
+        table = padded(np.array([*chain.from_iterable(rows_of_texts)]), np.array([*map(len, rows_of_texts)]))
+        queries[split] = Queries([*targets[split]], table, lines[split])
+    return queries
 
 
 def _field(place: str, fields: dict[str, Any], name: str) -> Any:
@@ -94,10 +95,9 @@ def _text(place: str, fields: dict[str, Any], name: str) -> str:
     return text
 
 
-def _checked_id(place: str, name: Any) -> str | int:
+def _check_id(place: str, name: Any) -> None:
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
         raise InputError(f"{place}: the id {shown(name)} is neither a text nor a whole number; give one")
-    return name
 
 
 def _lines(folder: Path, stem: str, columns: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -79,16 +79,10 @@ def write_ids(ids: np.ndarray, path: Path) -> None:
 
 
 def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.ndarray, name: str) -> np.ndarray:
-    """Return the rows that have the targets' ids, (n, m) int64, padded with -1.
+    """Return the rows, (n, m) int64 padded with -1, that have the ids of the targets, (t,), query by query.
 
-    Args:
-        ids: the ids of the memory's rows, (N,), or range(N) where targets are row numbers.
-        targets: all targets, query by query, (t,).
-        counts: how many targets each query has, (n,); they add up to t.
-        name: the file that holds the targets, for an error's message.
-
-    Raises:
-        InputError: a target that is no row's id, or a memory without ids.
+    `counts`, (n,), says how many targets each query has; `ids`, (N,), are those of the rows, or range(N) where targets
+    are row numbers; `name` is the targets' file. A target that is no row's id is an InputError.
     """
     if ids is None:
         raise InputError(f"{name} names its targets by id, but the memory has no ids; give it ids")

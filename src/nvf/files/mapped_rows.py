@@ -31,10 +31,8 @@ class RowsFile:
     def check_unchanged(self) -> None:
         """Raise an InputError if the file is no longer the one that was mapped."""
         if not self.path.exists() or state_of(self.path.stat()) != self.state:
-            raise InputError(
-                f"{self.path} was changed or removed while its rows were used; "
-                "start again, and let nothing write to data.mapped"
-            )
+            what = f"{self.path} was changed or removed while its rows were used"
+            raise InputError(f"{what}; start again, and let nothing write to data.mapped")
 
 
 def mapped_rows(

@@ -32,8 +32,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} is no regular file")
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size} bytes, more than {LARGEST}")
+    text = path.read_text(encoding="utf-8")
     try:
-        text = path.read_text(encoding="utf-8")
         record = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
     except (RecursionError, MemoryError) as fault:
         raise ValueError(f"{path.name} is too deep or too large ({type(fault).__name__})") from None
