@@ -38,11 +38,7 @@ SLOW = 10_000  # texts; for more a progress bar is shown
 def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
     """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
 
-    Returns:
-        The line that says how many there were, how long it took, and what to type next.
-
-    Raises:
-        InputError: faulty texts, no such model, or an output that exists.
+    Return the line that says how many there were, how long it took, and what to type next.
     """
     # Imported here so that --help and an option's error answer without importing torch.
     from nvf.data.texts import read_documents, read_queries
@@ -77,11 +73,7 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
 
 
 def load_model(name: str, device: "torch.device") -> Any:
-    """Load a sentence-transformers model from its folder, or by its name: installed, downloaded before, or now.
-
-    Raises:
-        InputError: sentence-transformers is not installed, or there is no such model.
-    """
+    """Load a sentence-transformers model from its folder, or by its name: installed, downloaded before, or now."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
         from huggingface_hub import constants

@@ -25,14 +25,7 @@ OPTIONS = (
 
 
 def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, index: str | None, device: str) -> str:
-    """Answer every query in the file, holding one block of queries and answers at a time.
-
-    Returns:
-        The line that says how many there were, how fast they were answered, and where the answers are.
-
-    Raises:
-        InputError: anything about the pipeline, the queries or the output that is not as it must be.
-    """
+    """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
     from nvf.data.search_files import check_output, open_queries, write_answers
     from nvf.models.memory import check_k

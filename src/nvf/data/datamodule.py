@@ -65,9 +65,6 @@ class VectorDataModule(L.LightningDataModule):
         folds: stages 1 that choose the candidates of the training queries that they have not seen, all of them
             together. A stage 1 ranks the targets of its own training queries too well to teach a reranker.
         train_samples, val_samples, test_samples: sizes of a generated source's fixed sets.
-
-    Raises:
-        InputError: a size below 1; no `steps_per_epoch` for unlimited queries; `train_samples` for recorded queries.
     """
 
     def __init__(

@@ -32,9 +32,6 @@ class ParquetFile(ArrayFile):
 
     The path may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in the order of their names.
     `columns` has the names of the columns that are read, by the option that gives each; the first holds the vectors.
-
-    Raises:
-        InputError: no file, a damaged one, a missing column, no rows, or no vectors.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:

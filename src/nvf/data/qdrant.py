@@ -100,16 +100,14 @@ def _read(client: QdrantClient, collection: str | None, vector: str | None) -> t
     if collection is None or not client.collection_exists(collection):
         names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
         raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
-    params = client.get_collection(collection).config.params.vectors
-    named: dict[str | None, Any] = {**params} if isinstance(params, dict) else {None: params} if params else {}
+    params: Any = client.get_collection(collection).config.params.vectors
+    named = params if isinstance(params, dict) else {None: params} if params else {}
     named = {name: one for name, one in named.items() if one.multivector_config is None}
     if vector is None and len(named) == 1:
         (vector,) = named
     if vector not in named:
-        raise InputError(
-            f"data.vector={vector} is no vector of collection {collection} of which a point has one; choose one of: "
-            f"{', '.join(filter(None, named)) or 'none with a name'}"
-        )
+        fault = f"data.vector={vector} is no vector of collection {collection} of which a point has one"
+        raise InputError(f"{fault}; choose one of: {', '.join(filter(None, named)) or 'none with a name'}")
     ids: list[int | str] = []
     pages: list[np.ndarray] = []
     wanted: Any = True if vector is None else [vector]

@@ -25,11 +25,7 @@ ENDINGS = (".npy", ".jsonl")
 
 
 def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
-    """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim).
-
-    Raises:
-        InputError: a missing or damaged file, another type, shape or dimension, a row that is zero or not finite.
-    """
+    """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim)."""
     file: ArrayFile
     if path.suffix == ".npy":
         file = open_vectors(path, "the vectors of your queries")

@@ -21,10 +21,8 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
     """Merge identical queries, shuffle them by seed, and deal them to the three splits.
 
     Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
-    repeated query counts as of its first time, and the shuffle decides between equal times.
-
-    Raises:
-        InputError: too few distinct queries for three splits; names `path`, the file that holds them.
+    repeated query counts as of its first time, and the shuffle decides between equal times. Too few distinct queries
+    for three splits are an InputError, which names `path`, the file that holds them.
     """
     if times is not None:
         by_time = np.argsort(times, kind="stable")
@@ -35,10 +33,8 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
         order = np.lexsort((order, times[first]))
     ends = np.ceil(np.cumsum(SHARES) * len(first) - 1e-9).astype(int)
     if not 0 < ends[0] < ends[1] < ends[2]:
-        raise InputError(
-            f"{path}: {len(first)} distinct queries leave a split empty; "
-            f"record at least 10, or give the splits as train_{path.name} and so on"
-        )
+        remedy = f"record at least 10, or give the splits as train_{path.name} and so on"
+        raise InputError(f"{path}: {len(first)} distinct queries leave a split empty; {remedy}")
     parts = np.split(order, ends[:2])
     return {name: QueryBatch(*(part[of] for part in distinct)) for name, of in zip(SPLITS, parts, strict=True)}
 
@@ -54,11 +50,7 @@ def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
 
 
 def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
-    """Keep each different query once, with the targets of all queries that equal it in every bit.
-
-    Returns:
-        The different queries in the order of their first lines, and the places of these, (n,).
-    """
+    """Return each different query, to the last bit, with all its targets, and the place of its first line, (n,)."""
     query = factorize(row_hashes(batch.queries))
     first = np.unique(query, return_index=True)[1]
     if len(first) == len(query):

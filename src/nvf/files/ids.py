@@ -24,11 +24,7 @@ def shown(value: Any) -> str:
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """Return the ids as a new array, (N,) for N > 0 rows: int64, else uint64, else Python objects.
-
-    Raises:
-        InputError: not one id a row, neither all integers nor all strings, or two alike.
-    """
+    """Return the ids, (N,) for N > 0 rows, as int64, uint64 or objects: integers or strings that all differ."""
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")

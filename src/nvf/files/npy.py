@@ -32,11 +32,7 @@ class ArrayFile:
         return self.shape[0]
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """Yield at most `rows` rows at a time, each block a new array of `dtype`; every call starts at the first row.
-
-        Raises:
-            InputError: the file is damaged, or it has changed since it was opened.
-        """
+        """Yield at most `rows` rows at a time, each block a new array; a damaged or changed file is an InputError."""
         raise NotImplementedError
 
     def read(self) -> np.ndarray:
@@ -45,11 +41,7 @@ class ArrayFile:
 
 
 class NpyFile(ArrayFile):
-    """A .npy file whose header is checked; `what` says what it holds, for an error's message.
-
-    Raises:
-        InputError: no file, another format, Python objects or records, or fewer values than the header claims.
-    """
+    """A .npy file of plain values that is as large as its header claims; `what` it holds is said in errors."""
 
     def __init__(self, path: Path, what: str) -> None:
         if not path.is_file():
@@ -64,12 +56,11 @@ class NpyFile(ArrayFile):
             self._offset, size = start.tell(), self._state[-1]
             plain = self._stored.kind != "V" and not self._stored.hasobject and min(self.shape) >= 0
             if not plain or math.prod(self.shape) * self._stored.itemsize > size - self._offset:
-                claims = f"its header claims shape {self.shape} and type {self._stored}"
-                raise ValueError(f"{claims}, which {size:,} bytes do not hold, or which are no plain values")
+                claim = f"its header claims shape {self.shape} and type {self._stored}"
+                raise ValueError(f"{claim}, which {size:,} bytes do not hold, or which are no plain values")
         except Exception as fault:  # numpy, its tokenizer and Python's parser raise many types for a damaged header
-            raise InputError(
-                f"{path} is truncated or not a plain .npy array ({one_line(fault)}); write it with numpy.save"
-            ) from None
+            what = f"is truncated or not a plain .npy array ({one_line(fault)})"
+            raise InputError(f"{path} {what}; write it with numpy.save") from None
         self.dtype = self._stored.newbyteorder("=")
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:

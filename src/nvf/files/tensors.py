@@ -16,12 +16,7 @@ DAMAGE = (
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file as copies: the file does not align them, which would change rounding.
-
-    Raises:
-        ValueError: the file is no regular file.
-        SafetensorError: the file is damaged.
-    """
+    """Read the tensors of a safetensors file as copies: the file does not align them, which would change rounding."""
     if not path.is_file():
         raise ValueError(f"{path.name} is no regular file")
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
