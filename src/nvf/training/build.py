@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,13 @@ from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
+from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
-from nvf.models.pipeline import Pipeline
-from nvf.training.checkpoints import attention_within, load_attention, load_reranker
+from nvf.training.checkpoints import load_attention, load_reranker
 from nvf.training.devices import SHARDED, on_one_device
 from nvf.training.fit import FitSettings, check_trainer
-from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+from nvf.training.modules import AttentionModule
+from nvf.training.stage import StageModule
 from nvf.training.stages import (
     Settings,
     attention_stage,
@@ -26,7 +26,6 @@ from nvf.training.stages import (
     fit_settings,
     joint_module,
     label,
-    log_of_queries,
     make,
     reranker_stage,
     seen_rows,
@@ -34,7 +33,6 @@ from nvf.training.stages import (
 )
 
 log = logging.getLogger("nvf")
-LIMITS = ("work", "budget_s")  # of `data`, on what a run may take
 
 
 class Variant(NamedTuple):
@@ -48,48 +46,40 @@ class Variant(NamedTuple):
     remake: Callable[[Source], tuple[AttentionModule, VectorDataModule]]  # untrained again, over other queries
 
 
-class SecondStage(NamedTuple):
-    """Stage 2 behind exact search, which gives its place to the fitted stage 1; its batches, and how it is fitted."""
+class Stage(NamedTuple):
+    """Stage 2 or both stages: an untrained module, its batches, and how it is fitted."""
 
-    module: RerankerModule
-    data: VectorDataModule
-    fit: FitSettings
-    folds: int | None  # of the training queries
-    loaded: str | None  # the checkpoint that its weights are from
-
-
-class Joint(NamedTuple):
-    """What fits both stages together."""
-
-    make: Callable[[Pipeline], JointModule]
+    module: StageModule
     data: VectorDataModule
     fit: FitSettings
 
 
-class Loaded(NamedTuple):
-    """A stage 1 that a checkpoint holds."""
+class Given(NamedTuple):
+    """A stage 1 that is not fitted first: a checkpoint's, or an untrained one for joint training from scratch."""
 
-    variant: Variant  # that it is
+    variant: Variant
     attention: SoftAttention
-    calibrated: bool
-    path: str
+    epochs: int  # of training
+    calibrated: bool  # or left as it is
 
 
-class Built(NamedTuple):
+@dataclass(frozen=True)
+class Built:
     """Everything that a run works with."""
 
+    config: Settings
     source: Source
-    k: int  # candidates a query
-    trained: tuple[str, ...]  # the stages that are trained, in this order
     seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
     exact: SoftAttention  # exact search
     variants: tuple[Variant, ...]
-    loaded: Loaded | None
-    reranker: SecondStage | None
-    joint: Joint | None
-    limits: dict[str, float]  # on what the run may take, by name
-    cache: Path | None  # for fitted stages 1
-    rests_on: dict[str, Any]  # the settings, beside the variants' own, that a fitted stage 1 depends on
+    given: Given | None  # in place of a fitted stage 1
+    reranker: Stage | None  # behind exact search, whose place the fitted stage 1 takes
+    joint: Stage | None  # as it is before the stages are fitted
+
+    @property
+    def k(self) -> int:
+        """Candidates a query."""
+        return int(self.config["k"])
 
     def queries(self, split: str) -> QueryBatch:
         """The `val` or `test` queries, or the `train` queries where they are recorded."""
@@ -100,6 +90,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """Turn the settings of a run, resolved and as plain containers, into objects.
 
     Args:
+        config: the settings.
         source: in place of the memory and the queries that the settings describe.
 
     Raises:
@@ -107,42 +98,26 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
-    fits, trained = config["stage"]["fit"], stages(config)
-    _check_numbers(config, trained)
+    _check_numbers(config, source)
     check_sharded(config)
-    tried = tuple(_variant(variant, name, source) for name, variant in _named(variants(config)))
-    loaded = _loaded(config, source, tried)
-    exact, seen = SoftAttention(source.memory, transform="identity"), seen_rows(source)
-    reranker = joint = None
-    if "reranker" in fits:
-        _check_log(config["reranker"], source)
-        module, data = reranker_stage(config, source, exact, evidence=log_of_queries(config, source))
+    tried = _variants(config, source)
+    given = _given(config, source, tried)
+    exact, reranker, joint = SoftAttention(source.memory, transform="identity"), None, None
+    if "reranker" in config["stage"]["fit"]:
+        evidence = None
+        if config["reranker"]["kind"] == "evidence":
+            assert isinstance(source, Recorded)
+            evidence = Evidence.gather(source.memory, *source.splits["train"])
+        module, data = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
             load_reranker(module.model, config["reranker_checkpoint"])
-        settings = fit_settings(config, "reranker", source.memory)
-        reranker = SecondStage(module, data, settings, config["reranker"]["folds"], config["reranker_checkpoint"])
-    if "joint" in fits:
+        reranker = Stage(module, data, fit_settings(config, "reranker", source.memory))
+    if "joint" in config["stage"]["fit"]:
         assert reranker is not None
-        together = partial(joint_module, config, source)
-        together(reranker.module.model)  # a shell that says what is wrong with its settings
+        together = joint_module(config, source, reranker.module.model)
         data = batches_of(config, "joint", source, evidence=reranker.module.model.evidence)
-        joint = Joint(together, data, fit_settings(config, "joint", source.memory))
-    queries = {name: value for name, value in config["queries"].items() if name != "source" or seen is None}
-    off = config["cache"] in (None, False, "off") or not on_one_device({"devices": "auto", **config["trainer"]})
-    return Built(
-        source,
-        config["k"],
-        tuple(trained),
-        seen,
-        exact,
-        tried,
-        loaded,
-        reranker,
-        joint,
-        limits={f"data.{name}": value for name in LIMITS if (value := config["data"].get(name)) is not None},
-        cache=None if off else Path(str(config["cache"])),
-        rests_on={name: config[name] for name in ("trainer", "optimizer", "callbacks")} | {"queries": queries},
-    )
+        joint = Stage(together, data, fit_settings(config, "joint", source.memory))
+    return Built(config, source, seen_rows(source), exact, tried, given, reranker, joint)
 
 
 def build_source(config: Settings) -> Source:
@@ -163,84 +138,77 @@ def build_source(config: Settings) -> Source:
 
 
 def check_sharded(config: Settings) -> None:
-    """Refuse what a memory that several devices share cannot do.
-
-    Raises:
-        InputError: another stage than stage 1, learned keys, or a sample of the rows.
-    """
+    """Raise an InputError for what a memory that several devices share cannot do."""
     if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
         return
     if stages(config) != ["attention"]:
-        raise InputError(
-            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
-            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.safetensors"
-        )
+        raise InputError("trainer=sharded fits stage 1 alone; add stage=attention, then fit stage 2 on one device")
     if any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
         raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
     if (sample := config["attention"]["sample"]) is not None:
-        raise InputError(
-            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
-        )
+        raise InputError(f"trainer=sharded takes all rows; leave out attention.sample={sample}")
 
 
 def stages(config: Settings) -> list[str]:
-    """What is trained, in which order; a cold start leaves everything to the last stage."""
-    fits = config["stage"]["fit"]
+    """What is trained, in which order; without a warm start the last stage alone."""
     warm = config["stage"].get("warm_start", True)
     if not isinstance(warm, bool):
         raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
+    fits: list[str] = config["stage"]["fit"]
     return fits if warm else fits[-1:]
 
 
-def _variant(config: Settings, name: str, source: Source) -> Variant:
-    epochs = config["attention"]["epochs"]
-    check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
-    module, data = attention_stage(config, source)
-    settings = fit_settings(config, "attention", source.memory)
-    return Variant(name, dict(config["attention"]), module, data, settings, partial(attention_stage, config))
+def _variants(config: Settings, source: Source) -> tuple[Variant, ...]:
+    """The stages 1 that are tried, each with a name of its own after its transform and keys; one alone needs none."""
+    given = variants(config)
+    plain = [f"{label(one['attention']['transform'])}-{one['attention']['keys']}" for one in given]
+    found = []
+    for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
+        own = name if plain.count(name) == 1 else f"{name}-{number}"
+        settings = one["attention"]
+        check_number("attention.variants.epochs", settings["epochs"], minimum=0, whole=True, remedy="raise it")
+        module, data = attention_stage(one, source)
+        how = fit_settings(one, "attention", source.memory)
+        remake = partial(attention_stage, one)
+        found.append(Variant(own if len(given) > 1 else "", dict(settings), module, data, how, remake))
+    return tuple(found)
 
 
-def _named(given: list[Settings]) -> list[tuple[str, Settings]]:
-    """Each variant with a name of its own, after its transform and its keys; one alone needs none."""
-    if len(given) == 1:
-        return [("", given[0])]
-    plain = [f"{label(variant['attention']['transform'])}-{variant['attention']['keys']}" for variant in given]
-    names = [name if plain.count(name) == 1 else f"{name}-{number + 1}" for number, name in enumerate(plain)]
-    return list(zip(names, given, strict=True))
+def _given(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Given | None:
+    """The stage 1 that a checkpoint holds, or an untrained one where joint training starts from scratch."""
+    last = tried[-1]
+    if (path := config["attention_checkpoint"]) is not None:
+        attention = load_attention(path, source.memory)
+        for variant in tried:
+            if variant.module.attention.settings == attention.settings:
+                return Given(variant, attention, variant.fit.epochs, calibrated=False)
+        mine = last.module.attention.settings
+        raise InputError(f"attention_checkpoint={path} has settings {attention.settings}, but this run has {mine}")
+    if (path := config["reranker_checkpoint"]) is not None:
+        attention = load_attention(path, source.memory, kind="reranker")
+        return Given(last, attention, last.fit.epochs, calibrated=True)
+    if "attention" not in stages(config):
+        return Given(last, last.module.attention, 0, calibrated=True)
+    return None
 
 
-def _loaded(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Loaded | None:
-    """The stage 1 that `attention_checkpoint` names, else the one in `reranker_checkpoint`, where either is given."""
-    path, later = config["attention_checkpoint"], config["reranker_checkpoint"]
-    *others, last = tried
-    if path is None:
-        return later and Loaded(last, attention_within(later, source.memory), True, later)
-    for variant in others:
-        with suppress(InputError):
-            load_attention(variant.module.attention, path)
-            return Loaded(variant, variant.module.attention, False, path)
-    load_attention(last.module.attention, path)
-    return Loaded(last, last.module.attention, False, path)
-
-
-def _check_numbers(config: Settings, trained: list[str]) -> None:
-    for stage in trained:
+def _check_numbers(config: Settings, source: Source) -> None:
+    for stage in stages(config):
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None or name == "epochs":
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (every := config["save_every"]) is not None:
         check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
-    for limit in LIMITS:
+    for limit in ("work", "budget_s"):
         if (value := config["data"].get(limit)) is not None:
             check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
-
-
-def _check_log(settings: Settings, source: Source) -> None:
-    folds = settings["folds"]
-    if (settings["kind"] == "evidence" or folds is not None) and not isinstance(source, Recorded):
+    kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
+    if "reranker" not in config["stage"]["fit"]:
+        return
+    if (kind == "evidence" or folds is not None) and not isinstance(source, Recorded):
         raise InputError(
-            f"reranker.kind={settings['kind']} and reranker.folds={folds} need a log of queries, data=embeddings or "
-            "qdrant; choose reranker=residual"
+            f"reranker.kind={kind} and reranker.folds={folds} need a log of queries, data=embeddings or qdrant; choose "
+            "reranker=residual"
         )
     if folds is not None:
         check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")

@@ -4,140 +4,122 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 from nvf.data.queries import Recorded, Source, fingerprint
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import written_whole
-from nvf.files.records import is_whole, own_file, read_record, sealed, sha256
-from nvf.files.tensors import DAMAGE, fill, read_tensors
+from nvf.files.records import is_whole, read_record, sealed, sha256
+from nvf.files.tensors import DAMAGE
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.runs.settings import material
+from nvf.training.checkpoints import load_attention, save_weights
+from nvf.training.devices import on_one_device
 from nvf.training.threads import arithmetic
 
 log = logging.getLogger("nvf")
-LEFT_BY_A_FIT = ("checkpoints/attention", "attention")  # in a run's folder: the checkpoints and the curves
+LEFT_BY_A_FIT = ("checkpoints/attention/", "attention/")  # in a run's folder: the checkpoints and the curves
 WEIGHTS, FIT = "attention.safetensors", "fit.zip"  # TensorBoard takes a folder of curves for a run, but no archive
 
 
-class Kept(NamedTuple):
-    """A fitted stage 1 and what its run knew of it."""
-
-    attention: SoftAttention  # calibrated, frozen
-    about: dict[str, Any]
-
-
-class Entry:
-    """The place of one stage 1 in the cache, which no other process touches while it is open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, memory: VectorMemory, folder: Path) -> Kept | None:
-        """What is kept, its checkpoints and curves copied into a run's folder; None if nothing is, or it is damaged."""
-        if not self.path.exists():
-            return None
-        try:
-            about = read_record(self.path / "about.json")
-            for name in (WEIGHTS, FIT):
-                path = self.path / name
-                if not own_file(path) or not is_whole(about) or sha256(path) != about["sha256"][name]:
-                    raise ValueError(f"{name} is not what was kept")
-            with torch.device("meta"):  # where settings may claim any size: the weights say which it is
-                attention = SoftAttention(memory, **about["settings"])
-            fill(attention, read_tensors(self.path / WEIGHTS))
-            with ZipFile(self.path / FIT) as archive:
-                size = sum(part.file_size for part in archive.infolist())
-                if size > (self.path / FIT).stat().st_size or not all(map(_left_by_a_fit, archive.namelist())):
-                    raise ValueError(f"{FIT} holds more than a fit leaves")
-                for part in LEFT_BY_A_FIT:
-                    shutil.rmtree(folder / part, ignore_errors=True)  # what a fit that was stopped at once has left
-                archive.extractall(folder)
-        except (*DAMAGE, BadZipFile) as fault:
-            log.warning("%s is damaged (%s); stage 1 is fitted anew", self.path, one_line(fault))
-            return None
-        return Kept(attention.to(memory.rows.device).requires_grad_(False), about)
-
-    def write(self, kept: Kept, folder: Path) -> None:
-        """Keep a stage 1, with the checkpoints and the curves that its fit left in a run's folder."""
-        if not self.path.is_dir() or self.path.is_symlink():
-            self.path.unlink(missing_ok=True)  # whatever it is, it is no entry
-        with written_whole(self.path) as partial:
-            partial.mkdir()
-            weights = {name: tensor.cpu().contiguous() for name, tensor in kept.attention.state_dict().items()}
-            save_file(weights, partial / WEIGHTS)
-            with ZipFile(partial / FIT, "w") as archive:
-                for path in sorted(path for part in LEFT_BY_A_FIT for path in (folder / part).rglob("*")):
-                    if path.is_file() and path.name != "last.ckpt":
-                        archive.write(path, path.relative_to(folder))
-            hashed = {"sha256": {name: sha256(partial / name) for name in (WEIGHTS, FIT)}}
-            about = sealed({"settings": kept.attention.settings, **kept.about, **hashed})
-            (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _left_by_a_fit(name: str) -> bool:
-    return name.startswith(tuple(f"{part}/" for part in LEFT_BY_A_FIT)) and ".." not in name.split("/")
-
-
 @contextmanager
-def opened(root: Path | None, key: str) -> Iterator[Entry | None]:
-    """The entry with this key, locked until the block ends; None where `root`, the cache's folder, is None.
+def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
+    """The folder of the entry with this key, locked until the block ends; None where the cache is off.
 
-    Who needs the same one waits. The lock is the kernel's: it goes with the process that holds it, however that
-    ends.
+    Other processes that need the same entry wait. The kernel drops the lock when its process ends, however that ends.
 
     Raises:
         InputError: the cache cannot be written.
     """
-    if root is None:
+    if config["cache"] in (None, False, "off") or not on_one_device({"devices": "auto", **config["trainer"]}):
         yield None
         return
+    root = Path(str(config["cache"]))
     lock = FileLock(root / "locks" / key)
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("stage 1: another job is fitting it; waiting for that")
+            log.info("stage 1: waiting for another job that is fitting it")
             lock.acquire(poll_interval=0.2)
     except OSError as fault:
-        raise InputError(
-            f"cache={root} cannot be written ({one_line(fault)}); give another folder, or cache=off"
-        ) from None
+        why = f"cache={root} cannot be written ({one_line(fault)})"
+        raise InputError(f"{why}; give another folder, or cache=off") from None
     try:
-        yield Entry(root / key)
+        yield root / key
     finally:
         lock.release()
 
 
-def stage_key(source: Source, settings: Mapping[str, Any]) -> str:
+def read(entry: Path, memory: VectorMemory, folder: Path) -> tuple[SoftAttention, dict[str, Any]] | None:
+    """A kept stage 1 and what was noted about it; None if there is none, or it is damaged.
+
+    Its checkpoints and curves are copied into the folder of a run.
+    """
+    if not entry.exists():
+        return None
+    try:
+        about = read_record(entry / "about.json")
+        if not is_whole(about) or sha256(entry / FIT) != about["sha256"][FIT]:
+            raise ValueError("it is not what was kept")
+        attention = load_attention(entry / WEIGHTS, memory)
+        with ZipFile(entry / FIT) as archive:
+            if sum(part.file_size for part in archive.infolist()) > (entry / FIT).stat().st_size:
+                raise ValueError(f"{FIT} holds more than was kept")
+            for part in LEFT_BY_A_FIT:
+                shutil.rmtree(folder / part, ignore_errors=True)  # an interrupted fit may have left some
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(LEFT_BY_A_FIT)])
+    except (*DAMAGE, BadZipFile) as fault:
+        log.warning("%s is damaged (%s); stage 1 is fitted anew", entry, one_line(fault))
+        return None
+    return attention, about
+
+
+def write(entry: Path, attention: SoftAttention, about: Mapping[str, Any], folder: Path) -> None:
+    """Keep a calibrated stage 1, notes about it, and the checkpoints and curves that its fit left in a run's folder."""
+    if not entry.is_dir() or entry.is_symlink():
+        entry.unlink(missing_ok=True)
+    with written_whole(entry) as partial:
+        partial.mkdir()
+        save_weights(attention, partial / WEIGHTS, stage="attention")
+        with ZipFile(partial / FIT, "w") as archive:
+            for path in sorted(path for part in LEFT_BY_A_FIT for path in (folder / part).rglob("*")):
+                if path.is_file() and path.name != "last.ckpt":
+                    archive.write(path, path.relative_to(folder))
+        record = sealed({**about, "sha256": {FIT: sha256(partial / FIT)}})
+        (partial / "about.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def stage_key(config: Mapping[str, Any], source: Source, variants: Sequence[Mapping[str, Any]]) -> str:
     """The hash of everything that a fitted stage 1 depends on: 32 hexadecimal digits.
 
-    That is the memory's content, the queries (the user's own by content), our code, whatever else changes the bits, and
-    these settings.
+    Args:
+        config: of the run.
+        source: the memory and the queries, which count by content where they are the user's own.
+        variants: the settings of each stage 1 that is tried.
     """
-    own = [source.splits[split] for split in ("train", "val")] if isinstance(source, Recorded) else []
+    queries = {name: value for name, value in config["queries"].items() if name != "source"}
+    if not isinstance(source, Recorded):
+        queries = config["queries"]
+    settings = {name: config[name] for name in ("trainer", "optimizer", "callbacks")} | {"queries": queries}
     rests_on = {
-        **material(settings),
-        "memory": [source.memory.fingerprint, str(source.memory.rows.dtype)],
-        "recorded": [fingerprint(batch) for batch in own],
-        "code": code_hash(),
-        "arithmetic": arithmetic(),
+        **circumstances(source),
+        "settings": material({**settings, "variants": list(variants)}),
+        "dtype": str(source.memory.rows.dtype),
     }
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def circumstances(source: Source) -> dict[str, Any]:
-    """What the figures of a run rest on beside its settings, as JSON values."""
+    """What the figures of a run depend on beside its settings, as JSON values."""
     splits = source.splits if isinstance(source, Recorded) else {}
     return {
         "memory": source.memory.fingerprint,
@@ -148,7 +130,7 @@ def circumstances(source: Source) -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """Of every module of ours: a development tree's version number stays as it is when its code changes."""
+    """The hash of all our modules: in a development tree the version number stays as it is when the code changes."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

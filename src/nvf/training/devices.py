@@ -21,16 +21,17 @@ REFUSED = ("spawn", "fork", "notebook")  # strategies whose processes begin in t
 
 
 def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
-    """Start the other processes of a run whose trainer wants several; returns this one's rank.
+    """Start the other processes of a run whose trainer wants several; each runs the whole program up to here.
 
     Args:
         trainer: the arguments that the user gives the Trainer.
         threads: of each process; None deals the cores out.
 
-    Each runs the whole program and meets the others here; none outlives the first.
+    Returns:
+        This process's rank. When the first process ends, the others are ended too.
 
     Raises:
-        InputError: devices that are not there, or what cannot be done on several.
+        InputError: devices that do not exist, or a strategy that is not supported.
     """
     if on_one_device(trainer):
         return 0
@@ -45,9 +46,9 @@ def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     if fabric.world_size == 1:
         return 0
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning deals the cores out
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # without it, Lightning deals the cores out
     fabric.launch()
-    atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # a cluster looks after its own
+    atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # on a cluster there are none
     return fabric.global_rank
 
 
@@ -57,7 +58,7 @@ def on_one_device(trainer: Mapping[str, Any]) -> bool:
 
 
 def part_processes() -> None:
-    """Leave the group of processes once no common work is left."""
+    """Leave the group of processes after the last work that they share."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
@@ -66,7 +67,7 @@ def part_processes() -> None:
 def _end(children: list[subprocess.Popen]) -> None:
     """Give the other processes a few seconds to end, then kill them: they may wait for a step that never comes."""
     ending = [*children]
-    children.clear()  # Lightning watches them, and would kill this process for their end
+    children.clear()  # Lightning would kill this process when it sees one of them end
     for child in ending:
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=GRACE)
@@ -74,17 +75,11 @@ def _end(children: list[subprocess.Popen]) -> None:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, on every process; theirs may differ where it depends on a clock, for instance."""
-    if not distributed.is_initialized():
-        return value
+    """The first process's value, on every process: a value that depends on a clock differs between them."""
     values = [value]
-    distributed.broadcast_object_list(values)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
     return values[0]
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes for all of them."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def largest(device: torch.device, *values: int) -> tuple[int, ...]:

@@ -19,8 +19,6 @@ from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, ndcg, ndcg_of, 
 from nvf.ops.topk import first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
-RELAXATIONS = "[1, 0.1] anneals, null is exact"
-
 
 class AttentionModule(StageModule):
     """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or over an estimate of it from some.
@@ -28,10 +26,10 @@ class AttentionModule(StageModule):
     Args:
         attention: stage 1.
         k: the number of candidates, of which validation says whether a target is among them.
-        learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
-            only ever be pushed away, and be lost to the queries that want it.
-        sample: how many rows a step estimate the loss; all of them give it exactly if None.
-        hard: how many rows, the nearest to a query's target, are added to them.
+        learnable: which learned keys may move, (N,) bool; all if None. A row that answers no training query would only
+            be pushed away from all of them, and be lost to the queries that want it later.
+        sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
+        hard: how many rows, the nearest to a query's target, are added to the sample.
         settings: of `StageModule`.
     """
 
@@ -48,9 +46,9 @@ class AttentionModule(StageModule):
         super().__init__(attention, **settings)
         rows = len(attention.memory)
         if sample is not None:
-            check_number("attention.sample", sample, minimum=1, whole=True, remedy="8192 is a good start")
-            if sample > rows:
-                raise InputError(f"attention.sample={sample} exceeds the memory's {rows} rows; null takes them all")
+            check_number(
+                "attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all rows"
+            )
         check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
         if hard and sample is None:
             raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
@@ -103,7 +101,7 @@ class RerankerModule(StageModule):
 
     def __init__(self, pipeline: Pipeline, *, scalar_lr_ratio: float, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
-        _check_ratio(scalar_lr_ratio)
+        check_number("reranker.scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
         self.model.attention.requires_grad_(False)
         self.scalar_lr_ratio = scalar_lr_ratio
 
@@ -113,7 +111,7 @@ class RerankerModule(StageModule):
     def judge(self, batch: CandidateBatch) -> Judged:
         scores = self._scores(batch)
         gains = batch.labels.gather(-1, first_topk(scores, self.model.k))[:, :DEEPEST]
-        gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # of fewer candidates: no reranker moves the rest
+        gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # below the candidates no reranker moves anything
         ranks = candidate_ranks(scores, batch.labels)
         return Judged(reranker_loss(scores, batch.labels), ranks, batch.valid, ndcg(gains, batch.targets))
 
@@ -151,12 +149,12 @@ class JointModule(StageModule):
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
-        _check_ratio(scalar_lr_ratio)
+        check_number("joint.scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
         if relaxation is not None:
             if not isinstance(relaxation, list | tuple) or len(relaxation) != 2:
-                raise InputError(f"joint.relaxation={relaxation} is not two temperatures; {RELAXATIONS}")
+                raise InputError(f"joint.relaxation={relaxation} is not two temperatures; [1, 0.1] anneals")
             for temperature in relaxation:
-                check_number("joint.relaxation", temperature, above=0, remedy=RELAXATIONS)
+                check_number("joint.relaxation", temperature, above=0, remedy="[1, 0.1] anneals, null is exact")
         check_number("joint.attention_weight", attention_weight, minimum=0, remedy="0 leaves stage 1's loss out")
         self.scalar_lr_ratio, self.relaxation, self.attention_weight = scalar_lr_ratio, relaxation, attention_weight
         self.steps = 1  # of the whole training, known when it starts
@@ -189,10 +187,6 @@ class JointModule(StageModule):
 
     def parameter_groups(self) -> Groups:
         return [*super().parameter_groups(), *_reranker_groups(self.model, self.lr, self.scalar_lr_ratio)]
-
-
-def _check_ratio(ratio: float) -> None:
-    check_number("reranker.scalar_lr_ratio", ratio, above=0, remedy="100 is the default")
 
 
 def _reranker_groups(pipeline: Pipeline, lr: float, ratio: float) -> Groups:

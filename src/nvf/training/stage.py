@@ -33,15 +33,15 @@ class Judged(NamedTuple):
 
 
 class StageModule(L.LightningModule):
-    """The steps, metrics, optimizer and schedule that all stages share; a stage adds its loss and how it is judged.
+    """The steps, metrics, optimizer and schedule that all stages share; a stage adds `loss` and `judge`.
 
     Args:
-        model: what is fitted.
+        model: that is fitted.
         lr: the learning rate, or the peak of a onecycle schedule.
         schedule: onecycle or constant.
         seed: of dropout and of samples of the rows.
         warmup: the share of the steps in which a onecycle rate rises.
-        optimizer: makes the optimizer from groups of parameters, each with its learning rate.
+        optimizer: makes torch's optimizer from groups of parameters, each with its learning rate.
 
     Raises:
         InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
@@ -72,7 +72,7 @@ class StageModule(L.LightningModule):
         raise NotImplementedError
 
     def judge(self, batch: Any) -> Judged:
-        """How well a batch is answered whose scores can be held at once."""
+        """How well a batch is answered; all its scores are held at once."""
         raise NotImplementedError
 
     def parameter_groups(self) -> Groups:
@@ -85,12 +85,12 @@ class StageModule(L.LightningModule):
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
 
     def forward(self, queries: Tensor) -> Any:
-        """What the model makes of queries, (B, D)."""
+        """The model's output for queries, (B, D)."""
         return self.model(queries)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        # Only in the steps whose metrics Lightning hands to the loggers: logging costs more than a small step.
+        # Logging costs more than a small step, so it happens only where Lightning hands the metrics to the loggers.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/top1", self._share_answered(batch))
@@ -98,13 +98,7 @@ class StageModule(L.LightningModule):
             self.log("train/temperature", 1 / self.attention.beta.detach())
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "test")
-
-    def _measure(self, batch: Any, split: str) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, split: str = "val") -> None:
         """Log the loss and the figures of a split; Lightning averages them over its batches and devices."""
         found = self.judge(batch)
         self.log(f"{split}/loss", found.loss, batch_size=len(found.ranks), sync_dist=True)
@@ -113,6 +107,9 @@ class StageModule(L.LightningModule):
             metric: Any = self.figures[f"{split}/{name}"]
             metric.update(value.float())
             self.log(f"{split}/{name}", metric, prog_bar=name == "top1", batch_size=len(value))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx, split="test")
 
     @torch.no_grad()
     def _share_answered(self, batch: Any) -> Tensor:

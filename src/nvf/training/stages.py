@@ -33,20 +33,18 @@ VARIES = ("transform", "hidden", "keys", "epochs")
 def variants(config: Settings) -> list[Settings]:
     """The settings of every stage 1 that the configuration asks to try: one, unless `attention.variants` lists more."""
     attention = config["attention"]
-    given = attention["variants"]
+    given, model = attention["variants"], attention["model"]
     if given is None:
         return [config]
     if not isinstance(given, list) or not given or not all(isinstance(variant, dict) for variant in given):
         raise InputError(f"attention.variants={given} is no list of settings; attention=auto has one to start from")
+    found: list[Settings] = []
     for variant in given:
         if unknown := set(variant) - {*VARIES}:
             raise InputError(f"attention.variants names {', '.join(unknown)}; it may name {', '.join(VARIES)}")
-    model = attention["model"]
-    models = [{**model, **{name: variant[name] for name in variant if name in model}} for variant in given]
-    return [
-        {**config, "attention": {**attention, **variant, "model": model, "variants": None}}
-        for variant, model in zip(given, models, strict=True)
-    ]
+        own = {**model, **{name: variant[name] for name in variant if name in model}}
+        found.append({**config, "attention": {**attention, **variant, "model": own, "variants": None}})
+    return found
 
 
 def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
@@ -90,68 +88,8 @@ def joint_module(config: Settings, source: Source, pipeline: Pipeline) -> JointM
     )
 
 
-def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
-    """How a stage is fitted, with callbacks of its own."""
-    settings, trainer = config[stage], dict(config["trainer"])
-    most = trainer.pop("max_epochs", None)
-    callbacks = [
-        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
-    ]
-    if not trainer.get("enable_progress_bar", True):
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
-
-    def started(folder: Path, name: str, step: int) -> list[Logger]:
-        purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
-        return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
-
-    return FitSettings(
-        stage=stage,
-        epochs=settings["epochs"] and (most or settings["epochs"]),
-        patience=settings["patience"],
-        save_every=config["save_every"],
-        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
-        callbacks=tuple(callbacks),
-        loggers=started,
-        remedies=_memory_remedies(settings, stage, config["attention"]["keys"], memory),
-    )
-
-
-def _memory_remedies(settings: Settings, stage: str, keys: str, memory: VectorMemory) -> tuple[str, ...]:
-    """What to do where a stage's fit needs more memory than there is."""
-    batch = settings["batch_size"]
-    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
-    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
-        remedies.append("look at some rows a step, attention.sample=8192")
-    if keys == "learned":
-        taken = 16 * len(memory) * memory.dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
-        remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
-    return (*remedies, "keep the rows in half the room, data.dtype=float16")
-
-
-def log_of_queries(config: Settings, source: Source) -> Evidence | None:
-    """The evidence that the training queries give, where the reranker weighs any."""
-    if config["reranker"]["kind"] != "evidence":
-        return None
-    assert isinstance(source, Recorded)
-    return Evidence.gather(source.memory, *source.splits["train"])
-
-
-def seen_rows(source: Source) -> torch.Tensor | None:
-    """Which rows answer a training query, (N,) bool; None where every row can."""
-    if not isinstance(source, Recorded):
-        return None
-    seen = torch.zeros(len(source.memory) + 1, dtype=torch.bool)
-    seen[source.splits["train"].targets] = True  # -1, the padding, is the last
-    return seen[:-1].to(source.memory.rows.device)
-
-
-def label(transform: str | Mapping[str, Any]) -> str:
-    """A transform's name: that of its class, where it is a user's own."""
-    return transform if isinstance(transform, str) else str(transform["_target_"]).rpartition(".")[2]
-
-
 def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
+    """The batches of a stage; `candidates` are `VectorDataModule`'s arguments of that name and nature."""
     settings, queries = config[stage], config["queries"]
     batch_size = settings["batch_size"]
     if isinstance(source, Recorded) and isinstance(batch_size, int):
@@ -166,6 +104,54 @@ def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) 
         **{name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")},
         **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
     )
+
+
+def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
+    """How a stage is fitted, with callbacks of its own."""
+    settings, trainer = config[stage], dict(config["trainer"])
+    most = trainer.pop("max_epochs", None)
+    callbacks = [
+        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
+    ]
+    if not trainer.get("enable_progress_bar", True):
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
+
+    def started(folder: Path, name: str, step: int) -> list[Logger]:
+        """The loggers; TensorBoard then shows nothing that an interrupted process logged from this step on."""
+        purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
+        return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
+
+    batch = settings["batch_size"]
+    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
+    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
+        remedies.append("sample rows in each step, attention.sample=8192")
+    if config["attention"]["keys"] == "learned":
+        remedies.append("do without learned keys, attention.keys=frozen")
+    return FitSettings(
+        stage=stage,
+        epochs=settings["epochs"] and (most or settings["epochs"]),
+        patience=settings["patience"],
+        save_every=config["save_every"],
+        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
+        callbacks=tuple(callbacks),
+        loggers=started,
+        remedies=(*remedies, "keep the rows in half the memory, data.dtype=float16"),
+    )
+
+
+def seen_rows(source: Source) -> torch.Tensor | None:
+    """Which rows answer a training query, (N,) bool; None where every row can."""
+    if not isinstance(source, Recorded):
+        return None
+    seen = torch.zeros(len(source.memory) + 1, dtype=torch.bool)
+    seen[source.splits["train"].targets] = True  # -1, the padding, is the last
+    return seen[:-1].to(source.memory.rows.device)
+
+
+def label(transform: str | Mapping[str, Any]) -> str:
+    """A transform's name: that of its class, where it is a user's own."""
+    return transform if isinstance(transform, str) else str(transform["_target_"]).rpartition(".")[2]
 
 
 def make(node: Settings, name: str, **given: Any) -> Any:
@@ -190,7 +176,7 @@ def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
         made = instantiate({**node, "_partial_": not called}, _convert_="all")
     except InstantiationException as fault:
         cause: BaseException | None = fault
-        while cause is not None and not isinstance(cause, InputError):  # Hydra wraps what it meets
+        while cause is not None and not isinstance(cause, InputError):  # Hydra wraps the exceptions that it meets
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
@@ -201,12 +187,10 @@ def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
 
 
 def _check_arguments(function: partial[Any], name: str, given: Settings) -> None:
-    """Raise an InputError where a function has no such arguments; those that it lacks may follow."""
+    """Raise an InputError where a function takes no such arguments; it may still lack some."""
     try:
-        signature = inspect.signature(function.func)
-    except ValueError:  # some functions of C do not say
+        inspect.signature(function.func).bind_partial(**{**function.keywords, **given})
+    except ValueError:  # some functions written in C have no signature
         return
-    try:
-        signature.bind_partial(**{**function.keywords, **given})
     except TypeError as fault:
         raise InputError(f"{name}: {function.func.__qualname__}: {fault}; correct the settings under {name}") from None

@@ -18,10 +18,10 @@ TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_
 
 
 def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
-    """Set the number of CPU threads, None for all, and what torch may do faster but not twice alike.
+    """Set the number of CPU threads, None for all, and whether the same run must give the same bits.
 
-    On several threads a sum is the sum of as many parts, and rounds by their number; so `deterministic` takes one. On a
-    GPU it takes torch's deterministic algorithms, and where there is none warns of the operation.
+    `deterministic` takes one thread, because a sum over several threads rounds differently with their number, and
+    torch's deterministic algorithms; torch warns of GPU operations that have none.
 
     Raises:
         InputError: a bad number, or `deterministic` is neither true nor false.
@@ -32,30 +32,26 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
         raise InputError(f"deterministic={deterministic} is neither true nor false; false is the default")
     if deterministic:
         if threads not in (None, 1):
-            log.info("deterministic=true: on one thread, not on %d", threads)
+            log.info("deterministic=true uses one thread, not %d", threads)
         threads = 1
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS takes what is free
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed size
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Filling memory that is then written anyway takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(ALL if threads is None else threads)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
+    torch.set_num_threads(threads or ALL)
 
 
 def arithmetic() -> dict[str, Any]:
-    """Everything beside settings, data and our code that a result's last bits depend on, as JSON values.
+    """What a result's last bits depend on beside settings, data and our code, as JSON values.
 
     Libraries choose their routines by the processor and by their own environment variables.
     """
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    cuda = torch.cuda.is_available()
+    cpuinfo, gpus = Path("/proc/cpuinfo"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted({*names})],
-        "devices": [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())] if cuda else [],
+        "devices": [torch.cuda.get_device_name(device) for device in range(gpus)],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNED_BY)},
         "matmul precision": torch.get_float32_matmul_precision(),
         "versions": versions(),
