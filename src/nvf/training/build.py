@@ -14,7 +14,7 @@ from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
-from nvf.training.checkpoints import load_attention, load_reranker
+from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED, on_one_device
 from nvf.training.fit import FitSettings, check_trainer
 from nvf.training.modules import AttentionModule
@@ -141,12 +141,12 @@ def check_sharded(config: Settings) -> None:
     """Raise an InputError for what a memory that several devices share cannot do."""
     if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
         return
-    if stages(config) != ["attention"]:
-        raise InputError("trainer=sharded fits stage 1 alone; add stage=attention, then fit stage 2 on one device")
-    if any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
-        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
-    if (sample := config["attention"]["sample"]) is not None:
-        raise InputError(f"trainer=sharded takes all rows; leave out attention.sample={sample}")
+    learned = any(variant["attention"]["keys"] != "frozen" for variant in variants(config))
+    if stages(config) != ["attention"] or learned or config["attention"]["sample"] is not None:
+        raise InputError(
+            "trainer=sharded fits one stage 1 with frozen keys over all rows: set stage=attention, "
+            "attention.keys=frozen and attention.sample=null, and not attention=auto"
+        )
 
 
 def stages(config: Settings) -> list[str]:
@@ -178,14 +178,14 @@ def _given(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Give
     """The stage 1 that a checkpoint holds, or an untrained one where joint training starts from scratch."""
     last = tried[-1]
     if (path := config["attention_checkpoint"]) is not None:
-        attention = load_attention(path, source.memory)
+        attention, _ = load_attention(path, source.memory)
+        theirs, mine = {**attention.settings, "biased": False}, last.module.attention.settings
         for variant in tried:
-            if variant.module.attention.settings == attention.settings:
+            if variant.module.attention.settings == theirs:
                 return Given(variant, attention, variant.fit.epochs, calibrated=False)
-        mine = last.module.attention.settings
-        raise InputError(f"attention_checkpoint={path} has settings {attention.settings}, but this run has {mine}")
+        raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")
     if (path := config["reranker_checkpoint"]) is not None:
-        attention = load_attention(path, source.memory, kind="reranker")
+        attention, _ = load_attention(path, source.memory, kind="reranker")
         return Given(last, attention, last.fit.epochs, calibrated=True)
     if "attention" not in stages(config):
         return Given(last, last.module.attention, 0, calibrated=True)

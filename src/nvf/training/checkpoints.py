@@ -25,10 +25,10 @@ STAGES = ("attention", "reranker", "joint")
 OTHER = "fit the stages anew, or give this run the data and settings that it was fitted with"
 
 
-def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str) -> None:
-    """Write a model's weights, with its settings and the memory's hash as metadata, atomically."""
+def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str, notes: Any = None) -> None:
+    """Write a model's weights atomically, with its settings, the memory's hash and JSON notes as metadata."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    about = sealed({"stage": stage, **_description(model), "weights": hashed(weights)})
+    about = sealed({"stage": stage, **_description(model), "weights": hashed(weights), "notes": notes})
     with written_whole(path) as partial:
         save_file(weights, partial, {"nvf": json.dumps(about)})
 
@@ -42,8 +42,8 @@ def hashed(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "attention") -> SoftAttention:
-    """Load a frozen stage 1 that was fitted for the same memory.
+def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "attention") -> tuple[SoftAttention, Any]:
+    """Load a stage 1, frozen, that was fitted for the same memory, and the notes in its file.
 
     Args:
         path: of a safetensors file in a run's folder checkpoints/<stage>.
@@ -59,7 +59,7 @@ def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "atten
         with torch.device("meta"):  # so that settings which claim a huge size allocate nothing
             attention = SoftAttention(memory, **about["settings"])
         fill(attention, weights if kind == "attention" else _under("attention.", weights))
-    return attention.to(memory.rows.device).requires_grad_(False)
+    return attention.to(memory.rows.device).requires_grad_(False), about.get("notes")
 
 
 def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
@@ -74,7 +74,7 @@ def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
         fill(pipeline.reranker, _under("reranker.", weights))
     if pipeline.evidence is not None:
         log, kept = _under("evidence.", weights), pipeline.evidence.state_dict()
-        if log.keys() != kept.keys() or any(not _equal(log[name], own.cpu()) for name, own in kept.items()):
+        if log.keys() != kept.keys() or hashed(log) != hashed({name: own.cpu() for name, own in kept.items()}):
             raise InputError(f"reranker_checkpoint={path} was fitted with another log of queries; {OTHER}")
 
 
@@ -96,7 +96,7 @@ def _read(path: str | Path, kind: str, mine: Mapping[str, Any]) -> tuple[dict[st
         weights = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nvf"])
-        check_settings(about)
+        check_settings({what: value for what, value in about.items() if what != "notes"})
         if not is_whole(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
             raise ValueError("it is not what was saved")
     if (about["stage"] == "attention") != (kind == "attention"):
@@ -105,10 +105,6 @@ def _read(path: str | Path, kind: str, mine: Mapping[str, Any]) -> tuple[dict[st
         if about.get(what) != value:
             raise InputError(f"{name} has {what} {about.get(what)}, but this run has {value}; {OTHER}")
     return about, weights
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @contextmanager

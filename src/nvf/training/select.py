@@ -21,7 +21,7 @@ from nvf.ops.ranks import criterion
 from nvf.training import cache
 from nvf.training.build import Built, Variant, stages
 from nvf.training.callbacks import LAST
-from nvf.training.checkpoints import WEIGHTS
+from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
 from nvf.training.stages import joint_module, label
@@ -62,19 +62,20 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
     settings = [{**variant.settings, "epochs": variant.fit.epochs} for variant in variants]
     with cache.opened(config, cache.stage_key(config, built.source, settings)) as entry:
         begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that is resumed fits stage 1 itself
-        kept = cache.read(entry, built.source.memory, folder) if entry is not None and not begun else None
-        if kept is not None:
+        kept = cache.read(entry, built.source.memory) if entry is not None and not begun else None
+        if entry is not None and kept is not None:
             attention, notes = kept
-            number, tried = notes["variant"], notes["tried"]
-            log.info("stage 1: as %s fitted it", notes["fitted_by"]["folder"])
-            how = {name: notes[name] for name in ("gradients", "fitted_by")}
-            return Chosen(attention, variants[number], tried[number], tried, **how, folds=folds, cut=cut)
+            number, tried, by = notes["variant"], notes["tried"], notes["fitted_by"]
+            log.info("stage 1: as %s fitted it", by["folder"])
+            (folder / "checkpoints" / "attention").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(entry, folder / "checkpoints" / "attention" / WEIGHTS)
+            return Chosen(attention, variants[number], tried[number], tried, notes["gradients"], by, folds, cut)
         started = time.perf_counter()
         chosen = _fit_variants(variants, built, folder)
         if entry is not None and isinstance(chosen.variant.settings["transform"], str):
             notes = {"variant": variants.index(chosen.variant), "tried": chosen.tried, "gradients": chosen.gradients}
             notes["fitted_by"] = {"folder": str(folder), "seconds": time.perf_counter() - started}
-            cache.write(entry, chosen.attention, notes, folder)
+            save_weights(chosen.attention, entry, stage="attention", notes=notes)
     return chosen._replace(folds=folds, cut=cut)
 
 

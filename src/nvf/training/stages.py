@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, 
         make(settings["model"], "attention.model", memory=source.memory),
         k=config["k"],
         learnable=seen_rows(source) if settings["keys"] == "learned" else None,
-        optimizer=instantiated(config["optimizer"], "optimizer"),
+        optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: settings[name] for name in ("lr", "schedule", "warmup", "sample", "hard", "seed")},
     )
     return module, batches_of(config, "attention", source)
@@ -71,7 +70,7 @@ def reranker_stage(
     reranker = make(settings["model"], "reranker.model", **size)
     module = RerankerModule(
         Pipeline(attention, reranker, k=config["k"], evidence=evidence),
-        optimizer=instantiated(config["optimizer"], "optimizer"),
+        optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: settings[name] for name in ("lr", "schedule", "scalar_lr_ratio", "seed")},
     )
     return module, batches_of(config, "reranker", source, attention=attention, evidence=evidence)
@@ -83,7 +82,7 @@ def joint_module(config: Settings, source: Source, pipeline: Pipeline) -> JointM
     return JointModule(
         pipeline,
         learnable=seen_rows(source),
-        optimizer=instantiated(config["optimizer"], "optimizer"),
+        optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: config["joint"][name] for name in given},
     )
 
@@ -110,12 +109,10 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
-    callbacks = [
-        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
-    ]
+    callbacks = [make(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
     if not trainer.get("enable_progress_bar", True):
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
+    loggers = [make(node, f"logger.{name}", called=False) for name, node in config["logger"].items() if node]
 
     def started(folder: Path, name: str, step: int) -> list[Logger]:
         """The loggers; TensorBoard then shows nothing that an interrupted process logged from this step on."""
@@ -133,7 +130,7 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         epochs=settings["epochs"] and (most or settings["epochs"]),
         patience=settings["patience"],
         save_every=config["save_every"],
-        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
+        trainer=make({"_target_": "lightning.Trainer", **trainer}, "trainer", called=False),
         callbacks=tuple(callbacks),
         loggers=started,
         remedies=(*remedies, "keep the rows in half the memory, data.dtype=float16"),
@@ -154,43 +151,26 @@ def label(transform: str | Mapping[str, Any]) -> str:
     return transform if isinstance(transform, str) else str(transform["_target_"]).rpartition(".")[2]
 
 
-def make(node: Settings, name: str, **given: Any) -> Any:
+def make(node: Settings, name: str, *, called: bool = True, **given: Any) -> Any:
     """Build what a part of the settings names by `_target_`.
 
     Args:
         node: `_target_` and arguments.
         name: of this part, for errors.
+        called: or else return a `functools.partial` that makes it.
         given: further arguments.
 
     Raises:
         InputError: there is no such class or function, or it takes other arguments.
     """
-    function = instantiated(node, name)
-    _check_arguments(function, name, given)
-    return function(**given)
-
-
-def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
-    """The class or function that a part of the settings names, with its arguments; if `called`, what it makes."""
     try:
-        made = instantiate({**node, "_partial_": not called}, _convert_="all")
-    except InstantiationException as fault:
+        function = instantiate({**node, "_partial_": True}, _convert_="all")
+        inspect.signature(function.func).bind_partial(**{**function.keywords, **given})
+        return function(**given) if called else function
+    except (InstantiationException, TypeError) as fault:
         cause: BaseException | None = fault
         while cause is not None and not isinstance(cause, InputError):  # Hydra wraps the exceptions that it meets
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
         raise InputError(f"{name}: {one_line(fault)}; correct {name}._target_ or its arguments") from None
-    if not called:
-        _check_arguments(made, name, {})
-    return made
-
-
-def _check_arguments(function: partial[Any], name: str, given: Settings) -> None:
-    """Raise an InputError where a function takes no such arguments; it may still lack some."""
-    try:
-        inspect.signature(function.func).bind_partial(**{**function.keywords, **given})
-    except ValueError:  # some functions written in C have no signature
-        return
-    except TypeError as fault:
-        raise InputError(f"{name}: {function.func.__qualname__}: {fault}; correct the settings under {name}") from None
