@@ -30,19 +30,16 @@ class LogGradients(Callback):
         self.steps: list[dict[str, Tensor | float]] = []  # the norms in each
         self._queries: Tensor | None = None  # of a step that is logged
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *_: Any) -> None:
         logged = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         self._queries = batch.queries.requires_grad_() if logged else None
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if self._queries is None:
-            return
-        parameters = [(name, parameter.grad) for name, parameter in module.named_parameters()]
-        measured = norms([("query", self._queries.grad), *parameters])
-        self.steps.append({**measured})
-        module.log_dict({f"gradients/{part}": norm for part, norm in measured.items()})
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self._queries is not None:
+            parameters = [(name, parameter.grad) for name, parameter in module.named_parameters()]
+            measured = norms([("query", self._queries.grad), *parameters])
+            self.steps.append({**measured})
+            module.log_dict({f"gradients/{part}": norm for part, norm in measured.items()})
 
     def state_dict(self) -> dict[str, Any]:
         self.steps = [{part: float(norm) for part, norm in step.items()} for step in self.steps]
@@ -82,9 +79,7 @@ class StopOnNaN(Callback):
         self.stage = stage  # whose settings the remedy names
         self._first: Tensor | None = None  # step with such a loss, -1 for none, on the device
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"]
         first = loss.new_full((), -1, dtype=torch.int64) if self._first is None else self._first
         self._first = torch.where((first < 0) & ~loss.isfinite(), trainer.global_step - 1, first)
@@ -120,11 +115,11 @@ class SaveLast(Checkpoint):
 
     It saves between two steps, some 20 seconds or `every` steps after the last time, and at the end of an epoch, after
     its validation. Where a signal asks the run to stop, it saves after the step and stops; in a validation it stops at
-    once, and the stage stays as it was saved last.
+    once, and the stage stays as it was saved last. After `epochs` epochs, if they are given, the fit ends early.
     """
 
-    def __init__(self, folder: Path, *, every: int | None) -> None:
-        self.path, self.every = folder / LAST, every
+    def __init__(self, folder: Path, *, every: int | None, epochs: int | None = None) -> None:
+        self.path, self.every, self.epochs = folder / LAST, every, epochs
         self.signals = Deferred()
         self.start_score: float | None = None  # what the untrained start validates to, if it competes
         self._stopped = False  # early: no epoch follows
@@ -185,8 +180,10 @@ class SaveLast(Checkpoint):
             self.signals.answer(self.signals.asked)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        enough_epochs = trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
-        self._stopped = trainer.should_stop and enough_epochs and trainer.global_step >= (trainer.min_steps or 0)
+        done = trainer.current_epoch + 1
+        trainer.should_stop |= done == self.epochs
+        enough = done >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+        self._stopped = trainer.should_stop and enough
         (asked,) = largest(trainer.strategy.root_device, self.signals.asked)
         self._save(trainer, asked)
 

@@ -67,27 +67,20 @@ def fit(
 ) -> Fitted:
     """Fit a module and leave the weights that validate best in it, by the Top-1 or nDCG@10 of `criterion`, frozen.
 
-    A fit that left a last.ckpt in the folder resumes from it, and ends on the same weights.
-
-    Args:
-        module: whose weights are fitted.
-        data: its batches.
-        settings: how it is fitted; 0 epochs keep the untrained start.
-        folder: of the run.
-        name: of the folders for checkpoints and curves in it.
-        start_competes: whether the untrained start, a search that works, is validated too and kept unless training
-            equals or beats it.
+    Where the untrained start is a search that works (`start_competes`), it is validated too and kept unless training
+    equals or beats it; the weights are then of 0 epochs. A fit that left a last.ckpt in the folder resumes from it, and
+    ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`.
     """
     checkpoints, monitor = folder / "checkpoints" / name, f"val/{data.criterion}"
     start = {part: tensor.clone() for part, tensor in module.state_dict().items()}
     resumed = saved_step(checkpoints / LAST)
     gradients, best = LogGradients(), KeepBest(checkpoints, monitor)
     last = SaveLast(checkpoints, every=settings.save_every)
-    callbacks: list[Callback] = [StopOnNaN(settings.stage), gradients, best, last]
+    callbacks: list[Callback] = [StopOnNaN(settings.stage), gradients, best]
     if settings.patience is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
     loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
-    trainer = _trainer(settings, checkpoints, callbacks, loggers)
+    trainer = _trainer(settings, data, last, callbacks, loggers)
     fitted: StageModule = module
     batches: L.LightningDataModule = data
     if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -101,7 +94,7 @@ def fit(
         if start_competes or settings.epochs == 0:
             last.start_score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
     if settings.epochs:
-        _train(settings, trainer, fitted, batches, data, last, resumed)
+        _train(settings, trainer, fitted, batches, last, resumed)
     score: Any = best.best_model_score
     unseen = score is None
     if settings.epochs and unseen:  # training ended before its first validation, as trainer.max_steps may have it
@@ -131,39 +124,16 @@ def fit_blindly(
 
     It resumes from a last.ckpt as `fit` does.
     """
-    checkpoints = folder / "checkpoints" / name
-    last = SaveLast(checkpoints, every=settings.save_every)
-    callbacks = [StopOnNaN(settings.stage), _StopAfter(epochs), last]
-    trainer = _trainer(settings, checkpoints, callbacks, [], limit_val_batches=0)
-    _train(settings, trainer, module, data, data, last, saved_step(checkpoints / LAST))
+    last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
+    trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], [], limit_val_batches=0)
+    _train(settings, trainer, module, data, last, saved_step(last.path))
     module.requires_grad_(False)
 
 
-class _StopAfter(Callback):
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
 def _train(
-    settings: FitSettings,
-    trainer: L.Trainer,
-    module: StageModule,
-    batches: L.LightningDataModule,
-    data: VectorDataModule,
-    last: SaveLast,
-    resumed: int | None,
+    settings: FitSettings, trainer: L.Trainer, module: StageModule, batches: Any, last: SaveLast, resumed: int | None
 ) -> None:
     """Train to the end, from the start or from the step at which last.ckpt was saved."""
-
-    def steps_done() -> int:
-        """Batches of this epoch that were trained on before the fit was stopped."""
-        together = trainer.accumulate_grad_batches
-        return trainer.global_step % -(-int(trainer.num_training_batches) // together) * together
-
-    data.steps_done = steps_done
     if resumed is not None:
         log.info("going on from step %d of %s", resumed, last.path.parent.name)
     last.signals.await_lightning()
@@ -191,14 +161,19 @@ def saved_step(path: Path) -> int | None:
 
 
 def _trainer(
-    settings: FitSettings, checkpoints: Path, callbacks: list[Callback], loggers: Sequence[Logger], **ours: Any
+    settings: FitSettings,
+    data: VectorDataModule,
+    last: SaveLast,
+    callbacks: list[Callback],
+    loggers: Sequence[Logger],
+    **ours: Any,
 ) -> L.Trainer:
-    """The user's Trainer with what a run needs added to it."""
+    """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
     given = settings.trainer.keywords
-    callbacks = [*callbacks, *settings.callbacks, *_listed(given.get("callbacks"))]
+    callbacks = [*callbacks, last, *settings.callbacks, *_listed(given.get("callbacks"))]
     if given.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in callbacks):
         callbacks.append(TQDMProgressBar(refresh_rate=50))
-    theirs = given.get("logger")
+    theirs, checkpoints = given.get("logger"), last.path.parent
     if theirs is False:
         loggers = []
     elif loggers and theirs is not True:
@@ -223,9 +198,17 @@ def _trainer(
         "num_sanity_val_steps": given.get("num_sanity_val_steps", 0),
     }
     try:
-        return settings.trainer(**ours)
+        trainer = settings.trainer(**ours)
     except (MisconfigurationException, TypeError, ValueError) as fault:
         raise refusal(fault) from None
+
+    def steps_done() -> int:
+        """Batches of this epoch that were trained on before the fit was stopped."""
+        together = trainer.accumulate_grad_batches
+        return trainer.global_step % -(-int(trainer.num_training_batches) // together) * together
+
+    data.steps_done = steps_done
+    return trainer
 
 
 def _listed(given: Any) -> list[Any]:

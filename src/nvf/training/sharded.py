@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils.data import DataLoader
 
 from nvf.data.datamodule import VectorDataModule
@@ -29,11 +28,7 @@ from nvf.training.stage import Judged
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
-    """The memory's rows that this rank holds: ceil(N / ranks) each, in order; the last rank holds the rest.
-
-    Raises:
-        InputError: that would leave a rank without rows.
-    """
+    """The memory's rows that this rank holds: ceil(N / ranks) each, in order; an InputError if a rank has none."""
     ranks = mesh.size()
     share = -(-total // ranks)
     if share * (ranks - 1) >= total:
@@ -43,19 +38,12 @@ def own_rows(total: int, mesh: DeviceMesh) -> slice:
 
 
 class ShardedMemory(VectorMemory):
-    """A memory of which each rank holds the rows of `own_rows`: `rows` is a DTensor, (N, D), Shard(0).
-
-    Args:
-        memory: all rows, in the host's RAM.
-        mesh: the ranks, in one dimension.
-    """
+    """A memory of which each rank of a mesh holds the rows of `own_rows`: `rows` is a DTensor, (N, D), Shard(0)."""
 
     rows: DTensor
 
     def __init__(self, memory: VectorMemory, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.ids, self.fingerprint = None, memory.fingerprint
-        self.row_of_vector = self.vector_of_row = None
         own = memory.rows[own_rows(len(memory), mesh)]
         rows = DTensor.from_local(own, mesh, [Shard(0)], shape=memory.rows.shape, stride=(memory.dim, 1))
         self.register_buffer("rows", rows, persistent=False)
@@ -98,12 +86,7 @@ class ShardedAttention(SoftAttention):
 
 
 def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
-    """`attention_loss` of logits (B, N), Shard(1); the backward pass belongs into `loss_parallel()`."""
-    if targets.shape[1] == 1:
-        with loss_parallel():
-            loss = F.cross_entropy(logits, targets[:, 0])
-        assert isinstance(loss, DTensor)
-        return loss.to_local()
+    """`attention_loss` of logits (B, N), Shard(1)."""
     mesh = logits.device_mesh
     right = _gathered(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
     totals = _gathered(logits.to_local().logsumexp(dim=-1).unsqueeze(0), mesh, Shard(0))  # (ranks, B)
@@ -154,10 +137,6 @@ class ShardedAttentionModule(AttentionModule):
         first = self.model.best_rows(batch.queries, min(DEEPEST, len(self.model.memory)))
         gains = ndcg(are_targets(first, batch.targets), batch.targets)
         return Judged(sharded_loss(logits, batch.targets), ranks, ranks <= self.k, gains)
-
-    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
-        with loss_parallel():
-            super().backward(loss, *args, **kwargs)
 
 
 class SameBatches(L.LightningDataModule):
