@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import Noisy
@@ -31,13 +31,17 @@ class Steps(Callback):
         self.count += 1
 
 
+def tensorboard(folder: Path, name: str, step: int) -> list[Logger]:
+    return [TensorBoardLogger(folder, name=name, version="", purge_step=step)]
+
+
 def fitted(folder: Path, trainer: dict[str, Any], **module: Any) -> tuple[Fitted, AttentionModule]:
     """Two epochs of four steps."""
     memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
     torch.manual_seed(0)
     fit_it = AttentionModule(SoftAttention(memory, transform="linear"), lr=0.01, schedule="onecycle", **module)
     data = VectorDataModule(Noisy(memory, sigma=0.2), seed=0, batch_size=16, steps_per_epoch=4, val_samples=100)
-    settings = FitSettings("attention", 2, trainer=partial(L.Trainer, **{**QUIET, **trainer}))
+    settings = FitSettings("attention", 2, trainer=partial(L.Trainer, **{**QUIET, **trainer}), loggers=tensorboard)
     return fit(fit_it, data, settings, folder=folder, name="attention", start_competes=True), fit_it
 
 
@@ -78,9 +82,7 @@ def test_an_optimizer_of_the_users_own_fits_something_else(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "refused",
     [
-        {"barebones": True},
-        {"max_time": "00:00:01:00"},
-        {"overfit_batches": 2},
+        {"precision": "64-true"},
         {"enable_checkpointing": False},
         {"use_distributed_sampler": True},
         {"inference_mode": True},

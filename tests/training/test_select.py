@@ -16,7 +16,7 @@ from nvf.files.records import write_record
 from nvf.models.memory import VectorMemory, unit
 from nvf.training import select as selection
 from nvf.training.build import Built, build
-from nvf.training.limits import SHARE, Plan, plan
+from nvf.training.limits import SHARE, plan
 from nvf.training.select import cross_fit, fit_attention
 
 Run = Callable[..., dict[str, Any]]
@@ -119,9 +119,8 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def planned_of(built: Built, folder: Path) -> Plan:
-    assert built.reranker is not None
-    return plan(built.variants, built.reranker.folds, built.limits, folder)
+def planned_of(built: Built, folder: Path) -> Any:
+    return plan(built.variants, built.config["reranker"]["folds"], built.config["data"], folder)
 
 
 @pytest.mark.parametrize(("limit", "price"), [("work", 50 * 320 * 8), ("budget_s", 10.0)])
@@ -206,7 +205,7 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
         return chosen.variant.remake(partial)
 
     variant = chosen.variant._replace(remake=watched)
-    folds = cross_fit(built, chosen._replace(epochs=2, folds=3, variant=variant), tmp_path)
+    folds = cross_fit(built, chosen._replace(about={**chosen.about, "epochs": 2}, folds=3, variant=variant), tmp_path)
     train = built.source.splits["train"]
     assert sorted(torch.cat([fold.unseen for fold in folds]).tolist()) == list(range(len(train.queries)))
     for fold, fitted_on in zip(folds, given, strict=True):
