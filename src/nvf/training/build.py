@@ -1,14 +1,10 @@
 """From settings to objects, once: what is wrong with a setting is refused here, before any work."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
-from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
@@ -16,15 +12,12 @@ from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED, on_one_device
-from nvf.training.fit import FitSettings, check_trainer
-from nvf.training.modules import AttentionModule
-from nvf.training.stage import StageModule
+from nvf.training.fit import check_trainer
 from nvf.training.stages import (
     Settings,
+    Stage,
     attention_stage,
-    batches_of,
-    fit_settings,
-    joint_module,
+    joint_stage,
     label,
     make,
     reranker_stage,
@@ -35,34 +28,6 @@ from nvf.training.stages import (
 log = logging.getLogger("nvf")
 
 
-class Variant(NamedTuple):
-    """A stage 1 that a run tries: its untrained module, its batches, and how it is fitted."""
-
-    name: str  # of its folder; empty where it is the only one
-    settings: dict[str, Any]  # as they were given, JSON values
-    module: AttentionModule
-    data: VectorDataModule
-    fit: FitSettings
-    remake: Callable[[Source], tuple[AttentionModule, VectorDataModule]]  # untrained again, over other queries
-
-
-class Stage(NamedTuple):
-    """Stage 2 or both stages: an untrained module, its batches, and how it is fitted."""
-
-    module: StageModule
-    data: VectorDataModule
-    fit: FitSettings
-
-
-class Given(NamedTuple):
-    """A stage 1 that is not fitted first: a checkpoint's, or an untrained one for joint training from scratch."""
-
-    variant: Variant
-    attention: SoftAttention
-    epochs: int  # of training
-    calibrated: bool  # or left as it is
-
-
 @dataclass(frozen=True)
 class Built:
     """Everything that a run works with."""
@@ -71,8 +36,8 @@ class Built:
     source: Source
     seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
     exact: SoftAttention  # exact search
-    variants: tuple[Variant, ...]
-    given: Given | None  # in place of a fitted stage 1
+    variants: tuple[Stage, ...]  # the stages 1 to try
+    given: Stage | None  # not to be fitted: a checkpoint's, or untrained where joint training starts from scratch
     reranker: Stage | None  # behind exact search, whose place the fitted stage 1 takes
     joint: Stage | None  # as it is before the stages are fitted
 
@@ -108,15 +73,12 @@ def build(config: Settings, source: Source | None = None) -> Built:
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
             evidence = Evidence.gather(source.memory, *source.splits["train"])
-        module, data = reranker_stage(config, source, exact, evidence=evidence)
+        reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
-            load_reranker(module.model, config["reranker_checkpoint"])
-        reranker = Stage(module, data, fit_settings(config, "reranker", source.memory))
+            load_reranker(reranker.module.model, config["reranker_checkpoint"])
     if "joint" in config["stage"]["fit"]:
         assert reranker is not None
-        together = joint_module(config, source, reranker.module.model)
-        data = batches_of(config, "joint", source, evidence=reranker.module.model.evidence)
-        joint = Stage(together, data, fit_settings(config, "joint", source.memory))
+        joint = joint_stage(config, source, reranker.module.model)
     return Built(config, source, seen_rows(source), exact, tried, given, reranker, joint)
 
 
@@ -158,38 +120,33 @@ def stages(config: Settings) -> list[str]:
     return fits if warm else fits[-1:]
 
 
-def _variants(config: Settings, source: Source) -> tuple[Variant, ...]:
+def _variants(config: Settings, source: Source) -> tuple[Stage, ...]:
     """The stages 1 that are tried, each with a name of its own after its transform and keys; one alone needs none."""
     given = variants(config)
     plain = [f"{label(one['attention']['transform'])}-{one['attention']['keys']}" for one in given]
     found = []
     for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
         own = name if plain.count(name) == 1 else f"{name}-{number}"
-        settings = one["attention"]
-        check_number("attention.variants.epochs", settings["epochs"], minimum=0, whole=True, remedy="raise it")
-        module, data = attention_stage(one, source)
-        how = fit_settings(one, "attention", source.memory)
-        remake = partial(attention_stage, one)
-        found.append(Variant(own if len(given) > 1 else "", dict(settings), module, data, how, remake))
+        epochs = one["attention"]["epochs"]
+        check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
+        found.append(attention_stage(one, source)._replace(name=own if len(given) > 1 else ""))
     return tuple(found)
 
 
-def _given(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Given | None:
-    """The stage 1 that a checkpoint holds, or an untrained one where joint training starts from scratch."""
+def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage | None:
     last = tried[-1]
     if (path := config["attention_checkpoint"]) is not None:
         attention, _ = load_attention(path, source.memory)
         theirs, mine = {**attention.settings, "biased": False}, last.module.attention.settings
-        for variant in tried:
-            if variant.module.attention.settings == theirs:
-                return Given(variant, attention, variant.fit.epochs, calibrated=False)
-        raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")
+        same = [stage for stage in tried if stage.module.attention.settings == theirs]
+        if not same:
+            raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")
+        same[0].module.model = attention
+        return same[0]
     if (path := config["reranker_checkpoint"]) is not None:
-        attention, _ = load_attention(path, source.memory, kind="reranker")
-        return Given(last, attention, last.fit.epochs, calibrated=True)
-    if "attention" not in stages(config):
-        return Given(last, last.module.attention, 0, calibrated=True)
-    return None
+        last.module.model = load_attention(path, source.memory, kind="reranker")[0]
+        return last
+    return None if "attention" in stages(config) else last._replace(fit=replace(last.fit, epochs=0))
 
 
 def _check_numbers(config: Settings, source: Source) -> None:

@@ -3,23 +3,28 @@
 import hashlib
 import json
 import logging
+import os
+import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
+from filelock import FileLock
 
 from nvf.data.queries import Recorded, Source, fingerprint
 from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.runs.settings import material
+from nvf.runs.versions import versions
 from nvf.training.checkpoints import load_attention
 from nvf.training.devices import on_one_device
-from nvf.training.threads import arithmetic
 
 log = logging.getLogger("nvf")
+TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")  # environment variables
 ON_WHICH = ("trainer", "optimizer", "callbacks")  # groups of settings that a fitted stage 1 depends on
 
 
@@ -39,11 +44,7 @@ def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
     lock = FileLock(root / "locks" / key)
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("stage 1: waiting for another job that is fitting it")
-            lock.acquire(poll_interval=0.2)
+        lock.acquire(poll_interval=0.2)
     except OSError as fault:
         why = f"cache={root} cannot be written ({one_line(fault)})"
         raise InputError(f"{why}; give another folder, or cache=off") from None
@@ -84,13 +85,24 @@ def stage_key(config: Mapping[str, Any], source: Source, variants: Sequence[Mapp
 
 
 def circumstances(source: Source) -> dict[str, Any]:
-    """What the figures of a run depend on beside its settings, as JSON values."""
+    """What the last bits of a run's figures depend on beside its settings, as JSON values.
+
+    Libraries choose their routines by the processor and by their own environment variables.
+    """
     splits = source.splits if isinstance(source, Recorded) else {}
+    cpuinfo, gpus = Path("/proc/cpuinfo"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
         "memory": source.memory.fingerprint,
         "queries": {split: fingerprint(batch) for split, batch in splits.items()},
         "code": code_hash(),
-        **arithmetic(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted({*names})],
+        "devices": [torch.cuda.get_device_name(device) for device in range(gpus)],
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNED_BY)},
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "versions": versions(),
     }
 
 

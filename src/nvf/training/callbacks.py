@@ -85,9 +85,7 @@ class StopOnNaN(Callback):
         self._first = torch.where((first < 0) & ~loss.isfinite(), trainer.global_step - 1, first)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._first is None:
-            return
-        (step,) = largest(trainer.strategy.root_device, int(self._first))
+        (step,) = largest(trainer.strategy.root_device, -1 if self._first is None else int(self._first))
         if step >= 0:
             raise InputError(
                 f"{self.stage}: the loss is nan or infinite in step {step}; lower {self.stage}.lr={module.lr}, or set "
@@ -96,12 +94,7 @@ class StopOnNaN(Callback):
 
 
 class KeepBest(ModelCheckpoint):
-    """Keeps the checkpoint with the highest `monitor` as best.ckpt, also after the run's folder was moved."""
-
-    def __init__(self, folder: Path, monitor: str) -> None:
-        name = Path(BEST).stem
-        how: dict[str, Any] = {"mode": "max", "save_on_train_epoch_end": False, "enable_version_counter": False}
-        super().__init__(folder, name, monitor, **how)
+    """A `ModelCheckpoint` that keeps its best checkpoint when a fit resumes after the run's folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = self.format_checkpoint_name({})
@@ -114,8 +107,8 @@ class SaveLast(Checkpoint):
     """Saves in last.ckpt everything from which a fit resumes on the same bits, whatever stopped it.
 
     It saves between two steps, some 20 seconds or `every` steps after the last time, and at the end of an epoch, after
-    its validation. Where a signal asks the run to stop, it saves after the step and stops; in a validation it stops at
-    once, and the stage stays as it was saved last. After `epochs` epochs, if they are given, the fit ends early.
+    its validation. When a signal asks the run to stop, it saves after the step and stops; in a validation it stops at
+    once, without saving. If `epochs` is given, the fit ends early, after so many.
     """
 
     def __init__(self, folder: Path, *, every: int | None, epochs: int | None = None) -> None:

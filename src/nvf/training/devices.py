@@ -1,6 +1,7 @@
-"""The processes of a run on several devices: how they start, agree and part."""
+"""The threads and processes of a run: how many threads torch uses, and how processes start, agree and part."""
 
 import atexit
+import logging
 import os
 import subprocess
 from collections.abc import Mapping
@@ -12,12 +13,37 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
-from nvf.errors import InputError
+from nvf.errors import InputError, check_number
 
+log = logging.getLogger("nvf")
 T = TypeVar("T")
+ALL_THREADS = torch.get_num_threads()  # the process's own number, before a run sets another
 SHARDED = "sharded"  # trainer.strategy for a memory that the devices share
 GRACE = 3  # seconds that the other processes have to end once the first one does
 REFUSED = ("spawn", "fork", "notebook")  # strategies whose processes begin in the middle of a run
+
+
+def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
+    """Set the number of CPU threads, None for all, and whether the same run must give the same bits.
+
+    `deterministic` takes one thread, because a sum over several threads rounds differently with their number, and
+    torch's deterministic algorithms; torch warns of GPU operations that have none.
+
+    Raises:
+        InputError: a bad number, or `deterministic` is neither true nor false.
+    """
+    if threads is not None:
+        check_number("threads", threads, minimum=1, whole=True, remedy="null uses all cores")
+    if not isinstance(deterministic, bool):
+        raise InputError(f"deterministic={deterministic} is neither true nor false; false is the default")
+    if deterministic:
+        if threads not in (None, 1):
+            log.info("deterministic=true uses one thread, not %d", threads)
+        threads = 1
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed size
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
+    torch.set_num_threads(threads or ALL_THREADS)
 
 
 def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,54 +27,41 @@ from nvf.training.stage import StageModule
 log = logging.getLogger("nvf")
 REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning's Slurm plugin saves; last.ckpt holds the same
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
+KEPT: dict[str, Any] = {"mode": "max", "save_on_train_epoch_end": False, "enable_version_counter": False}
 OURS = {"enable_checkpointing": True, "use_distributed_sampler": False, "inference_mode": False}  # of the Trainer
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a stage is fitted.
+    """How a stage is fitted."""
 
-    Args:
-        stage: whose settings an error names.
-        epochs: of training; 0 keeps the untrained start.
-        patience: validations without a better one after which training stops; None never stops it early.
-        save_every: steps between two saves of last.ckpt; None saves every 20 seconds.
-        trainer: makes the Trainer: a `functools.partial` with the arguments that the user gives.
-        callbacks: of the user.
-        loggers: makes the loggers from a run's folder, the fit's name in it, and the step at which it begins.
-        remedies: what to do where memory runs out.
-    """
-
-    stage: str
-    epochs: int
-    patience: int | None = None
-    save_every: int | None = None
-    trainer: partial[L.Trainer] = field(default_factory=lambda: partial(L.Trainer))
-    callbacks: Sequence[Callback] = ()
+    stage: str  # whose settings an error names
+    epochs: int  # of training; 0 keeps the untrained start
+    patience: int | None = None  # validations without a better one after which training stops; None: never early
+    save_every: int | None = None  # steps between two saves of last.ckpt; None: 20 seconds
+    trainer: partial[L.Trainer] = field(default_factory=lambda: partial(L.Trainer))  # with the user's arguments
+    callbacks: Sequence[Callback] = ()  # of the user
+    # Makes the loggers from a run's folder, the fit's name in it, and the step at which it begins.
     loggers: Callable[[Path, str, int], Sequence[Logger]] | None = None
-    remedies: Sequence[str] = ()
-
-
-class Fitted(NamedTuple):
-    """How a fit went."""
-
-    epochs: int  # that the kept weights were fitted for
-    gradients: dict[str, Any]  # what `LogGradients.summary` says
+    remedies: Sequence[str] = ()  # what to do where memory runs out
 
 
 def fit(
     module: StageModule, data: VectorDataModule, settings: FitSettings, *, folder: Path, name: str, start_competes: bool
-) -> Fitted:
+) -> tuple[int, dict[str, Any]]:
     """Fit a module and leave the weights that validate best in it, by the Top-1 or nDCG@10 of `criterion`, frozen.
 
     Where the untrained start is a search that works (`start_competes`), it is validated too and kept unless training
     equals or beats it; the weights are then of 0 epochs. A fit that left a last.ckpt in the folder resumes from it, and
     ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`.
+
+    Returns:
+        The epochs that the kept weights were fitted for, and `LogGradients.summary`.
     """
     checkpoints, monitor = folder / "checkpoints" / name, f"val/{data.criterion}"
     start = {part: tensor.clone() for part, tensor in module.state_dict().items()}
     resumed = saved_step(checkpoints / LAST)
-    gradients, best = LogGradients(), KeepBest(checkpoints, monitor)
+    gradients, best = LogGradients(), KeepBest(checkpoints, Path(BEST).stem, monitor, **KEPT)
     last = SaveLast(checkpoints, every=settings.save_every)
     callbacks: list[Callback] = [StopOnNaN(settings.stage), gradients, best]
     if settings.patience is not None:
@@ -103,8 +90,7 @@ def fit(
     if start_wins:
         fitted.load_state_dict(start)
         if settings.epochs:
-            told = (name, monitor, 100 * (last.start_score or 0))
-            log.info("%s: no epoch validates better than the untrained start (%s %.1f)", *told)
+            log.info("%s: no epoch validates better than the untrained start", name)
     if start_wins or unseen:
         trainer.save_checkpoint(checkpoints / BEST)
     checkpoint = torch.load(checkpoints / BEST, map_location="cpu", weights_only=True)
@@ -114,7 +100,7 @@ def fit(
         save_weights(module.model, checkpoints / WEIGHTS, stage=settings.stage)
     trainer.strategy.barrier()  # so that every process can read the weights
     epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
-    return Fitted(0 if start_wins else epochs, gradients.summary())
+    return 0 if start_wins else epochs, gradients.summary()
 
 
 def fit_blindly(

@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import distributed
 
-from nvf.data.datamodule import VectorDataModule
 from nvf.evaluation.report import cut_in_words
 from nvf.runs.resume import decided
-from nvf.training.build import Stage, Variant
 from nvf.training.devices import agreed
 from nvf.training.fit import FitSettings
-from nvf.training.stage import StageModule
+from nvf.training.stages import Stage
 
 log = logging.getLogger("nvf")
 SHARE = 0.65  # of a limit for stage 1 in all its variants and folds
@@ -26,22 +24,17 @@ Cut = dict[str, Any]  # the limit, `by`, and what was `asked` and is `kept` of e
 
 
 def plan(
-    given: Sequence[Variant], folds: int | None, data: Mapping[str, Any], folder: Path
-) -> tuple[Sequence[Variant], int | None, Cut | None]:
+    given: Sequence[Stage], folds: int | None, data: Mapping[str, Any], folder: Path
+) -> tuple[Sequence[Stage], int | None, Cut | None]:
     """The variants of stage 1, the folds and what was cut, so that stage 1 keeps to its share of the limits.
 
     As the limits get tighter, these are: all variants with all folds; the last variant and two folds; the simplest
-    variant and no folds. Variants that are not trained cost nothing and stay.
-
-    Args:
-        given: the variants that were asked for.
-        folds: the number that was asked for.
-        data: the settings with the limits.
-        folder: of the run.
+    variant and no folds. Variants that are not trained cost nothing and stay. `data` are the settings of that name,
+    with the limits.
     """
     asked = [variant.fit.epochs for variant in given]
     trained = [number for number, epochs in enumerate(asked) if epochs]
-    by, affordable = _affordable(data, given[-1].module, given[-1].data, folder)
+    by, affordable = _affordable(data, given[-1], folder)
     if by is None or not trained:
         return given, folds, None
     wanted = folds
@@ -62,7 +55,7 @@ def plan(
 
 def plan_joint(joint: Stage, data: Mapping[str, Any], folder: Path) -> tuple[FitSettings, Cut | None]:
     """Joint training with as many epochs as the limits allow for, none if need be, and what was cut."""
-    by, affordable = _affordable(data, joint.module, joint.data, folder)
+    by, affordable = _affordable(data, joint, folder)
     if by is None:
         return joint.fit, None
     epochs = int(min(JOINT_SHARE * affordable, joint.fit.epochs))
@@ -70,15 +63,13 @@ def plan_joint(joint: Stage, data: Mapping[str, Any], folder: Path) -> tuple[Fit
     return replace(joint.fit, epochs=epochs), cut
 
 
-def _affordable(
-    limits: Mapping[str, Any], module: StageModule, data: VectorDataModule, folder: Path
-) -> tuple[str | None, float]:
+def _affordable(limits: Mapping[str, Any], stage: Stage, folder: Path) -> tuple[str | None, float]:
     """The limit that binds, None where there is none, and how many epochs of a stage all of it would pay for.
 
     `data.work` is a matter of sizes alone. `data.budget_s` is in seconds: what an epoch takes is measured once, and a
     run that resumes keeps to that measurement.
     """
-    affordable = {}
+    affordable, module, data = {}, stage.module, stage.data
     if (limit := limits.get("work")) is not None:
         memory = module.attention.memory
         rows = getattr(module, "sample", None) or len(memory)
@@ -87,21 +78,21 @@ def _affordable(
     if (limit := limits.get("budget_s")) is not None:
         what = f"seconds an epoch of {data.stage} takes"
         writes = not distributed.is_initialized() or distributed.get_rank() == 0
-        cost = agreed(decided(folder, what, lambda: _epoch_seconds(module, data), writes=writes))
+        cost = agreed(decided(folder, what, lambda: _epoch_seconds(stage), writes=writes))
         affordable[f"data.budget_s={limit:g}"] = limit / cost
     by = min(affordable, key=lambda name: affordable[name], default=None)
     return by, math.inf if by is None else affordable[by]
 
 
-def _epoch_seconds(module: StageModule, data: VectorDataModule) -> float:
+def _epoch_seconds(stage: Stage) -> float:
     """What an epoch of training takes here, from two steps after one to warm up."""
-    batches = data.train_dataloader()
+    batches = stage.data.train_dataloader()
     batch = next(iter(batches))
     for step in range(3):
         if step == 1:
             started = time.perf_counter()
-        module.loss(batch).backward()
-    module.zero_grad()
+        stage.module.loss(batch).backward()
+    stage.module.zero_grad()
     return (time.perf_counter() - started) / 2 * len(batches)
 
 

@@ -26,8 +26,8 @@ class AttentionModule(StageModule):
     Args:
         attention: stage 1.
         k: the number of candidates, of which validation says whether a target is among them.
-        learnable: which learned keys may move, (N,) bool; all if None. A row that answers no training query would only
-            be pushed away from all of them, and be lost to the queries that want it later.
+        learnable: which learned keys may move, (N,) bool; all if None. Training would only push away a row that
+            answers no training query.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
         hard: how many rows, the nearest to a query's target, are added to the sample.
         settings: of `StageModule`.
@@ -46,9 +46,7 @@ class AttentionModule(StageModule):
         super().__init__(attention, **settings)
         rows = len(attention.memory)
         if sample is not None:
-            check_number(
-                "attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all rows"
-            )
+            check_number("attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all")
         check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
         if hard and sample is None:
             raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
@@ -93,15 +91,12 @@ class AttentionModule(StageModule):
 class RerankerModule(StageModule):
     """Fits a pipeline's reranker on `CandidateBatch`es by cross-entropy over the candidates; stage 1 stays frozen.
 
-    Args:
-        pipeline: stage 1 and the reranker.
-        scalar_lr_ratio: learning rate of the residual reranker's two scalars over the network's.
-        settings: of `StageModule`.
+    `scalar_lr_ratio` is the learning rate of the residual reranker's two scalars over the network's.
     """
 
     def __init__(self, pipeline: Pipeline, *, scalar_lr_ratio: float, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
-        check_number("reranker.scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
+        check_number("scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
         self.model.attention.requires_grad_(False)
         self.scalar_lr_ratio = scalar_lr_ratio
 
@@ -119,20 +114,24 @@ class RerankerModule(StageModule):
         return self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
 
     def parameter_groups(self) -> Groups:
-        return _reranker_groups(self.model, self.lr, self.scalar_lr_ratio)
+        """The reranker's network, and the residual reranker's two scalars with a learning rate of their own."""
+        named = list(self.model.reranker.named_parameters())
+        scalars = [parameter for name, parameter in named if name == "evidence"]
+        network = [parameter for name, parameter in named if name != "evidence"]
+        groups: Groups = [{"params": network, "lr": self.lr}, {"params": scalars, "lr": self.lr * self.scalar_lr_ratio}]
+        return [group for group in groups if group["params"]]
 
 
-class JointModule(StageModule):
+class JointModule(RerankerModule):
     """Fits both stages of a pipeline on batches of queries, by -log of its distribution at the targets.
 
     Args:
         pipeline: stage 1 and the reranker.
-        scalar_lr_ratio: as for `RerankerModule`.
         relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
             None for the exact distribution. See `distribution.relaxed`.
         attention_weight: of stage 1's own loss, which is added.
         learnable: which learned keys may move, as for `AttentionModule`.
-        settings: of `StageModule`; `lr` is that of stage 1 and of the reranker's network.
+        settings: of `RerankerModule`; `lr` is that of stage 1 and of the reranker's network.
 
     Raises:
         InputError: a relaxation that is not two numbers above 0, or a negative weight.
@@ -142,21 +141,18 @@ class JointModule(StageModule):
         self,
         pipeline: Pipeline,
         *,
-        scalar_lr_ratio: float,
         relaxation: Sequence[float] | None = None,
         attention_weight: float = 0.0,
         learnable: Tensor | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
-        check_number("joint.scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
-        if relaxation is not None:
-            if not isinstance(relaxation, list | tuple) or len(relaxation) != 2:
-                raise InputError(f"joint.relaxation={relaxation} is not two temperatures; [1, 0.1] anneals")
-            for temperature in relaxation:
-                check_number("joint.relaxation", temperature, above=0, remedy="[1, 0.1] anneals, null is exact")
+        if relaxation is not None and (not isinstance(relaxation, list | tuple) or len(relaxation) != 2):
+            raise InputError(f"joint.relaxation={relaxation} is not two temperatures; [1, 0.1] anneals")
+        for temperature in relaxation or ():
+            check_number("joint.relaxation", temperature, above=0, remedy="[1, 0.1] anneals, null is exact")
         check_number("joint.attention_weight", attention_weight, minimum=0, remedy="0 leaves stage 1's loss out")
-        self.scalar_lr_ratio, self.relaxation, self.attention_weight = scalar_lr_ratio, relaxation, attention_weight
+        self.relaxation, self.attention_weight = relaxation, attention_weight
         self.steps = 1  # of the whole training, known when it starts
         self.model.requires_grad_(True)
         _hold_keys(self.model.attention, learnable)
@@ -172,12 +168,12 @@ class JointModule(StageModule):
     def on_train_start(self) -> None:
         self.steps = int(self.trainer.estimated_stepping_batches)
 
-    def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:
+    def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:  # type: ignore[override]
         logged_as, relaxation = getattr(batch, "logged_as", None), self.temperature
         ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
         return ours + self.attention_weight * attention
 
-    def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:
+    def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
         said = self.model(batch.queries, logged_as=getattr(batch, "logged_as", None), answer=False)
         loss = attention_loss(said.log_probs, batch.targets)
         if self.attention_weight:
@@ -186,15 +182,7 @@ class JointModule(StageModule):
         return Judged(loss, target_ranks(ranking, batch.targets), covered, ndcg_of(ranking, batch.targets))
 
     def parameter_groups(self) -> Groups:
-        return [*super().parameter_groups(), *_reranker_groups(self.model, self.lr, self.scalar_lr_ratio)]
-
-
-def _reranker_groups(pipeline: Pipeline, lr: float, ratio: float) -> Groups:
-    """The reranker's network, and with a learning rate of their own the residual reranker's two scalars."""
-    scalars = [p for name, p in pipeline.reranker.named_parameters() if name == "evidence"]
-    network = [p for name, p in pipeline.reranker.named_parameters() if name != "evidence"]
-    groups: Groups = [{"params": network, "lr": lr}, {"params": scalars, "lr": lr * ratio}]
-    return [group for group in groups if group["params"]]
+        return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
 
 
 def _hold_keys(attention: SoftAttention, learnable: Tensor | None) -> None:

@@ -19,12 +19,12 @@ from nvf.models.reranker import EvidenceReranker
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import criterion
 from nvf.training import cache
-from nvf.training.build import Built, Variant, stages
+from nvf.training.build import Built, stages
 from nvf.training.callbacks import LAST
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.limits import Cut, plan, plan_joint
-from nvf.training.stages import joint_module, label
+from nvf.training.stages import Stage, attention_stage, joint_stage, label
 
 log = logging.getLogger("nvf")
 FOLDS = "folds"  # their checkpoints are of no use once the run is done
@@ -34,7 +34,7 @@ class Chosen(NamedTuple):
     """A calibrated stage 1, and what its choice rested on."""
 
     attention: SoftAttention
-    variant: Variant  # that it is
+    variant: Stage  # that it is
     about: dict[str, Any]  # its epochs, its hub correction and its validation figures
     tried: list[dict[str, Any]]  # the same of every variant
     gradients: dict[str, Any] | None = None  # in its training; None where there was none
@@ -52,14 +52,14 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
     """
     config, folds = built.config, built.reranker and built.config["reranker"]["folds"]
     if built.given is not None:
-        variant, attention, epochs, calibrated = built.given
+        variant, attention, epochs = built.given, built.given.module.attention, built.given.fit.epochs
         if (path := config["attention_checkpoint"] or config["reranker_checkpoint"]) is not None:
             log.info("stage 1: loaded from %s", path)
-        share = 0.0 if calibrated else _calibrate(variant, attention, built.queries("val"), epochs)
-        about, _ = _judged(variant, attention, built.queries("val"), epochs, share)
+        calibrates = config["attention_checkpoint"] is not None
+        about, _ = _judged(variant, built.queries("val"), epochs, calibrates=calibrates)
         return Chosen(attention, variant, about, [about], folds=folds)
     variants, folds, cut = plan(built.variants, folds, config["data"], folder)
-    settings = [{**variant.settings, "epochs": variant.fit.epochs} for variant in variants]
+    settings = [{**variant.config["attention"], "epochs": variant.fit.epochs} for variant in variants]
     with cache.opened(config, cache.stage_key(config, built.source, settings)) as entry:
         begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that is resumed fits stage 1 itself
         kept = cache.read(entry, built.source.memory) if entry is not None and not begun else None
@@ -72,22 +72,22 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
             return Chosen(attention, variants[number], tried[number], tried, notes["gradients"], by, folds, cut)
         started = time.perf_counter()
         chosen = _fit_variants(variants, built, folder)
-        if entry is not None and isinstance(chosen.variant.settings["transform"], str):
+        if entry is not None and isinstance(chosen.variant.config["attention"]["transform"], str):
             notes = {"variant": variants.index(chosen.variant), "tried": chosen.tried, "gradients": chosen.gradients}
             notes["fitted_by"] = {"folder": str(folder), "seconds": time.perf_counter() - started}
             save_weights(chosen.attention, entry, stage="attention", notes=notes)
     return chosen._replace(folds=folds, cut=cut)
 
 
-def _fit_variants(variants: Sequence[Variant], built: Built, folder: Path) -> Chosen:
+def _fit_variants(variants: Sequence[Stage], built: Built, folder: Path) -> Chosen:
     held_out, fitted, qualities = built.queries("val"), [], []
     for variant in variants:
         name, attention = f"attention/{variant.name}".rstrip("/"), variant.module.attention
         starts_well = getattr(attention.transform, "starts_at_exact_search", False)
-        done = fit(variant.module, variant.data, variant.fit, folder=folder, name=name, start_competes=starts_well)
-        share = _calibrate(variant, attention, held_out, done.epochs)
-        about, found = _judged(variant, attention, held_out, done.epochs, share)
-        fitted.append(Chosen(attention, variant, about, [], done.gradients))
+        how: dict[str, Any] = {"folder": folder, "name": name, "start_competes": starts_well}
+        epochs, gradients = fit(variant.module, variant.data, variant.fit, **how)
+        about, found = _judged(variant, held_out, epochs, calibrates=True)
+        fitted.append(Chosen(attention, variant, about, [], gradients))
         qualities.append(found)
     reference = quality(built.exact, held_out)
     clear = [number for number, found in enumerate(qualities) if clearly_above(found, reference)]
@@ -100,26 +100,22 @@ def _fit_variants(variants: Sequence[Variant], built: Built, folder: Path) -> Ch
     return fitted[best]._replace(tried=[one.about for one in fitted])
 
 
-def _calibrate(variant: Variant, attention: SoftAttention, held_out: QueryBatch, epochs: int) -> float:
-    """Fit the hub correction, if that is asked for, and the temperature; returns the share of hubness subtracted."""
-    share = 0.0
-    if variant.settings["hub_correction"] and isinstance(variant.data.source, Recorded):
+def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bool) -> tuple[dict[str, Any], Tensor]:
+    """What results.json says of a stage 1, and how well it answers each validation query, (B,).
+
+    If it `calibrates`, the hub correction, where that is asked for, and the temperature are fitted first.
+    """
+    settings, attention, share = variant.config["attention"], variant.module.attention, 0.0
+    if calibrates and settings["hub_correction"] and isinstance(variant.data.source, Recorded):
         bank = variant.data.queries("train").queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
-    fit_temperature(attention, *held_out)
-    return share
-
-
-def _judged(
-    variant: Variant, attention: SoftAttention, held_out: QueryBatch, epochs: int, share: float
-) -> tuple[dict[str, Any], Tensor]:
-    """What results.json says of a stage 1, and how well it answers each validation query, (B,)."""
+    if calibrates:
+        fit_temperature(attention, *held_out)
     found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
-    about = {"transform": label(variant.settings["transform"]), "keys": variant.settings["keys"]}
-    about |= {"hub_share": share, "epochs": epochs, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}
-    return about, found
+    about = {"transform": label(settings["transform"]), "keys": settings["keys"], "hub_share": share, "epochs": epochs}
+    return {**about, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}, found
 
 
 def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, dict[str, Any] | None]:
@@ -131,8 +127,9 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
         The pipeline, and the gradients in training, if there was any.
     """
     assert built.reranker is not None
-    module, data, settings = built.reranker
-    pipeline, gradients = module.model, None
+    module, data, settings, *_ = built.reranker
+    pipeline: Pipeline = module.model
+    gradients: dict[str, Any] | None = None
     pipeline.attention = data.attention = chosen.attention
     pipeline.to(built.source.memory.rows.device)
     if (path := built.config["reranker_checkpoint"]) is not None:
@@ -146,8 +143,7 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
             pipeline.reranker.standardise(samples.evidence, pipeline.evidence.law()["ignored"])  # type: ignore[union-attr]
         if "reranker" in stages(built.config):
             starts_well = getattr(pipeline.reranker, "starts_at_stage_one", False)
-            done = fit(module, data, settings, folder=folder, name="reranker", start_competes=starts_well)
-            gradients = done.gradients
+            _, gradients = fit(module, data, settings, folder=folder, name="reranker", start_competes=starts_well)
     fit_sharpness(pipeline, built.queries("val"))
     return pipeline, gradients
 
@@ -165,11 +161,10 @@ def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
 
     Recorded queries are few and can be learned by heart: there the start is kept unless training is clearly better.
     """
-    assert built.joint is not None
     held_out = built.queries("val")
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = quality(pipeline, held_out)
-    joint = built.joint._replace(module=joint_module(built.config, built.source, pipeline))
+    joint = joint_stage(built.config, built.source, pipeline)
     settings, cut = plan_joint(joint, built.config["data"], folder)
     epochs, gradients = fit(joint.module, joint.data, settings, folder=folder, name="joint", start_competes=True)
     recorded = isinstance(built.source, Recorded)
@@ -198,7 +193,7 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     for number in range(count):
         log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
         rest = QueryBatch(*(tensor[part != number] for tensor in train))
-        module, data = variant.remake(Recorded(source.memory, {**source.splits, "train": rest}))
+        module, data, *_ = attention_stage(variant.config, Recorded(source.memory, {**source.splits, "train": rest}))
         fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
         if share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,))

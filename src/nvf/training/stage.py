@@ -16,8 +16,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 
 Groups = list[dict[str, Any]]  # of parameters, each with its learning rate, as torch's optimizers take them
-Optimizer = Callable[[Groups], torch.optim.Optimizer]
-ADAM: Optimizer = partial(torch.optim.Adam, fused=True)
+ADAM = partial(torch.optim.Adam, fused=True)
 SCHEDULES = ("onecycle", "constant")
 FIGURES = ("top1", "top5", "coverage", "ndcg10")
 LOGGED = 128  # queries of a training batch whose ranks are logged: ranking all of them costs more than a step
@@ -55,7 +54,7 @@ class StageModule(L.LightningModule):
         schedule: str,
         seed: int = 0,
         warmup: float = 0.3,
-        optimizer: Optimizer = ADAM,
+        optimizer: Callable[[Groups], torch.optim.Optimizer] = ADAM,
     ) -> None:
         super().__init__()
         check_number("lr", lr, above=0, remedy="1e-3 is a safe start")
@@ -85,7 +84,6 @@ class StageModule(L.LightningModule):
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
 
     def forward(self, queries: Tensor) -> Any:
-        """The model's output for queries, (B, D)."""
         return self.model(queries)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -102,8 +100,7 @@ class StageModule(L.LightningModule):
         """Log the loss and the figures of a split; Lightning averages them over its batches and devices."""
         found = self.judge(batch)
         self.log(f"{split}/loss", found.loss, batch_size=len(found.ranks), sync_dist=True)
-        values = (found.ranks <= 1, found.ranks <= 5, found.covered, found.ndcg)
-        for name, value in zip(FIGURES, values, strict=True):
+        for name, value in zip(FIGURES, (found.ranks <= 1, found.ranks <= 5, found.covered, found.ndcg), strict=True):
             metric: Any = self.figures[f"{split}/{name}"]
             metric.update(value.float())
             self.log(f"{split}/{name}", metric, prog_bar=name == "top1", batch_size=len(value))

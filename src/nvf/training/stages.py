@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
@@ -21,33 +21,41 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 from nvf.training.fit import FitSettings
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+from nvf.training.stage import StageModule
 
 Settings = Mapping[str, Any]
 MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 FEWEST_STEPS = 8  # of an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
-VARIES = ("transform", "hidden", "keys", "epochs")
+
+
+class Stage(NamedTuple):
+    """A stage that can be fitted: its untrained module, its batches, and how it is fitted."""
+
+    module: Any
+    data: VectorDataModule
+    fit: FitSettings
+    config: Settings  # of the run
+    name: str = ""  # of a stage 1 among several
 
 
 def variants(config: Settings) -> list[Settings]:
     """The settings of every stage 1 that the configuration asks to try: one, unless `attention.variants` lists more."""
     attention = config["attention"]
     given, model = attention["variants"], attention["model"]
+    found: list[Settings] = []
     if given is None:
         return [config]
-    if not isinstance(given, list) or not given or not all(isinstance(variant, dict) for variant in given):
-        raise InputError(f"attention.variants={given} is no list of settings; attention=auto has one to start from")
-    found: list[Settings] = []
+    if not given or not all(isinstance(one, dict) and one.keys() <= attention.keys() for one in given):
+        raise InputError(f"attention.variants={given} is no list of stage 1's settings; attention=auto has one")
     for variant in given:
-        if unknown := set(variant) - {*VARIES}:
-            raise InputError(f"attention.variants names {', '.join(unknown)}; it may name {', '.join(VARIES)}")
         own = {**model, **{name: variant[name] for name in variant if name in model}}
         found.append({**config, "attention": {**attention, **variant, "model": own, "variants": None}})
     return found
 
 
-def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
-    """Stage 1, untrained, and its batches."""
+def attention_stage(config: Settings, source: Source) -> Stage:
+    """Stage 1."""
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
     module = AttentionModule(
@@ -57,13 +65,13 @@ def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, 
         optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: settings[name] for name in ("lr", "schedule", "warmup", "sample", "hard", "seed")},
     )
-    return module, batches_of(config, "attention", source)
+    return _stage("attention", module, config, source)
 
 
 def reranker_stage(
     config: Settings, source: Source, attention: SoftAttention, *, evidence: Evidence | None = None
-) -> tuple[RerankerModule, VectorDataModule]:
-    """Stage 2, untrained, behind a stage 1, and its batches; `evidence` is what `reranker=evidence` weighs."""
+) -> Stage:
+    """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
     size = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
@@ -73,27 +81,27 @@ def reranker_stage(
         optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: settings[name] for name in ("lr", "schedule", "scalar_lr_ratio", "seed")},
     )
-    return module, batches_of(config, "reranker", source, attention=attention, evidence=evidence)
+    return _stage("reranker", module, config, source, attention=attention, evidence=evidence)
 
 
-def joint_module(config: Settings, source: Source, pipeline: Pipeline) -> JointModule:
+def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
     """Both stages, to be fitted together."""
     given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
-    return JointModule(
+    module = JointModule(
         pipeline,
         learnable=seen_rows(source),
         optimizer=make(config["optimizer"], "optimizer", called=False),
         **{name: config["joint"][name] for name in given},
     )
+    return _stage("joint", module, config, source, evidence=pipeline.evidence)
 
 
-def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
-    """The batches of a stage; `candidates` are `VectorDataModule`'s arguments of that name and nature."""
+def _stage(stage: str, module: StageModule, config: Settings, source: Source, **candidates: Any) -> Stage:
     settings, queries = config[stage], config["queries"]
     batch_size = settings["batch_size"]
     if isinstance(source, Recorded) and isinstance(batch_size, int):
         batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
-    return VectorDataModule(
+    data = VectorDataModule(
         source,
         stage=stage,
         batch_size=batch_size,
@@ -103,6 +111,7 @@ def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) 
         **{name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")},
         **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
     )
+    return Stage(module, data, fit_settings(config, stage, source.memory), config)
 
 
 def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
