@@ -30,7 +30,7 @@ def key(*overrides: str) -> str:
 
 
 def key_of(built: Built) -> str:
-    return cache.stage_key(built.config, built.source, [one.settings for one in built.variants])
+    return cache.stage_key(built.config, built.source, [one.config["attention"] for one in built.variants])
 
 
 def test_a_reused_stage_1_gives_the_same_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from nvf.training.build import build_source, check_sharded
 from nvf.training.devices import part_processes, start_processes
 from nvf.training.fit import fit
 from nvf.training.sharded import ShardedAttention, own_rows, sharded_loss, sharded_ranks
-from nvf.training.stages import attention_stage, fit_settings, reranker_stage
+from nvf.training.stages import attention_stage, reranker_stage
 from programs import Program, state, wait_for
 
 RANKS = 2
@@ -176,12 +176,12 @@ def fitted(stage: str, folder: Path, *words: str) -> tuple[dict[str, Tensor], di
     config["trainer"]["enable_progress_bar"] = False
     source = build_source(config)
     if stage == "attention":
-        module, data = attention_stage(config, source)
+        module, data, how, *_ = attention_stage(config, source)
     else:
         exact = SoftAttention(source.memory, transform="identity")  # every target is a candidate
-        module, data = reranker_stage(config, source, exact)
+        module, data, how, *_ = reranker_stage(config, source, exact)
     module.optimizer = partial(torch.optim.SGD, momentum=0.9)
-    fit(module, data, fit_settings(config, stage, source.memory), folder=folder, name=stage, start_competes=True)
+    fit(module, data, how, folder=folder, name=stage, start_competes=True)
     assert not any(weight.requires_grad for weight in module.parameters())
     last = torch.load(folder / "checkpoints" / stage / "last.ckpt", weights_only=True)["state_dict"]
     return module.state_dict(), last

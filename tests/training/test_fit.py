@@ -15,7 +15,7 @@ from nvf.data.queries import Noisy
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
-from nvf.training.fit import FitSettings, Fitted, check_trainer, fit
+from nvf.training.fit import FitSettings, check_trainer, fit
 from nvf.training.modules import AttentionModule
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
@@ -35,7 +35,7 @@ def tensorboard(folder: Path, name: str, step: int) -> list[Logger]:
     return [TensorBoardLogger(folder, name=name, version="", purge_step=step)]
 
 
-def fitted(folder: Path, trainer: dict[str, Any], **module: Any) -> tuple[Fitted, AttentionModule]:
+def fitted(folder: Path, trainer: dict[str, Any], **module: Any) -> tuple[tuple[int, dict[str, Any]], AttentionModule]:
     """Two epochs of four steps."""
     memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_what_a_user_gives_the_trainer_is_added_to_what_a_run_needs(tmp_path: Pa
     }
     how, module = fitted(tmp_path / "run", given)
     plain, other = fitted(tmp_path / "plain", {})
-    assert steps.count == how.gradients["steps"] == 8
+    assert steps.count == how[1]["steps"] == 8
     assert (tmp_path / "csv/metrics.csv").read_text().count("\n") > 8
     assert list((tmp_path / "run/attention").glob("events.out.tfevents.*"))
     assert (tmp_path / "run/checkpoints/attention/best.safetensors").is_file()
@@ -66,7 +66,7 @@ def test_what_a_user_gives_the_trainer_is_added_to_what_a_run_needs(tmp_path: Pa
 
 def test_a_fit_may_have_no_logger(tmp_path: Path) -> None:
     how, _ = fitted(tmp_path, {"logger": False, "inference_mode": False, "use_distributed_sampler": False})
-    assert how.gradients["steps"] == 8
+    assert how[1]["steps"] == 8
     assert not list(tmp_path.rglob("events.out.tfevents.*"))
 
 
