@@ -54,9 +54,7 @@ class Built:
 def build(config: Settings, source: Source | None = None) -> Built:
     """Turn the settings of a run, resolved and as plain containers, into objects.
 
-    Args:
-        config: the settings.
-        source: in place of the memory and the queries that the settings describe.
+    A `source` takes the place of the memory and the queries that the settings describe.
 
     Raises:
         InputError: whatever is wrong with the settings or the user's files.
@@ -160,12 +158,9 @@ def _check_numbers(config: Settings, source: Source) -> None:
         if (value := config["data"].get(limit)) is not None:
             check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
     kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
-    if "reranker" not in config["stage"]["fit"]:
-        return
-    if (kind == "evidence" or folds is not None) and not isinstance(source, Recorded):
-        raise InputError(
-            f"reranker.kind={kind} and reranker.folds={folds} need a log of queries, data=embeddings or qdrant; choose "
-            "reranker=residual"
-        )
-    if folds is not None:
-        check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")
+    if "reranker" in config["stage"]["fit"] and (kind == "evidence" or folds is not None):
+        if not isinstance(source, Recorded):
+            why = f"reranker.kind={kind} and reranker.folds={folds} need a log of queries, data=embeddings or qdrant"
+            raise InputError(f"{why}; choose reranker=residual")
+        if folds is not None:
+            check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")

@@ -37,7 +37,7 @@ def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
     Raises:
         InputError: the cache cannot be written.
     """
-    if config["cache"] in (None, False, "off") or not on_one_device({"devices": "auto", **config["trainer"]}):
+    if config["cache"] in (None, False, "off") or not on_one_device(config["trainer"]):
         yield None
         return
     root = Path(str(config["cache"]))
@@ -71,10 +71,7 @@ def read(path: Path, memory: VectorMemory) -> tuple[SoftAttention, dict[str, Any
 def stage_key(config: Mapping[str, Any], source: Source, variants: Sequence[Mapping[str, Any]]) -> str:
     """The hash of everything that a fitted stage 1 depends on: 32 hexadecimal digits.
 
-    Args:
-        config: of the run.
-        source: the memory and the queries, which count by content where they are the user's own.
-        variants: the settings of each stage 1 that is tried.
+    The memory and a user's own queries count by content. `variants` are the settings of each stage 1 that is tried.
     """
     queries = {name: value for name, value in config["queries"].items() if name != "source"}
     if not isinstance(source, Recorded):

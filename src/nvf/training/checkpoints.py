@@ -45,11 +45,7 @@ def hashed(weights: Mapping[str, Tensor]) -> str:
 def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "attention") -> tuple[SoftAttention, Any]:
     """Load a stage 1, frozen, that was fitted for the same memory, and the notes in its file.
 
-    Args:
-        path: of a safetensors file in a run's folder checkpoints/<stage>.
-        memory: that it searches.
-        kind: `attention` for a checkpoint of stage 1, `reranker` for one of stage 2 or of both stages, which holds the
-            calibrated stage 1 too.
+    A checkpoint of the kind `reranker`, of stage 2 or of both stages, holds the calibrated stage 1 too.
 
     Raises:
         InputError: no such file, a damaged one, one of another stage, or another memory.

@@ -49,12 +49,11 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
 def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     """Start the other processes of a run whose trainer wants several; each runs the whole program up to here.
 
-    Args:
-        trainer: the arguments that the user gives the Trainer.
-        threads: of each process; None deals the cores out.
+    When the first process ends, the others are ended too. `trainer` are the arguments that the user gives the Trainer;
+    each process gets so many threads, or its share of the cores if None.
 
     Returns:
-        This process's rank. When the first process ends, the others are ended too.
+        This process's rank.
 
     Raises:
         InputError: devices that do not exist, or a strategy that is not supported.

@@ -67,7 +67,7 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
     loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
-    trainer = _trainer(settings, data, last, callbacks, loggers)
+    trainer = _trainer(settings, data, last, callbacks, logger=loggers)
     fitted: StageModule = module
     batches: L.LightningDataModule = data
     if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -111,7 +111,7 @@ def fit_blindly(
     It resumes from a last.ckpt as `fit` does.
     """
     last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
-    trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], [], limit_val_batches=0)
+    trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
     _train(settings, trainer, module, data, last, saved_step(last.path))
     module.requires_grad_(False)
 
@@ -147,12 +147,7 @@ def saved_step(path: Path) -> int | None:
 
 
 def _trainer(
-    settings: FitSettings,
-    data: VectorDataModule,
-    last: SaveLast,
-    callbacks: list[Callback],
-    loggers: Sequence[Logger],
-    **ours: Any,
+    settings: FitSettings, data: VectorDataModule, last: SaveLast, callbacks: Sequence[Callback], **ours: Any
 ) -> L.Trainer:
     """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
     given = settings.trainer.keywords
@@ -161,13 +156,13 @@ def _trainer(
         callbacks.append(TQDMProgressBar(refresh_rate=50))
     theirs, checkpoints = given.get("logger"), last.path.parent
     if theirs is False:
-        loggers = []
-    elif loggers and theirs is not True:
-        loggers = [*loggers, *_listed(theirs)]
+        ours["logger"] = []
+    elif ours["logger"] and theirs is not True:
+        ours["logger"] = [*ours["logger"], *_listed(theirs)]
     root = checkpoints if given.get("default_root_dir") is None else Path(given["default_root_dir"], checkpoints.name)
     for copy in root.glob(REQUEUED):
         copy.unlink()
-    strategy = given.get("strategy", "auto")
+    strategy: Any = given.get("strategy", "auto")
     if strategy in ("auto", "ddp", SHARDED) and not distributed.is_initialized():  # there is one process
         strategy = "auto"
     elif strategy == SHARDED:
@@ -178,7 +173,6 @@ def _trainer(
         "max_epochs": given.get("max_epochs") or settings.epochs,
         "callbacks": callbacks,
         "plugins": [AtomicFiles(), *_listed(given.get("plugins"))],
-        "logger": loggers,
         "default_root_dir": root,  # where Lightning's Slurm plugin saves and looks for its checkpoint
         "strategy": strategy,
         "num_sanity_val_steps": given.get("num_sanity_val_steps", 0),

@@ -58,14 +58,10 @@ def attention_stage(config: Settings, source: Source) -> Stage:
     """Stage 1."""
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
-    module = AttentionModule(
-        make(settings["model"], "attention.model", memory=source.memory),
-        k=config["k"],
-        learnable=seen_rows(source) if settings["keys"] == "learned" else None,
-        optimizer=make(config["optimizer"], "optimizer", called=False),
-        **{name: settings[name] for name in ("lr", "schedule", "warmup", "sample", "hard", "seed")},
-    )
-    return _stage("attention", module, config, source)
+    attention = make(settings["model"], "attention.model", memory=source.memory)
+    given = {name: settings[name] for name in ("warmup", "sample", "hard")}
+    given |= {"k": config["k"], "learnable": seen_rows(source) if settings["keys"] == "learned" else None}
+    return _stage("attention", AttentionModule, attention, given, config, source)
 
 
 def reranker_stage(
@@ -74,43 +70,40 @@ def reranker_stage(
     """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    size = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
+    size: dict[str, Any] = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
     reranker = make(settings["model"], "reranker.model", **size)
-    module = RerankerModule(
-        Pipeline(attention, reranker, k=config["k"], evidence=evidence),
-        optimizer=make(config["optimizer"], "optimizer", called=False),
-        **{name: settings[name] for name in ("lr", "schedule", "scalar_lr_ratio", "seed")},
-    )
-    return _stage("reranker", module, config, source, attention=attention, evidence=evidence)
+    pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
+    given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
+    return _stage("reranker", RerankerModule, pipeline, given, config, source, **candidates)
 
 
 def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
     """Both stages, to be fitted together."""
-    given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
-    module = JointModule(
-        pipeline,
-        learnable=seen_rows(source),
-        optimizer=make(config["optimizer"], "optimizer", called=False),
-        **{name: config["joint"][name] for name in given},
-    )
-    return _stage("joint", module, config, source, evidence=pipeline.evidence)
+    given = {name: config["joint"][name] for name in ("scalar_lr_ratio", "relaxation", "attention_weight")}
+    given["learnable"] = seen_rows(source)
+    return _stage("joint", JointModule, pipeline, given, config, source, evidence=pipeline.evidence)
 
 
-def _stage(stage: str, module: StageModule, config: Settings, source: Source, **candidates: Any) -> Stage:
+def _stage(
+    stage: str,
+    kind: type[StageModule],
+    model: SoftAttention | Pipeline,
+    given: Settings,
+    config: Settings,
+    source: Source,
+    **candidates: Any,
+) -> Stage:
+    """A stage whose module gets the arguments that are `given`, and its datamodule those of `candidates`."""
     settings, queries = config[stage], config["queries"]
+    optimizer = make(config["optimizer"], "optimizer", called=False)
+    module = kind(model, optimizer=optimizer, **{name: settings[name] for name in ("lr", "schedule", "seed")}, **given)
     batch_size = settings["batch_size"]
     if isinstance(source, Recorded) and isinstance(batch_size, int):
         batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
-    data = VectorDataModule(
-        source,
-        stage=stage,
-        batch_size=batch_size,
-        k=config["k"],
-        eval_seed=queries["seed"],
-        **candidates,
-        **{name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")},
-        **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
-    )
+    sizes = {name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")}
+    sizes |= {name: queries[name] for name in ("val_samples", "test_samples") if name in queries}
+    sizes |= {"batch_size": batch_size, "k": config["k"], "eval_seed": queries["seed"]}
+    data = VectorDataModule(source, stage=stage, **sizes, **candidates)
     return Stage(module, data, fit_settings(config, stage, source.memory), config)
 
 
@@ -161,13 +154,9 @@ def label(transform: str | Mapping[str, Any]) -> str:
 
 
 def make(node: Settings, name: str, *, called: bool = True, **given: Any) -> Any:
-    """Build what a part of the settings names by `_target_`.
+    """Build what a part of the settings, whose name errors tell, names by `_target_`, with further arguments.
 
-    Args:
-        node: `_target_` and arguments.
-        name: of this part, for errors.
-        called: or else return a `functools.partial` that makes it.
-        given: further arguments.
+    Unless it is `called`, a `functools.partial` that makes it is returned.
 
     Raises:
         InputError: there is no such class or function, or it takes other arguments.
