@@ -50,9 +50,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.runs.resume import begin
     from nvf.training.build import build
     from nvf.training.cache import circumstances
-    from nvf.training.devices import agreed, part_processes, start_processes
+    from nvf.training.devices import agreed, part_processes, set_up_torch, start_processes
     from nvf.training.select import FOLDS, fit_attention, fit_joint, fit_reranker
-    from nvf.training.threads import set_up_torch
 
     quiet()
     set_up_torch(threads=config["threads"], deterministic=config["deterministic"])

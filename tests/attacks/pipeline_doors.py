@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))  # where seals.py is, for the program
@@ -38,8 +37,8 @@ from nvf.runs.comparison.runs import read_run
 from nvf.runs.comparison.table import compare
 from nvf.runs.resume import decided, recorded
 from nvf.runs.sweep import words
-from nvf.training.cache import Entry
-from nvf.training.checkpoints import attention_within, load_attention
+from nvf.training import cache
+from nvf.training.checkpoints import load_attention
 from nvf.training.fit import saved_step
 from seals import reseal
 
@@ -66,22 +65,17 @@ def _search(folder: Path) -> Any:
     return Pipeline.load(folder).search(queries, k=6)
 
 
-def _kept(folder: Path) -> Any:
-    (folder.parent / "copied").mkdir(exist_ok=True)
-    kept = Entry(folder).read(VectorMemory.synthetic(**MEMORY), folder.parent / "copied")
-    return None if kept is None else kept.attention.state_dict()
+def _kept(path: Path) -> Any:
+    kept = cache.read(path, VectorMemory.synthetic(**MEMORY))
+    return None if kept is None else kept[0].state_dict()
 
 
 def _attention(path: Path) -> Any:
-    with safe_open(path.with_name("untouched"), "pt") as file:
-        settings = json.loads(file.metadata()["nvf"])["settings"]
-    attention = SoftAttention(VectorMemory.synthetic(**MEMORY), **settings)
-    load_attention(attention, path)
-    return attention.state_dict()
+    return load_attention(path, VectorMemory.synthetic(**MEMORY))[0].state_dict()
 
 
 def _within(path: Path) -> Any:
-    return attention_within(path, VectorMemory.synthetic(**MEMORY)).state_dict()
+    return load_attention(path, VectorMemory.synthetic(**MEMORY), kind="reranker")[0].state_dict()
 
 
 def _figures(folder: Path) -> Any:
@@ -99,8 +93,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     f"{CHECKPOINTS}/attention/best.safetensors": _attention,
     f"{CHECKPOINTS}/reranker/best.safetensors": _within,
     f"{CHECKPOINTS}/reranker/last.ckpt": saved_step,
-    "kept/about.json": lambda path: _kept(path.parent),
-    "kept/attention.safetensors": lambda path: _kept(path.parent),
+    "kept/attention.safetensors": _kept,
     "run/results.json": lambda path: _figures(path.parent),
     "run/answered.npy": lambda path: _answered(path.parent),
     "run/run.json": lambda path: recorded(path.parent),
@@ -128,9 +121,9 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
         pipeline.index = build_index(pipeline.keys(), kind, **settings)
         pipeline.save(place / kind)
     train(place / "run", place / "cache")
-    (entry,) = (path for path in (place / "cache").iterdir() if path.name != "locks")
-    shutil.move(entry, place / "kept")
-    shutil.copy(place / CHECKPOINTS / "attention/best.safetensors", place / CHECKPOINTS / "attention/untouched")
+    (entry,) = (place / "cache").glob("*.safetensors")
+    (place / "kept").mkdir()
+    shutil.move(entry, place / "kept/attention.safetensors")
     (place / "run/decisions.json").write_text('{"x": [1, 2]}')
     (place / "sweeps/day/time").mkdir(parents=True)
     (place / "sweeps/day/time/sweep.json").write_text(json.dumps(sealed({"overrides": ASKED})))

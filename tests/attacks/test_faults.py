@@ -135,7 +135,7 @@ def test_data_that_changed_are_refused(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("samples", ["null", "640"])
 def test_a_loss_that_is_no_number_ends_training_and_keeps_what_was_good(run: Run, tmp_path: Path, samples: str) -> None:
     words = [*WORDS[:4], "stage=attention", "attention.lr=1e30", "attention.schedule=constant", "save_every=1"]
-    message = r"attention: the loss is nan or infinite in step \d+; .*attention\.lr"
+    message = r"attention: the loss is nan or infinite in step \d+; lower attention\.lr"
     with pytest.raises(InputError, match=message):
         run(*words, f"train_samples={samples}", "attention.steps_per_epoch=50")
     saved = list((tmp_path / "run").rglob("last.ckpt"))

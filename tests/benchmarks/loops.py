@@ -61,9 +61,9 @@ class Ends(Callback):
 def built(config: Settings, stage: str, source: Source, attention: SoftAttention | None) -> tuple[Module, Any]:
     """The untrained module of a stage and its batches; stage 2 is behind the given stage 1."""
     if stage == "attention":
-        return attention_stage(config, source)
+        return attention_stage(config, source)[:2]
     assert attention is not None
-    return reranker_stage(config, source, attention)
+    return reranker_stage(config, source, attention)[:2]
 
 
 def with_lightning(config: Settings, stage: str, source: Source, attention: SoftAttention | None) -> float:
@@ -156,9 +156,8 @@ def compare(steps: int, repeats: int, batch: int, words: Sequence[str] = ()) -> 
     sizes = [f"{stage}.batch_size={batch}" for stage in STAGES]
     config = settings(*words, *few, *sizes, "queries.val_samples=512", "cache=off")
     source = build_source(config)
-    module, data = attention_stage(config, source)
+    module, data, how, *_ = attention_stage(config, source)
     with tempfile.TemporaryDirectory() as folder:
-        how = fit_settings(config, "attention", source.memory)
         fit(module, data, how, folder=Path(folder), name="attention", start_competes=False)
     figures = []
     for stage, name in STAGES.items():

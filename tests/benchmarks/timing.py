@@ -151,8 +151,8 @@ def watched_by(callback: Callback) -> Iterator[None]:
     """Inside, every trainer that a fit makes has one callback more."""
     make = fitting._trainer
 
-    def with_callback(settings: Any, folder: Path, callbacks: list[Callback], **arguments: Any) -> Any:
-        return make(settings, folder, [*callbacks, callback], **arguments)
+    def with_callback(settings: Any, data: Any, last: Any, callbacks: list[Callback], *more: Any, **ours: Any) -> Any:
+        return make(settings, data, last, [*callbacks, callback], *more, **ours)
 
     with mock.patch.object(fitting, "_trainer", with_callback):
         yield

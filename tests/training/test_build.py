@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from conftest import SMALL, SMALL_STEPS, compose_config
 from nvf.errors import InputError
+from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.train import train
 from nvf.training.build import build, build_source
 from nvf.training.checkpoints import load_attention
 from nvf.training.select import fit_attention
-from nvf.training.stages import attention_stage
 
 KEPT = {"best.ckpt", "best.safetensors", "last.ckpt"}
 Run = Callable[..., dict[str, Any]]
@@ -55,10 +55,9 @@ def test_the_untrained_start_wins_over_harmful_training(
     assert "no epoch validates better than the untrained start" in caplog.text
     assert {path.name for path in (tmp_path / "run/checkpoints/attention").iterdir()} == KEPT
     source = build_source(compose_config("data=embeddings", f"data.dir={folder}"))
-    module, _ = attention_stage(compose_config("data=embeddings", f"attention={transform}"), source)
-    load_attention(module.attention, tmp_path / "run/checkpoints/attention/best.safetensors")
+    attention, _ = load_attention(tmp_path / "run/checkpoints/attention/best.safetensors", source.memory)
     queries = torch.randn(5, 8)
-    assert torch.equal(module.attention.transform(queries), queries)
+    assert torch.equal(attention.transform(queries), queries)
 
 
 def test_recorded_queries_stop_early(run: Run, tmp_path: Path, folder: Path) -> None:
@@ -104,42 +103,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["seed=1"], "has memory sha256:.*, but this run sha256:.*; fit the stages anew"),
+        (["seed=1"], "has memory sha256:.*, but this run has sha256:.*; fit the stages anew"),
         (["data.dim=4"], "has memory"),
-        (["attention=linear"], "has settings .*'mlp'.*, but this run .*'linear'.*; give attention="),
+        (["attention=linear"], "has settings .*'mlp'.*, but this run has .*'linear'"),
         (["attention.hidden=3"], "has settings"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(checkpoint: Path, overrides: list[str], message: str) -> None:
-    config = compose_config(*SMALL, *overrides)
-    module, _ = attention_stage(config, build_source(config))
     with pytest.raises(InputError, match=message):
-        load_attention(module.attention, checkpoint)
+        build(compose_config(*SMALL, *overrides, f"attention_checkpoint={checkpoint}"))
 
 
 def test_a_damaged_or_missing_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    config = compose_config(*SMALL)
-    module, _ = attention_stage(config, build_source(config))
+    memory = build_source(compose_config(*SMALL)).memory
     whole = checkpoint.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])
         with pytest.raises(InputError, match="is truncated or not a checkpoint of NVF"):
-            load_attention(module.attention, tmp_path / "cut.safetensors")
+            load_attention(tmp_path / "cut.safetensors", memory)
     with pytest.raises(InputError, match="does not exist; name a run's"):
-        load_attention(module.attention, tmp_path / "none.safetensors")
+        load_attention(tmp_path / "none.safetensors", memory)
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    save_file(module.attention.state_dict(), tmp_path / "foreign.safetensors")
+    save_file(SoftAttention(memory).state_dict(), tmp_path / "foreign.safetensors")
     for foreign in ("foreign.ckpt", "foreign.safetensors"):
         with pytest.raises(InputError, match="not a checkpoint of NVF"):
-            load_attention(module.attention, tmp_path / foreign)
-
-
-def test_a_reranker_checkpoint_is_no_stage_one(run: Run, tmp_path: Path) -> None:
-    run(*SMALL, *SMALL_STEPS)
-    config = compose_config(*SMALL)
-    module, _ = attention_stage(config, build_source(config))
-    with pytest.raises(InputError, match="has stage reranker, but this run attention"):
-        load_attention(module.attention, tmp_path / "run/checkpoints/reranker/best.safetensors")
+            load_attention(tmp_path / foreign, memory)
 
 
 JOINT = ["stage=joint", "joint.epochs=2", "joint.steps_per_epoch=3"]
@@ -215,11 +203,11 @@ def test_relaxed_joint_training_is_timed_before_it_has_a_trainer(run: Run, folde
             ["reranker_checkpoint=none.safetensors"],
             "reranker_checkpoint=none.safetensors does not exist; name a run's",
         ),
-        (["reranker_checkpoint=ATTENTION"], "has stage attention, but this run reranker; name a run's"),
+        (["reranker_checkpoint=ATTENTION"], "has stage attention, but this run needs reranker; name a run's"),
         (["reranker_checkpoint=RERANKER", "seed=1"], "has memory sha256:.*; fit the stages anew"),
-        (["reranker_checkpoint=RERANKER", "reranker=mlp"], "has reranker .*'residual'.*, but this run .*'mlp'"),
-        (["reranker_checkpoint=RERANKER", "k=4"], "has k 5, but this run 4; give k the value"),
-        (["attention_checkpoint=RERANKER"], "has stage reranker, but this run attention"),
+        (["reranker_checkpoint=RERANKER", "reranker=mlp"], "has reranker .*'residual'.*, but this run has .*'mlp'"),
+        (["reranker_checkpoint=RERANKER", "k=4"], "has k 5, but this run has 4"),
+        (["attention_checkpoint=RERANKER"], "has stage reranker, but this run needs attention"),
         (["stage.warm_start=maybe"], "stage.warm_start=maybe is neither true nor false"),
     ],
 )
@@ -239,7 +227,7 @@ def test_a_reranker_of_another_log_is_refused(run: Run, tmp_path: Path, folder: 
     run(*few, folder=tmp_path / "first")
     path = tmp_path / "first/checkpoints/reranker/best.safetensors"
     np.save(folder / "queries.npy", np.load(folder / "queries.npy") + 0.01)
-    with pytest.raises(InputError, match="was made with another log of queries; fit the stages anew"):
+    with pytest.raises(InputError, match="was fitted with another log of queries; fit the stages anew"):
         run(*few, f"reranker_checkpoint={path}", folder=tmp_path / "second")
 
 

@@ -16,8 +16,9 @@ from nvf.files.records import write_record
 from nvf.models.memory import VectorMemory, unit
 from nvf.training import select as selection
 from nvf.training.build import Built, build
-from nvf.training.limits import SHARE, Plan, plan
+from nvf.training.limits import SHARE, plan
 from nvf.training.select import cross_fit, fit_attention
+from nvf.training.stages import attention_stage
 
 Run = Callable[..., dict[str, Any]]
 SHORT = ["attention.epochs=3", "reranker.epochs=3", "k=5", "trainer.enable_progress_bar=false"]
@@ -119,9 +120,8 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def planned_of(built: Built, folder: Path) -> Plan:
-    assert built.reranker is not None
-    return plan(built.variants, built.reranker.folds, built.limits, folder)
+def planned_of(built: Built, folder: Path) -> Any:
+    return plan(built.variants, built.config["reranker"]["folds"], built.config["data"], folder)
 
 
 @pytest.mark.parametrize(("limit", "price"), [("work", 50 * 320 * 8), ("budget_s", 10.0)])
@@ -191,7 +191,7 @@ def test_what_is_not_clearly_above_exact_search_gives_way(
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
+def test_folds_have_not_seen_their_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "f", queries=200)
     queries, targets = np.load(tmp_path / "f/queries.npy"), np.load(tmp_path / "f/targets.npy")
     np.save(tmp_path / "f/queries.npy", np.concatenate([queries, queries]))
@@ -201,12 +201,12 @@ def test_folds_have_not_seen_their_queries(tmp_path: Path) -> None:
     chosen = fit_attention(built, tmp_path)
     given: list[torch.Tensor] = []
 
-    def watched(partial: Any) -> Any:
+    def watched(config: Any, partial: Any) -> Any:
         given.append(partial.splits["train"].queries)
-        return chosen.variant.remake(partial)
+        return attention_stage(config, partial)
 
-    variant = chosen.variant._replace(remake=watched)
-    folds = cross_fit(built, chosen._replace(epochs=2, folds=3, variant=variant), tmp_path)
+    monkeypatch.setattr(selection, "attention_stage", watched)
+    folds = cross_fit(built, chosen._replace(about={**chosen.about, "epochs": 2}, folds=3), tmp_path)
     train = built.source.splits["train"]
     assert sorted(torch.cat([fold.unseen for fold in folds]).tolist()) == list(range(len(train.queries)))
     for fold, fitted_on in zip(folds, given, strict=True):
@@ -235,8 +235,8 @@ def test_variants_that_share_transform_and_keys_have_folders_of_their_own() -> N
         (["data.work=much"], "data.work=much is not a number above 0"),
         (["attention.variants=[{epochs: -1}]"], "attention.variants.epochs=-1 is not a whole number of at least 0"),
         (["reranker.folds=1"], "reranker.folds=1 is not a whole number of at least 2"),
-        (["attention.variants=[]"], "attention.variants=.* is no list of settings"),
-        (["attention.variants=[{lr: 1}]"], "attention.variants names lr; it may name transform"),
+        (["attention.variants=[]"], "attention.variants=.* is no list of stage"),
+        (["attention.variants=[{rate: 1}]"], "attention.variants=.* is no list of"),
         (["attention.keys=loose"], "attention.keys=loose is unknown; choose one of frozen, learned"),
     ],
 )

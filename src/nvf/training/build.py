@@ -1,32 +1,24 @@
 """From settings to objects, once: what is wrong with a setting is refused here, before any work."""
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
-from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
+from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
-from nvf.models.pipeline import Pipeline
-from nvf.training.checkpoints import attention_within, load_attention, load_reranker
+from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED, on_one_device
-from nvf.training.fit import FitSettings, check_trainer
-from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+from nvf.training.fit import check_trainer
 from nvf.training.stages import (
     Settings,
+    Stage,
     attention_stage,
-    batches_of,
-    fit_settings,
-    joint_module,
+    joint_stage,
     label,
-    log_of_queries,
     make,
     reranker_stage,
     seen_rows,
@@ -34,62 +26,25 @@ from nvf.training.stages import (
 )
 
 log = logging.getLogger("nvf")
-LIMITS = ("work", "budget_s")  # of `data`, on what a run may take
 
 
-class Variant(NamedTuple):
-    """A stage 1 that a run tries: its untrained module, its batches, and how it is fitted."""
-
-    name: str  # of its folder; empty where it is the only one
-    settings: dict[str, Any]  # as they were given, JSON values
-    module: AttentionModule
-    data: VectorDataModule
-    fit: FitSettings
-    remake: Callable[[Source], tuple[AttentionModule, VectorDataModule]]  # untrained again, over other queries
-
-
-class SecondStage(NamedTuple):
-    """Stage 2 behind exact search, which gives its place to the fitted stage 1; its batches, and how it is fitted."""
-
-    module: RerankerModule
-    data: VectorDataModule
-    fit: FitSettings
-    folds: int | None  # of the training queries
-    loaded: str | None  # the checkpoint that its weights are from
-
-
-class Joint(NamedTuple):
-    """What fits both stages together."""
-
-    make: Callable[[Pipeline], JointModule]
-    data: VectorDataModule
-    fit: FitSettings
-
-
-class Loaded(NamedTuple):
-    """A stage 1 that a checkpoint holds."""
-
-    variant: Variant  # that it is
-    attention: SoftAttention
-    calibrated: bool
-    path: str
-
-
-class Built(NamedTuple):
+@dataclass(frozen=True)
+class Built:
     """Everything that a run works with."""
 
+    config: Settings
     source: Source
-    k: int  # candidates a query
-    trained: tuple[str, ...]  # the stages that are trained, in this order
     seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
     exact: SoftAttention  # exact search
-    variants: tuple[Variant, ...]
-    loaded: Loaded | None
-    reranker: SecondStage | None
-    joint: Joint | None
-    limits: dict[str, float]  # on what the run may take, by name
-    cache: Path | None  # for fitted stages 1
-    rests_on: dict[str, Any]  # the settings, beside the variants' own, that a fitted stage 1 depends on
+    variants: tuple[Stage, ...]  # the stages 1 to try
+    given: Stage | None  # not to be fitted: a checkpoint's, or untrained where joint training starts from scratch
+    reranker: Stage | None  # behind exact search, whose place the fitted stage 1 takes
+    joint: Stage | None  # as it is before the stages are fitted
+
+    @property
+    def k(self) -> int:
+        """Candidates a query."""
+        return int(self.config["k"])
 
     def queries(self, split: str) -> QueryBatch:
         """The `val` or `test` queries, or the `train` queries where they are recorded."""
@@ -99,50 +54,30 @@ class Built(NamedTuple):
 def build(config: Settings, source: Source | None = None) -> Built:
     """Turn the settings of a run, resolved and as plain containers, into objects.
 
-    Args:
-        source: in place of the memory and the queries that the settings describe.
+    A `source` takes the place of the memory and the queries that the settings describe.
 
     Raises:
         InputError: whatever is wrong with the settings or the user's files.
     """
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
-    fits, trained = config["stage"]["fit"], stages(config)
-    _check_numbers(config, trained)
+    _check_numbers(config, source)
     check_sharded(config)
-    tried = tuple(_variant(variant, name, source) for name, variant in _named(variants(config)))
-    loaded = _loaded(config, source, tried)
-    exact, seen = SoftAttention(source.memory, transform="identity"), seen_rows(source)
-    reranker = joint = None
-    if "reranker" in fits:
-        _check_log(config["reranker"], source)
-        module, data = reranker_stage(config, source, exact, evidence=log_of_queries(config, source))
+    tried = _variants(config, source)
+    given = _given(config, source, tried)
+    exact, reranker, joint = SoftAttention(source.memory, transform="identity"), None, None
+    if "reranker" in config["stage"]["fit"]:
+        evidence = None
+        if config["reranker"]["kind"] == "evidence":
+            assert isinstance(source, Recorded)
+            evidence = Evidence.gather(source.memory, *source.splits["train"])
+        reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
-            load_reranker(module.model, config["reranker_checkpoint"])
-        settings = fit_settings(config, "reranker", source.memory)
-        reranker = SecondStage(module, data, settings, config["reranker"]["folds"], config["reranker_checkpoint"])
-    if "joint" in fits:
+            load_reranker(reranker.module.model, config["reranker_checkpoint"])
+    if "joint" in config["stage"]["fit"]:
         assert reranker is not None
-        together = partial(joint_module, config, source)
-        together(reranker.module.model)  # a shell that says what is wrong with its settings
-        data = batches_of(config, "joint", source, evidence=reranker.module.model.evidence)
-        joint = Joint(together, data, fit_settings(config, "joint", source.memory))
-    queries = {name: value for name, value in config["queries"].items() if name != "source" or seen is None}
-    off = config["cache"] in (None, False, "off") or not on_one_device({"devices": "auto", **config["trainer"]})
-    return Built(
-        source,
-        config["k"],
-        tuple(trained),
-        seen,
-        exact,
-        tried,
-        loaded,
-        reranker,
-        joint,
-        limits={f"data.{name}": value for name in LIMITS if (value := config["data"].get(name)) is not None},
-        cache=None if off else Path(str(config["cache"])),
-        rests_on={name: config[name] for name in ("trainer", "optimizer", "callbacks")} | {"queries": queries},
-    )
+        joint = joint_stage(config, source, reranker.module.model)
+    return Built(config, source, seen_rows(source), exact, tried, given, reranker, joint)
 
 
 def build_source(config: Settings) -> Source:
@@ -163,84 +98,69 @@ def build_source(config: Settings) -> Source:
 
 
 def check_sharded(config: Settings) -> None:
-    """Refuse what a memory that several devices share cannot do.
-
-    Raises:
-        InputError: another stage than stage 1, learned keys, or a sample of the rows.
-    """
+    """Raise an InputError for what a memory that several devices share cannot do."""
     if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
         return
-    if stages(config) != ["attention"]:
+    learned = any(variant["attention"]["keys"] != "frozen" for variant in variants(config))
+    if stages(config) != ["attention"] or learned or config["attention"]["sample"] is not None:
         raise InputError(
-            "trainer=sharded fits stage 1 alone; add stage=attention, and go on from its checkpoint on the CPU: "
-            "trainer.accelerator=cpu attention_checkpoint=outputs/.../checkpoints/attention/best.safetensors"
-        )
-    if any(variant["attention"]["keys"] != "frozen" for variant in variants(config)):
-        raise InputError("trainer=sharded fits no learned keys; set attention.keys=frozen, and no attention=auto")
-    if (sample := config["attention"]["sample"]) is not None:
-        raise InputError(
-            f"attention.sample={sample} is of no use with trainer=sharded, which takes all rows; leave it out"
+            "trainer=sharded fits one stage 1 with frozen keys over all rows: set stage=attention, "
+            "attention.keys=frozen and attention.sample=null, and not attention=auto"
         )
 
 
 def stages(config: Settings) -> list[str]:
-    """What is trained, in which order; a cold start leaves everything to the last stage."""
-    fits = config["stage"]["fit"]
+    """What is trained, in which order; without a warm start the last stage alone."""
     warm = config["stage"].get("warm_start", True)
     if not isinstance(warm, bool):
         raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
+    fits: list[str] = config["stage"]["fit"]
     return fits if warm else fits[-1:]
 
 
-def _variant(config: Settings, name: str, source: Source) -> Variant:
-    epochs = config["attention"]["epochs"]
-    check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
-    module, data = attention_stage(config, source)
-    settings = fit_settings(config, "attention", source.memory)
-    return Variant(name, dict(config["attention"]), module, data, settings, partial(attention_stage, config))
+def _variants(config: Settings, source: Source) -> tuple[Stage, ...]:
+    """The stages 1 that are tried, each with a name of its own after its transform and keys; one alone needs none."""
+    given = variants(config)
+    plain = [f"{label(one['attention']['transform'])}-{one['attention']['keys']}" for one in given]
+    found = []
+    for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
+        own = name if plain.count(name) == 1 else f"{name}-{number}"
+        epochs = one["attention"]["epochs"]
+        check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
+        found.append(attention_stage(one, source)._replace(name=own if len(given) > 1 else ""))
+    return tuple(found)
 
 
-def _named(given: list[Settings]) -> list[tuple[str, Settings]]:
-    """Each variant with a name of its own, after its transform and its keys; one alone needs none."""
-    if len(given) == 1:
-        return [("", given[0])]
-    plain = [f"{label(variant['attention']['transform'])}-{variant['attention']['keys']}" for variant in given]
-    names = [name if plain.count(name) == 1 else f"{name}-{number + 1}" for number, name in enumerate(plain)]
-    return list(zip(names, given, strict=True))
+def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage | None:
+    last = tried[-1]
+    if (path := config["attention_checkpoint"]) is not None:
+        attention, _ = load_attention(path, source.memory)
+        theirs, mine = {**attention.settings, "biased": False}, last.module.attention.settings
+        same = [stage for stage in tried if stage.module.attention.settings == theirs]
+        if not same:
+            raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")
+        same[0].module.model = attention
+        return same[0]
+    if (path := config["reranker_checkpoint"]) is not None:
+        last.module.model = load_attention(path, source.memory, kind="reranker")[0]
+        return last
+    return None if "attention" in stages(config) else last._replace(fit=replace(last.fit, epochs=0))
 
 
-def _loaded(config: Settings, source: Source, tried: tuple[Variant, ...]) -> Loaded | None:
-    """The stage 1 that `attention_checkpoint` names, else the one in `reranker_checkpoint`, where either is given."""
-    path, later = config["attention_checkpoint"], config["reranker_checkpoint"]
-    *others, last = tried
-    if path is None:
-        return later and Loaded(last, attention_within(later, source.memory), True, later)
-    for variant in others:
-        with suppress(InputError):
-            load_attention(variant.module.attention, path)
-            return Loaded(variant, variant.module.attention, False, path)
-    load_attention(last.module.attention, path)
-    return Loaded(last, last.module.attention, False, path)
-
-
-def _check_numbers(config: Settings, trained: list[str]) -> None:
-    for stage in trained:
+def _check_numbers(config: Settings, source: Source) -> None:
+    for stage in stages(config):
         for name in ("epochs", "patience"):
             if (value := config[stage][name]) is not None or name == "epochs":
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (every := config["save_every"]) is not None:
         check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
-    for limit in LIMITS:
+    for limit in ("work", "budget_s"):
         if (value := config["data"].get(limit)) is not None:
             check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
-
-
-def _check_log(settings: Settings, source: Source) -> None:
-    folds = settings["folds"]
-    if (settings["kind"] == "evidence" or folds is not None) and not isinstance(source, Recorded):
-        raise InputError(
-            f"reranker.kind={settings['kind']} and reranker.folds={folds} need a log of queries, data=embeddings or "
-            "qdrant; choose reranker=residual"
-        )
-    if folds is not None:
-        check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")
+    kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
+    if "reranker" in config["stage"]["fit"] and (kind == "evidence" or folds is not None):
+        if not isinstance(source, Recorded):
+            why = f"reranker.kind={kind} and reranker.folds={folds} need a log of queries, data=embeddings or qdrant"
+            raise InputError(f"{why}; choose reranker=residual")
+        if folds is not None:
+            check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")

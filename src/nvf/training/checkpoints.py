@@ -22,19 +22,13 @@ from nvf.models.pipeline import Pipeline
 
 WEIGHTS = "best.safetensors"
 STAGES = ("attention", "reranker", "joint")
-REMEDIES = {
-    "stage": f"name a run's checkpoints/{{}}/{WEIGHTS}",
-    "memory": "fit the stages anew, or run on the data and seed that it was made for",
-    "settings": "give attention= and its settings the values that it was made with",
-    "reranker": "give reranker= and its settings the values that it was made with",
-    "k": "give k the value that it was made with",
-}
+OTHER = "fit the stages anew, or give this run the data and settings that it was fitted with"
 
 
-def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str) -> None:
-    """Write a model's weights, with its settings and the memory's hash as metadata, atomically."""
+def save_weights(model: SoftAttention | Pipeline, path: Path, *, stage: str, notes: Any = None) -> None:
+    """Write a model's weights atomically, with its settings, the memory's hash and JSON notes as metadata."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    about = sealed({"stage": stage, **_description(model), "weights": hashed(weights)})
+    about = sealed({"stage": stage, **_description(model), "weights": hashed(weights), "notes": notes})
     with atomic_write(path) as partial:
         save_file(weights, partial, {"nvf": json.dumps(about)})
 
@@ -48,49 +42,36 @@ def hashed(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_attention(attention: SoftAttention, path: str | Path) -> None:
-    """Load stage 1's weights that a run saved for the same memory, frozen.
+def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "attention") -> tuple[SoftAttention, Any]:
+    """Load a stage 1, frozen, that was fitted for the same memory, and the notes in its file.
+
+    A checkpoint of the kind `reranker`, of stage 2 or of both stages, holds the calibrated stage 1 too.
 
     Raises:
-        InputError: no such file, a damaged one, another memory, or another shape.
+        InputError: no such file, a damaged one, one of another stage, or another memory.
     """
-    about, weights = _read(path, "attention")
-    _compare(about, _description(attention), path, "attention")
-    with _refused(path, "attention", "is damaged"):
-        fill(attention, weights)
-    attention.requires_grad_(False)
-
-
-def attention_within(path: str | Path, memory: VectorMemory) -> SoftAttention:
-    """Stage 1 as it was, calibrated, and frozen, in a run's checkpoint of stage 2, or of both stages.
-
-    Raises:
-        InputError: as for `load_attention`.
-    """
-    about, weights = _read(path, "reranker")
-    _compare(about, {"memory": memory.fingerprint}, path, "reranker")
-    with _refused(path, "reranker", "is damaged"):
-        with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+    about, weights = _read(path, kind, {"memory": memory.fingerprint})
+    with _refused(path, kind, "is damaged"):
+        with torch.device("meta"):  # so that settings which claim a huge size allocate nothing
             attention = SoftAttention(memory, **about["settings"])
-        fill(attention, _under("attention.", weights))
-    return attention.requires_grad_(False)
+        fill(attention, weights if kind == "attention" else _under("attention.", weights))
+    return attention.to(memory.rows.device).requires_grad_(False), about.get("notes")
 
 
 def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
-    """Load stage 2's weights from a run's checkpoint of it, or of both stages; stage 1 stays as it is.
+    """Load stage 2's weights from a run's checkpoint of stage 2 or of both stages; stage 1 stays as it is.
 
     Raises:
-        InputError: as for `load_attention`; another k, or another log of queries.
+        InputError: as for `load_attention`; another k, other settings of the reranker, or another log of queries.
     """
-    about, weights = _read(path, "reranker")
     mine = _description(pipeline)
-    _compare(about, {name: mine[name] for name in ("memory", "reranker", "k")}, path, "reranker")
+    _, weights = _read(path, "reranker", {name: mine[name] for name in ("memory", "reranker", "k")})
     with _refused(path, "reranker", "is damaged"):
         fill(pipeline.reranker, _under("reranker.", weights))
     if pipeline.evidence is not None:
         log, kept = _under("evidence.", weights), pipeline.evidence.state_dict()
-        if log.keys() != kept.keys() or any(not _equal(log[name], own.cpu()) for name, own in kept.items()):
-            raise InputError(f"reranker_checkpoint={path} was made with another log of queries; {REMEDIES['memory']}")
+        if log.keys() != kept.keys() or hashed(log) != hashed({name: own.cpu() for name, own in kept.items()}):
+            raise InputError(f"reranker_checkpoint={path} was fitted with another log of queries; {OTHER}")
 
 
 def _description(model: SoftAttention | Pipeline) -> dict[str, Any]:
@@ -102,43 +83,33 @@ def _description(model: SoftAttention | Pipeline) -> dict[str, Any]:
     return dict(json.loads(json.dumps(about)))
 
 
-def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says of itself, and its weights."""
-    remedy = REMEDIES["stage"].format(kind)
+def _read(path: str | Path, kind: str, mine: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A file's description and weights, if it fits this run, whose own description is `mine`."""
+    name, remedy = f"{kind}_checkpoint={path}", f"name a run's checkpoints/{kind}/{WEIGHTS}"
     if not Path(path).exists():
-        raise InputError(f"{kind}_checkpoint={path} does not exist; {remedy}")
+        raise InputError(f"{name} does not exist; {remedy}")
     with _refused(path, kind, "is truncated or not a checkpoint of NVF"):
         weights = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nvf"])
-        check_settings(about)
+        check_settings({what: value for what, value in about.items() if what != "notes"})
         if not is_unchanged(about) or about["weights"] != hashed(weights) or about["stage"] not in STAGES:
             raise ValueError("it is not what was saved")
     if (about["stage"] == "attention") != (kind == "attention"):
-        raise InputError(f"{kind}_checkpoint={path} has stage {about['stage']}, but this run {kind}; {remedy}")
+        raise InputError(f"{name} has stage {about['stage']}, but this run needs {kind}; {remedy}")
+    for what, value in mine.items():
+        if about.get(what) != value:
+            raise InputError(f"{name} has {what} {about.get(what)}, but this run has {value}; {OTHER}")
     return about, weights
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @contextmanager
 def _refused(path: str | Path, kind: str, what: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes of us, torch or safetensors into an InputError."""
+    """Turn every exception that a damaged file can cause into an InputError."""
     try:
         yield
     except DAMAGE as fault:
-        remedy = REMEDIES["stage"].format(kind)
-        raise InputError(f"{kind}_checkpoint={path} {what} ({one_line(fault)}); {remedy}") from None
-
-
-def _compare(about: dict[str, Any], mine: dict[str, Any], path: str | Path, kind: str) -> None:
-    for what, value in mine.items():
-        if about.get(what) != value:
-            raise InputError(
-                f"{kind}_checkpoint={path} has {what} {about.get(what)}, but this run {value}; {REMEDIES[what]}"
-            )
+        raise InputError(f"{kind}_checkpoint={path} {what} ({one_line(fault)}); name another or fit anew") from None
 
 
 def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

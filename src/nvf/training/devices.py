@@ -1,6 +1,7 @@
-"""The processes of a run on several devices: how they start, agree and part."""
+"""The threads and processes of a run: how many threads torch uses, and how processes start, agree and part."""
 
 import atexit
+import logging
 import os
 import subprocess
 from collections.abc import Mapping
@@ -12,25 +13,50 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
-from nvf.errors import InputError
+from nvf.errors import InputError, check_number
 
+log = logging.getLogger("nvf")
 T = TypeVar("T")
+ALL_THREADS = torch.get_num_threads()  # the process's own number, before a run sets another
 SHARDED = "sharded"  # trainer.strategy for a memory that the devices share
 GRACE = 3  # seconds that the other processes have to end once the first one does
 REFUSED = ("spawn", "fork", "notebook")  # strategies whose processes begin in the middle of a run
 
 
-def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
-    """Start the other processes of a run whose trainer wants several; returns this one's rank.
+def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
+    """Set the number of CPU threads, None for all, and whether the same run must give the same bits.
 
-    Args:
-        trainer: the arguments that the user gives the Trainer.
-        threads: of each process; None deals the cores out.
-
-    Each runs the whole program and meets the others here; none outlives the first.
+    `deterministic` takes one thread, because a sum over several threads rounds differently with their number, and
+    torch's deterministic algorithms; torch warns of GPU operations that have none.
 
     Raises:
-        InputError: devices that are not there, or what cannot be done on several.
+        InputError: a bad number, or `deterministic` is neither true nor false.
+    """
+    if threads is not None:
+        check_number("threads", threads, minimum=1, whole=True, remedy="null uses all cores")
+    if not isinstance(deterministic, bool):
+        raise InputError(f"deterministic={deterministic} is neither true nor false; false is the default")
+    if deterministic:
+        if threads not in (None, 1):
+            log.info("deterministic=true uses one thread, not %d", threads)
+        threads = 1
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed size
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
+    torch.set_num_threads(threads or ALL_THREADS)
+
+
+def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
+    """Start the other processes of a run whose trainer wants several; each runs the whole program up to here.
+
+    When the first process ends, the others are ended too. `trainer` are the arguments that the user gives the Trainer;
+    each process gets so many threads, or its share of the cores if None.
+
+    Returns:
+        This process's rank.
+
+    Raises:
+        InputError: devices that do not exist, or a strategy that is not supported.
     """
     if on_one_device(trainer):
         return 0
@@ -45,9 +71,9 @@ def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     if fabric.world_size == 1:
         return 0
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning deals the cores out
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # without it, Lightning deals the cores out
     fabric.launch()
-    atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # a cluster looks after its own
+    atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # on a cluster there are none
     return fabric.global_rank
 
 
@@ -57,7 +83,7 @@ def on_one_device(trainer: Mapping[str, Any]) -> bool:
 
 
 def part_processes() -> None:
-    """Leave the group of processes once no common work is left."""
+    """Leave the group of processes after the last work that they share."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
@@ -66,7 +92,7 @@ def part_processes() -> None:
 def _end(children: list[subprocess.Popen]) -> None:
     """Give the other processes a few seconds to end, then kill them: they may wait for a step that never comes."""
     ending = [*children]
-    children.clear()  # Lightning watches them, and would kill this process for their end
+    children.clear()  # Lightning would kill this process when it sees one of them end
     for child in ending:
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=GRACE)
@@ -74,17 +100,11 @@ def _end(children: list[subprocess.Popen]) -> None:
 
 
 def agreed(value: T) -> T:
-    """The first process's value, on every process; theirs may differ where it depends on a clock, for instance."""
-    if not distributed.is_initialized():
-        return value
+    """The first process's value, on every process: a value that depends on a clock differs between them."""
     values = [value]
-    distributed.broadcast_object_list(values)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
     return values[0]
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes for all of them."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def largest(device: torch.device, *values: int) -> tuple[int, ...]:

@@ -19,8 +19,6 @@ from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, ndcg, ndcg_of, 
 from nvf.ops.topk import first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
-RELAXATIONS = "[1, 0.1] anneals, null is exact"
-
 
 class AttentionModule(StageModule):
     """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or over an estimate of it from some.
@@ -28,10 +26,10 @@ class AttentionModule(StageModule):
     Args:
         attention: stage 1.
         k: the number of candidates, of which validation says whether a target is among them.
-        learnable: which learned keys may move, (N,) bool; all if None. A row that no training query points at would
-            only ever be pushed away, and be lost to the queries that want it.
-        sample: how many rows a step estimate the loss; all of them give it exactly if None.
-        hard: how many rows, the nearest to a query's target, are added to them.
+        learnable: which learned keys may move, (N,) bool; all if None. Training would only push away a row that
+            answers no training query.
+        sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
+        hard: how many rows, the nearest to a query's target, are added to the sample.
         settings: of `StageModule`.
     """
 
@@ -48,9 +46,7 @@ class AttentionModule(StageModule):
         super().__init__(attention, **settings)
         rows = len(attention.memory)
         if sample is not None:
-            check_number("attention.sample", sample, minimum=1, whole=True, remedy="8192 is a good start")
-            if sample > rows:
-                raise InputError(f"attention.sample={sample} exceeds the memory's {rows} rows; null takes them all")
+            check_number("attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all")
         check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
         if hard and sample is None:
             raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
@@ -95,15 +91,12 @@ class AttentionModule(StageModule):
 class RerankerModule(StageModule):
     """Fits a pipeline's reranker on `CandidateBatch`es by cross-entropy over the candidates; stage 1 stays frozen.
 
-    Args:
-        pipeline: stage 1 and the reranker.
-        scalar_lr_ratio: learning rate of the residual reranker's two scalars over the network's.
-        settings: of `StageModule`.
+    `scalar_lr_ratio` is the learning rate of the residual reranker's two scalars over the network's.
     """
 
     def __init__(self, pipeline: Pipeline, *, scalar_lr_ratio: float, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
-        _check_ratio(scalar_lr_ratio)
+        check_number("scalar_lr_ratio", scalar_lr_ratio, above=0, remedy="100 is the default")
         self.model.attention.requires_grad_(False)
         self.scalar_lr_ratio = scalar_lr_ratio
 
@@ -113,7 +106,7 @@ class RerankerModule(StageModule):
     def judge(self, batch: CandidateBatch) -> Judged:
         scores = self._scores(batch)
         gains = batch.labels.gather(-1, first_topk(scores, self.model.k))[:, :DEEPEST]
-        gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # of fewer candidates: no reranker moves the rest
+        gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # below the candidates no reranker moves anything
         ranks = candidate_ranks(scores, batch.labels)
         return Judged(reranker_loss(scores, batch.labels), ranks, batch.valid, ndcg(gains, batch.targets))
 
@@ -121,20 +114,24 @@ class RerankerModule(StageModule):
         return self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
 
     def parameter_groups(self) -> Groups:
-        return _reranker_groups(self.model, self.lr, self.scalar_lr_ratio)
+        """The reranker's network, and the residual reranker's two scalars with a learning rate of their own."""
+        named = list(self.model.reranker.named_parameters())
+        scalars = [parameter for name, parameter in named if name == "evidence"]
+        network = [parameter for name, parameter in named if name != "evidence"]
+        groups: Groups = [{"params": network, "lr": self.lr}, {"params": scalars, "lr": self.lr * self.scalar_lr_ratio}]
+        return [group for group in groups if group["params"]]
 
 
-class JointModule(StageModule):
+class JointModule(RerankerModule):
     """Fits both stages of a pipeline on batches of queries, by -log of its distribution at the targets.
 
     Args:
         pipeline: stage 1 and the reranker.
-        scalar_lr_ratio: as for `RerankerModule`.
         relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
             None for the exact distribution. See `distribution.relaxed`.
         attention_weight: of stage 1's own loss, which is added.
         learnable: which learned keys may move, as for `AttentionModule`.
-        settings: of `StageModule`; `lr` is that of stage 1 and of the reranker's network.
+        settings: of `RerankerModule`; `lr` is that of stage 1 and of the reranker's network.
 
     Raises:
         InputError: a relaxation that is not two numbers above 0, or a negative weight.
@@ -144,21 +141,18 @@ class JointModule(StageModule):
         self,
         pipeline: Pipeline,
         *,
-        scalar_lr_ratio: float,
         relaxation: Sequence[float] | None = None,
         attention_weight: float = 0.0,
         learnable: Tensor | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
-        _check_ratio(scalar_lr_ratio)
-        if relaxation is not None:
-            if not isinstance(relaxation, list | tuple) or len(relaxation) != 2:
-                raise InputError(f"joint.relaxation={relaxation} is not two temperatures; {RELAXATIONS}")
-            for temperature in relaxation:
-                check_number("joint.relaxation", temperature, above=0, remedy=RELAXATIONS)
+        if relaxation is not None and (not isinstance(relaxation, list | tuple) or len(relaxation) != 2):
+            raise InputError(f"joint.relaxation={relaxation} is not two temperatures; [1, 0.1] anneals")
+        for temperature in relaxation or ():
+            check_number("joint.relaxation", temperature, above=0, remedy="[1, 0.1] anneals, null is exact")
         check_number("joint.attention_weight", attention_weight, minimum=0, remedy="0 leaves stage 1's loss out")
-        self.scalar_lr_ratio, self.relaxation, self.attention_weight = scalar_lr_ratio, relaxation, attention_weight
+        self.relaxation, self.attention_weight = relaxation, attention_weight
         self.steps = 1  # of the whole training, known when it starts
         self.model.requires_grad_(True)
         _hold_keys(self.model.attention, learnable)
@@ -174,12 +168,12 @@ class JointModule(StageModule):
     def on_train_start(self) -> None:
         self.steps = int(self.trainer.estimated_stepping_batches)
 
-    def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:
+    def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:  # type: ignore[override]
         logged_as, relaxation = getattr(batch, "logged_as", None), self.temperature
         ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
         return ours + self.attention_weight * attention
 
-    def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:
+    def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
         said = self.model(batch.queries, logged_as=getattr(batch, "logged_as", None), answer=False)
         loss = attention_loss(said.log_probs, batch.targets)
         if self.attention_weight:
@@ -188,19 +182,7 @@ class JointModule(StageModule):
         return Judged(loss, target_ranks(ranking, batch.targets), covered, ndcg_of(ranking, batch.targets))
 
     def parameter_groups(self) -> Groups:
-        return [*super().parameter_groups(), *_reranker_groups(self.model, self.lr, self.scalar_lr_ratio)]
-
-
-def _check_ratio(ratio: float) -> None:
-    check_number("reranker.scalar_lr_ratio", ratio, above=0, remedy="100 is the default")
-
-
-def _reranker_groups(pipeline: Pipeline, lr: float, ratio: float) -> Groups:
-    """The reranker's network, and with a learning rate of their own the residual reranker's two scalars."""
-    scalars = [p for name, p in pipeline.reranker.named_parameters() if name == "evidence"]
-    network = [p for name, p in pipeline.reranker.named_parameters() if name != "evidence"]
-    groups: Groups = [{"params": network, "lr": lr}, {"params": scalars, "lr": lr * ratio}]
-    return [group for group in groups if group["params"]]
+        return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
 
 
 def _hold_keys(attention: SoftAttention, learnable: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """A memory whose rows are shared out over devices, and stage 1 over it; all ranks see the same queries.
 
 The rows are a DTensor, Shard(0), so the logits of a batch are one too, Shard(1): no device ever holds N of anything.
-Losses, gradients, ranks and the k best rows are what one device with all rows would compute, the same on every rank.
+Losses, gradients and ranks are what one device with all rows would compute, the same on every rank.
 """
 
 import math
@@ -12,28 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils.data import DataLoader
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import VectorMemory, check_k, unit
+from nvf.models.memory import VectorMemory
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg
-from nvf.ops.topk import TopK, blockwise_topk
+from nvf.ops.topk import blockwise_topk
 from nvf.training.modules import AttentionModule
 from nvf.training.stage import Judged
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
-    """The memory's rows that this rank holds: ceil(N / ranks) each, in order; the last rank holds the rest.
-
-    Raises:
-        InputError: that would leave a rank without rows.
-    """
+    """The memory's rows that this rank holds: ceil(N / ranks) each, in order; an InputError if a rank has none."""
     ranks = mesh.size()
     share = -(-total // ranks)
     if share * (ranks - 1) >= total:
@@ -43,36 +38,15 @@ def own_rows(total: int, mesh: DeviceMesh) -> slice:
 
 
 class ShardedMemory(VectorMemory):
-    """A memory of which each rank holds a share of the rows: `rows` is a DTensor, (N, D), Shard(0).
+    """A memory of which each rank of a mesh holds the rows of `own_rows`: `rows` is a DTensor, (N, D), Shard(0)."""
 
-    Args:
-        own: this rank's unit rows, those of `own_rows`.
-        total: N.
-        mesh: the ranks, in one dimension.
-        fingerprint: of all N rows.
+    rows: DTensor
 
-    Raises:
-        InputError: a rank without rows.
-    """
-
-    def __init__(self, own: Tensor, *, total: int, mesh: DeviceMesh, fingerprint: str) -> None:
+    def __init__(self, memory: VectorMemory, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        self.ids, self.fingerprint = None, fingerprint
-        self.row_of_vector = self.vector_of_row = None
-        shape = torch.Size((total, own.shape[1]))
-        rows = DTensor.from_local(own, mesh, [Shard(0)], shape=shape, stride=(own.shape[1], 1))
-        self.register_buffer("rows", rows, persistent=False)
-
-    @classmethod
-    def of(cls, memory: VectorMemory, mesh: DeviceMesh) -> "ShardedMemory":
-        """This rank's share of a memory that lies in the host's RAM, on this rank's device."""
         own = memory.rows[own_rows(len(memory), mesh)]
-        return cls(own, total=len(memory), mesh=mesh, fingerprint=memory.fingerprint)
-
-    def search(self, queries: Tensor, k: int) -> TopK:
-        check_k(k, len(self))
-        assert isinstance(self.rows, DTensor)
-        return sharded_topk(unit(queries), self.rows, k)
+        rows = DTensor.from_local(own, mesh, [Shard(0)], shape=memory.rows.shape, stride=(memory.dim, 1))
+        self.register_buffer("rows", rows, persistent=False)
 
 
 class ShardedAttention(SoftAttention):
@@ -82,63 +56,41 @@ class ShardedAttention(SoftAttention):
 
     @classmethod
     def of(cls, attention: SoftAttention, mesh: DeviceMesh) -> "ShardedAttention":
-        """The same stage 1, with weights of its own.
-
-        Raises:
-            InputError: learned keys, hub correction, or a rank without rows.
-        """
-        if attention.delta is not None or attention.bias is not None:
-            raise InputError("a sharded stage 1 has frozen keys and no bias; set attention.keys=frozen")
-        sharded = cls(ShardedMemory.of(attention.memory, mesh), **attention.settings)
+        """A copy of a stage 1 with frozen keys and no bias; an InputError if a rank would have no rows."""
+        sharded = cls(ShardedMemory(attention.memory, mesh), **attention.settings)
         sharded.load_state_dict(attention.state_dict())
         return sharded
 
-    def keys(self) -> DTensor:
-        rows = self.memory.rows
-        assert isinstance(rows, DTensor)
-        return rows
-
     def forward(self, queries: Tensor) -> Tensor:
-        keys = self.keys()
+        keys = self.memory.rows
         mesh, shape = keys.device_mesh, torch.Size((len(queries), len(keys)))
         moved = DTensor.from_local(self.project(queries), mesh, [Replicate()])
-        # Of the queries' gradient each rank has its rows' part; the sum of them is what flows on.
+        # Each rank has its own rows' part of the queries' gradient; their sum flows on.
         own = inner_products(moved.to_local(grad_placements=[Partial("sum")]), keys.to_local())
         return DTensor.from_local(own, mesh, [Shard(1)], shape=shape, stride=(len(keys), 1))
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        logits = self(queries)
-        assert isinstance(logits, DTensor)
-        return sharded_loss(logits, targets)
+        return sharded_loss(self(queries), targets)
 
-    def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
-        check_k(k, len(self.memory))
-        return sharded_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
-
-
-@torch.no_grad()
-def sharded_topk(queries: Tensor, keys: DTensor, k: int, *, logsumexp: bool = False) -> TopK:
-    """`blockwise_topk` over sharded keys: each rank finds its own k best, and all of them the best of those."""
-    mesh, own = keys.device_mesh, keys.to_local()
-    found = blockwise_topk(queries, own, min(k, len(own)), logsumexp=logsumexp)
-    missing = k - found.scores.shape[1]  # of a rank with fewer rows than k
-    scores = _gathered(F.pad(found.scores, (0, missing), value=-math.inf), mesh, Shard(1))  # (B, ranks k)
-    rows = _gathered(F.pad(found.rows + own_rows(len(keys), mesh).start, (0, missing)), mesh, Shard(1))
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)  # of equal scores the smallest rows first
-    total = None if found.logsumexp is None else _total(found.logsumexp, mesh)
-    return TopK(scores[:, :k], rows.gather(-1, order[:, :k]), total)
+    @torch.no_grad()
+    def best_rows(self, queries: Tensor, k: int) -> Tensor:
+        """The k rows of highest attention, (B, k): each rank finds its own k best, and all merge theirs."""
+        keys = self.memory.rows
+        mesh, own = keys.device_mesh, keys.to_local()
+        found = blockwise_topk(self.project(queries), own, min(k, len(own)))
+        missing = k - found.scores.shape[1]  # of a rank with fewer rows than k
+        scores = _gathered(F.pad(found.scores, (0, missing), value=-math.inf), mesh, Shard(1))  # (B, ranks k)
+        rows = _gathered(F.pad(found.rows + own_rows(len(keys), mesh).start, (0, missing)), mesh, Shard(1))
+        order = scores.argsort(dim=-1, descending=True, stable=True)  # of equal scores the smallest rows first
+        return rows.gather(-1, order[:, :k])
 
 
 def sharded_loss(logits: DTensor, targets: Tensor) -> Tensor:
-    """`attention_loss` of logits (B, N), Shard(1); the backward pass belongs into `loss_parallel()`."""
-    if targets.shape[1] == 1:
-        with loss_parallel():
-            loss = F.cross_entropy(logits, targets[:, 0])
-        assert isinstance(loss, DTensor)
-        return loss.to_local()
+    """`attention_loss` of logits (B, N), Shard(1)."""
     mesh = logits.device_mesh
     right = _gathered(_own_scores(logits, targets, elsewhere=0.0), mesh, Partial("sum"))  # (B, m)
-    return (_total(logits.to_local().logsumexp(dim=-1), mesh) - mean_of(right, targets >= 0)).mean()
+    totals = _gathered(logits.to_local().logsumexp(dim=-1).unsqueeze(0), mesh, Shard(0))  # (ranks, B)
+    return (totals.logsumexp(dim=0) - mean_of(right, targets >= 0)).mean()
 
 
 @torch.no_grad()
@@ -161,11 +113,6 @@ def _own_scores(logits: DTensor, targets: Tensor, *, elsewhere: float) -> Tensor
     return own.gather(-1, (targets - place.start).clamp(0, own.shape[1] - 1)).masked_fill(~mine, elsewhere)
 
 
-def _total(logsumexp: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The log-sum-exp over all rows from each rank's own, (B,)."""
-    return _gathered(logsumexp.unsqueeze(0), mesh, Shard(0)).logsumexp(dim=0)
-
-
 def _gathered(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
     """The tensor of which each rank holds a part, on every rank; gradients flow through it."""
     return DTensor.from_local(part, mesh, [placement]).full_tensor()
@@ -174,7 +121,7 @@ def _gathered(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
 class ShardedAttentionModule(AttentionModule):
     """An `AttentionModule` under Lightning's `ModelParallelStrategy`, whose ranks share the memory.
 
-    It fits a copy of the stage 1 that it is given, which is in `model` and in the checkpoints.
+    It fits a copy of the stage 1 that it is given; the copy is in `model` and in the checkpoints.
     """
 
     def configure_model(self) -> None:
@@ -187,21 +134,17 @@ class ShardedAttentionModule(AttentionModule):
     def judge(self, batch: QueryBatch) -> Judged:
         logits = self.model(batch.queries)
         ranks = sharded_ranks(logits, batch.targets)
-        first = self.model.candidates(batch.queries, min(DEEPEST, len(self.model.memory))).rows
+        first = self.model.best_rows(batch.queries, min(DEEPEST, len(self.model.memory)))
         gains = ndcg(are_targets(first, batch.targets), batch.targets)
         return Judged(sharded_loss(logits, batch.targets), ranks, ranks <= self.k, gains)
 
-    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
-        with loss_parallel():
-            super().backward(loss, *args, **kwargs)
-
 
 class SameBatches(L.LightningDataModule):
-    """Gives every rank the same batches, those of a run on one device; they are made where the memory lies."""
+    """Gives every rank the same batches, those of a run on one device, made on the device of the memory."""
 
     def __init__(self, data: VectorDataModule) -> None:
         super().__init__()
-        self.data = data  # never learns of the trainer
+        self.data = data  # has no trainer, so it knows of no ranks
 
     def train_dataloader(self) -> DataLoader:
         return self.data.train_dataloader()

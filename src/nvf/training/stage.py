@@ -16,8 +16,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 
 Groups = list[dict[str, Any]]  # of parameters, each with its learning rate, as torch's optimizers take them
-Optimizer = Callable[[Groups], torch.optim.Optimizer]
-ADAM: Optimizer = partial(torch.optim.Adam, fused=True)
+ADAM = partial(torch.optim.Adam, fused=True)
 SCHEDULES = ("onecycle", "constant")
 FIGURES = ("top1", "top5", "coverage", "ndcg10")
 LOGGED = 128  # queries of a training batch whose ranks are logged: ranking all of them costs more than a step
@@ -33,15 +32,15 @@ class Judged(NamedTuple):
 
 
 class StageModule(L.LightningModule):
-    """The steps, metrics, optimizer and schedule that all stages share; a stage adds its loss and how it is judged.
+    """The steps, metrics, optimizer and schedule that all stages share; a stage adds `loss` and `judge`.
 
     Args:
-        model: what is fitted.
+        model: that is fitted.
         lr: the learning rate, or the peak of a onecycle schedule.
         schedule: onecycle or constant.
         seed: of dropout and of samples of the rows.
         warmup: the share of the steps in which a onecycle rate rises.
-        optimizer: makes the optimizer from groups of parameters, each with its learning rate.
+        optimizer: makes torch's optimizer from groups of parameters, each with its learning rate.
 
     Raises:
         InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
@@ -55,7 +54,7 @@ class StageModule(L.LightningModule):
         schedule: str,
         seed: int = 0,
         warmup: float = 0.3,
-        optimizer: Optimizer = ADAM,
+        optimizer: Callable[[Groups], torch.optim.Optimizer] = ADAM,
     ) -> None:
         super().__init__()
         check_number("lr", lr, above=0, remedy="1e-3 is a safe start")
@@ -72,7 +71,7 @@ class StageModule(L.LightningModule):
         raise NotImplementedError
 
     def judge(self, batch: Any) -> Judged:
-        """How well a batch is answered whose scores can be held at once."""
+        """How well a batch is answered; all its scores are held at once."""
         raise NotImplementedError
 
     def parameter_groups(self) -> Groups:
@@ -85,12 +84,11 @@ class StageModule(L.LightningModule):
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
 
     def forward(self, queries: Tensor) -> Any:
-        """What the model makes of queries, (B, D)."""
         return self.model(queries)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        # Only in the steps whose metrics Lightning hands to the loggers: logging costs more than a small step.
+        # Logging costs more than a small step, so it happens only where Lightning hands the metrics to the loggers.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/top1", self._share_answered(batch))
@@ -98,21 +96,17 @@ class StageModule(L.LightningModule):
             self.log("train/temperature", 1 / self.attention.beta.detach())
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._measure(batch, "test")
-
-    def _measure(self, batch: Any, split: str) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, split: str = "val") -> None:
         """Log the loss and the figures of a split; Lightning averages them over its batches and devices."""
         found = self.judge(batch)
         self.log(f"{split}/loss", found.loss, batch_size=len(found.ranks), sync_dist=True)
-        values = (found.ranks <= 1, found.ranks <= 5, found.covered, found.ndcg)
-        for name, value in zip(FIGURES, values, strict=True):
+        for name, value in zip(FIGURES, (found.ranks <= 1, found.ranks <= 5, found.covered, found.ndcg), strict=True):
             metric: Any = self.figures[f"{split}/{name}"]
             metric.update(value.float())
             self.log(f"{split}/{name}", metric, prog_bar=name == "top1", batch_size=len(value))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx, split="test")
 
     @torch.no_grad()
     def _share_answered(self, batch: Any) -> Tensor:

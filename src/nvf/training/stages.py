@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
@@ -22,119 +21,122 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 from nvf.training.fit import FitSettings
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
+from nvf.training.stage import StageModule
 
 Settings = Mapping[str, Any]
 MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 FEWEST_STEPS = 8  # of an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
-VARIES = ("transform", "hidden", "keys", "epochs")
+
+
+class Stage(NamedTuple):
+    """A stage that can be fitted: its untrained module, its batches, and how it is fitted."""
+
+    module: Any
+    data: VectorDataModule
+    fit: FitSettings
+    config: Settings  # of the run
+    name: str = ""  # of a stage 1 among several
 
 
 def variants(config: Settings) -> list[Settings]:
     """The settings of every stage 1 that the configuration asks to try: one, unless `attention.variants` lists more."""
     attention = config["attention"]
-    given = attention["variants"]
+    given, model = attention["variants"], attention["model"]
+    found: list[Settings] = []
     if given is None:
         return [config]
-    if not isinstance(given, list) or not given or not all(isinstance(variant, dict) for variant in given):
-        raise InputError(f"attention.variants={given} is no list of settings; attention=auto has one to start from")
+    if not given or not all(isinstance(one, dict) and one.keys() <= attention.keys() for one in given):
+        raise InputError(f"attention.variants={given} is no list of stage 1's settings; attention=auto has one")
     for variant in given:
-        if unknown := set(variant) - {*VARIES}:
-            raise InputError(f"attention.variants names {', '.join(unknown)}; it may name {', '.join(VARIES)}")
-    model = attention["model"]
-    models = [{**model, **{name: variant[name] for name in variant if name in model}} for variant in given]
-    return [
-        {**config, "attention": {**attention, **variant, "model": model, "variants": None}}
-        for variant, model in zip(given, models, strict=True)
-    ]
+        own = {**model, **{name: variant[name] for name in variant if name in model}}
+        found.append({**config, "attention": {**attention, **variant, "model": own, "variants": None}})
+    return found
 
 
-def attention_stage(config: Settings, source: Source) -> tuple[AttentionModule, VectorDataModule]:
-    """Stage 1, untrained, and its batches."""
+def attention_stage(config: Settings, source: Source) -> Stage:
+    """Stage 1."""
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
-    module = AttentionModule(
-        make(settings["model"], "attention.model", memory=source.memory),
-        k=config["k"],
-        learnable=seen_rows(source) if settings["keys"] == "learned" else None,
-        optimizer=instantiated(config["optimizer"], "optimizer"),
-        **{name: settings[name] for name in ("lr", "schedule", "warmup", "sample", "hard", "seed")},
-    )
-    return module, batches_of(config, "attention", source)
+    attention = make(settings["model"], "attention.model", memory=source.memory)
+    given = {name: settings[name] for name in ("warmup", "sample", "hard")}
+    given |= {"k": config["k"], "learnable": seen_rows(source) if settings["keys"] == "learned" else None}
+    return _stage("attention", AttentionModule, attention, given, config, source)
 
 
 def reranker_stage(
     config: Settings, source: Source, attention: SoftAttention, *, evidence: Evidence | None = None
-) -> tuple[RerankerModule, VectorDataModule]:
-    """Stage 2, untrained, behind a stage 1, and its batches; `evidence` is what `reranker=evidence` weighs."""
+) -> Stage:
+    """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    size = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
+    size: dict[str, Any] = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
     reranker = make(settings["model"], "reranker.model", **size)
-    module = RerankerModule(
-        Pipeline(attention, reranker, k=config["k"], evidence=evidence),
-        optimizer=instantiated(config["optimizer"], "optimizer"),
-        **{name: settings[name] for name in ("lr", "schedule", "scalar_lr_ratio", "seed")},
-    )
-    return module, batches_of(config, "reranker", source, attention=attention, evidence=evidence)
+    pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
+    given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
+    return _stage("reranker", RerankerModule, pipeline, given, config, source, **candidates)
 
 
-def joint_module(config: Settings, source: Source, pipeline: Pipeline) -> JointModule:
+def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
     """Both stages, to be fitted together."""
-    given = ("lr", "schedule", "scalar_lr_ratio", "seed", "relaxation", "attention_weight")
-    return JointModule(
-        pipeline,
-        learnable=seen_rows(source),
-        optimizer=instantiated(config["optimizer"], "optimizer"),
-        **{name: config["joint"][name] for name in given},
-    )
+    given = {name: config["joint"][name] for name in ("scalar_lr_ratio", "relaxation", "attention_weight")}
+    given["learnable"] = seen_rows(source)
+    return _stage("joint", JointModule, pipeline, given, config, source, evidence=pipeline.evidence)
+
+
+def _stage(
+    stage: str,
+    kind: type[StageModule],
+    model: SoftAttention | Pipeline,
+    given: Settings,
+    config: Settings,
+    source: Source,
+    **candidates: Any,
+) -> Stage:
+    """A stage whose module gets the arguments that are `given`, and its datamodule those of `candidates`."""
+    settings, queries = config[stage], config["queries"]
+    optimizer = make(config["optimizer"], "optimizer", called=False)
+    module = kind(model, optimizer=optimizer, **{name: settings[name] for name in ("lr", "schedule", "seed")}, **given)
+    batch_size = settings["batch_size"]
+    if isinstance(source, Recorded) and isinstance(batch_size, int):
+        batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
+    sizes = {name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")}
+    sizes |= {name: queries[name] for name in ("val_samples", "test_samples") if name in queries}
+    sizes |= {"batch_size": batch_size, "k": config["k"], "eval_seed": queries["seed"]}
+    data = VectorDataModule(source, stage=stage, **sizes, **candidates)
+    return Stage(module, data, fit_settings(config, stage, source.memory), config)
 
 
 def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
-    callbacks = [
-        instantiated(node, f"callbacks.{name}", called=True) for name, node in config["callbacks"].items() if node
-    ]
+    callbacks = [make(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
     if not trainer.get("enable_progress_bar", True):
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiated(node, f"logger.{name}") for name, node in config["logger"].items() if node]
+    loggers = [make(node, f"logger.{name}", called=False) for name, node in config["logger"].items() if node]
 
     def started(folder: Path, name: str, step: int) -> list[Logger]:
+        """The loggers; TensorBoard then shows nothing that an interrupted process logged from this step on."""
         purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
         return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
 
+    batch = settings["batch_size"]
+    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
+    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
+        remedies.append("sample rows in each step, attention.sample=8192")
+    if config["attention"]["keys"] == "learned":
+        remedies.append("do without learned keys, attention.keys=frozen")
     return FitSettings(
         stage=stage,
         epochs=settings["epochs"] and (most or settings["epochs"]),
         patience=settings["patience"],
         save_every=config["save_every"],
-        trainer=instantiated({"_target_": "lightning.Trainer", **trainer}, "trainer"),
+        trainer=make({"_target_": "lightning.Trainer", **trainer}, "trainer", called=False),
         callbacks=tuple(callbacks),
         loggers=started,
-        remedies=_memory_remedies(settings, stage, config["attention"]["keys"], memory),
+        remedies=(*remedies, "keep the rows in half the memory, data.dtype=float16"),
     )
-
-
-def _memory_remedies(settings: Settings, stage: str, keys: str, memory: VectorMemory) -> tuple[str, ...]:
-    """What to do where a stage's fit needs more memory than there is."""
-    batch = settings["batch_size"]
-    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
-    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
-        remedies.append("look at some rows a step, attention.sample=8192")
-    if keys == "learned":
-        taken = 16 * len(memory) * memory.dim / 2**30  # float32: the keys, their gradient, and Adam's two moments
-        remedies.append(f"do without learned keys, which take {taken:.1f} GiB: attention.keys=frozen")
-    return (*remedies, "keep the rows in half the room, data.dtype=float16")
-
-
-def log_of_queries(config: Settings, source: Source) -> Evidence | None:
-    """The evidence that the training queries give, where the reranker weighs any."""
-    if config["reranker"]["kind"] != "evidence":
-        return None
-    assert isinstance(source, Recorded)
-    return Evidence.gather(source.memory, *source.splits["train"])
 
 
 def seen_rows(source: Source) -> torch.Tensor | None:
@@ -151,62 +153,22 @@ def label(transform: str | Mapping[str, Any]) -> str:
     return transform if isinstance(transform, str) else str(transform["_target_"]).rpartition(".")[2]
 
 
-def batches_of(config: Settings, stage: str, source: Source, **candidates: Any) -> VectorDataModule:
-    settings, queries = config[stage], config["queries"]
-    batch_size = settings["batch_size"]
-    if isinstance(source, Recorded) and isinstance(batch_size, int):
-        batch_size = min(batch_size, max(SMALLEST_BATCH, len(source.splits["train"].queries) // FEWEST_STEPS))
-    return VectorDataModule(
-        source,
-        stage=stage,
-        batch_size=batch_size,
-        k=config["k"],
-        eval_seed=queries["seed"],
-        **candidates,
-        **{name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")},
-        **{size: queries[size] for size in ("val_samples", "test_samples") if size in queries},
-    )
+def make(node: Settings, name: str, *, called: bool = True, **given: Any) -> Any:
+    """Build what a part of the settings, whose name errors tell, names by `_target_`, with further arguments.
 
-
-def make(node: Settings, name: str, **given: Any) -> Any:
-    """Build what a part of the settings names by `_target_`.
-
-    Args:
-        node: `_target_` and arguments.
-        name: of this part, for errors.
-        given: further arguments.
+    Unless it is `called`, a `functools.partial` that makes it is returned.
 
     Raises:
         InputError: there is no such class or function, or it takes other arguments.
     """
-    function = instantiated(node, name)
-    _check_arguments(function, name, given)
-    return function(**given)
-
-
-def instantiated(node: Settings, name: str, *, called: bool = False) -> Any:
-    """The class or function that a part of the settings names, with its arguments; if `called`, what it makes."""
     try:
-        made = instantiate({**node, "_partial_": not called}, _convert_="all")
-    except InstantiationException as fault:
+        function = instantiate({**node, "_partial_": True}, _convert_="all")
+        inspect.signature(function.func).bind_partial(**{**function.keywords, **given})
+        return function(**given) if called else function
+    except (InstantiationException, TypeError) as fault:
         cause: BaseException | None = fault
-        while cause is not None and not isinstance(cause, InputError):  # Hydra wraps what it meets
+        while cause is not None and not isinstance(cause, InputError):  # Hydra wraps the exceptions that it meets
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
         raise InputError(f"{name}: {one_line(fault)}; correct {name}._target_ or its arguments") from None
-    if not called:
-        _check_arguments(made, name, {})
-    return made
-
-
-def _check_arguments(function: partial[Any], name: str, given: Settings) -> None:
-    """Raise an InputError where a function has no such arguments; those that it lacks may follow."""
-    try:
-        signature = inspect.signature(function.func)
-    except ValueError:  # some functions of C do not say
-        return
-    try:
-        signature.bind_partial(**{**function.keywords, **given})
-    except TypeError as fault:
-        raise InputError(f"{name}: {function.func.__qualname__}: {fault}; correct the settings under {name}") from None
