@@ -1,8 +1,8 @@
 """Stage 1's loss over a large memory: exact without ever holding (B, N) scores, or estimated from a sample of rows.
 
-Both losses are -log of the probability of a right row, softmax(queries @ keys.T), mean over each query's right rows and
-over the batch: the cross-entropy to the uniform distribution over the right rows. Targets are (B, m) rows padded with
--1; queries come scaled by the inverse temperature.
+Both losses are -log softmax(queries @ keys.T) of the right rows, mean over each query's right rows and over the batch:
+the cross-entropy to the uniform distribution over the right rows. Targets are (B, m) rows padded with -1. Queries,
+(B, D), come already multiplied by the inverse temperature.
 """
 
 import math
@@ -17,7 +17,7 @@ from nvf.ops.products import LOG2_E, RunningLogSumExp, can_branch_on, products, 
 
 
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-    """Return the exact loss from queries (B, D), keys (N, D) of any float type, and targets (B, m)."""
+    """Return the exact loss, from keys (N, D) of any float type."""
     right = scores_of(queries, keys[targets.clamp(min=0)], targets)
     return (logsumexp(queries, keys) - mean_of(right, targets >= 0)).mean()
 
@@ -30,7 +30,7 @@ def mean_of(scores: Tensor, right: Tensor) -> Tensor:
 def check_targets(targets: Tensor, queries: int, rows: int) -> None:
     """Raise an InputError unless targets are (B, m) int64 rows of the memory, padded with -1, at least one a query.
 
-    Their values are checked on the CPU alone, outside of transforms and traces.
+    Their values are checked only on the CPU, outside of transforms and traces.
     """
     remedy = f"give each of the {queries} queries rows in 0..{rows - 1}, padded with -1"
     if not isinstance(targets, Tensor):
@@ -55,8 +55,8 @@ def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
     """Return log sum exp of queries @ keys.T over all rows, (B,), holding one block of scores at a time.
 
-    It is differentiable once. Where the keys are frozen one pass over them is enough: the gradient on the queries is
-    gathered beside the sum. Learned keys cost a second pass, in which the scores are computed again.
+    It is differentiable once. Frozen keys are read once: the gradient on the queries is summed beside the total.
+    Learned keys are read a second time, for which the scores are computed again.
     """
     total: Tensor = _LogSumExp.apply(queries, keys)
     return total
@@ -74,7 +74,7 @@ class _LogSumExp(torch.autograd.Function):
                 shrunk = running.add_(weights, weights.amax(dim=0))
                 if on_queries:
                     mean = mean * shrunk + products(part.T, weights.T.to(queries.dtype))
-                del weights  # the next block takes their place in the cache
+                del weights  # so that the next block takes their place in the cache
         total = running.result()
         saved = [(mean / running.total).T.to(queries.dtype)] if on_queries else []
         ctx.save_for_backward(*saved, *((queries, keys, total) if on_keys else ()))
@@ -86,17 +86,16 @@ class _LogSumExp(torch.autograd.Function):
         saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
         on_queries, on_keys = ctx.needs_input_grad  # type: ignore[attr-defined]
         gradient = upstream.unsqueeze(-1).to(saved[0].dtype) * saved.pop(0) if on_queries else None
-        return gradient, _gradient_on_keys(upstream, *saved) if on_keys else None
-
-
-def _gradient_on_keys(upstream: Tensor, queries: Tensor, keys: Tensor, total: Tensor) -> Tensor:
-    with torch.autocast(queries.device.type, enabled=False):
-        scaled = (upstream.unsqueeze(-1) * queries).to(queries.dtype).T  # (D, B)
-        blocks = []
-        for part in _blocks(keys, queries):
-            probabilities = products(part, queries).to(total.dtype).sub_(total).mul_(LOG2_E).exp2_()  # (w, B)
-            blocks.append(products(probabilities.to(queries.dtype), scaled).to(keys.dtype))
-        return torch.cat(blocks)
+        if not on_keys:
+            return gradient, None
+        queries, keys, total = saved
+        with torch.autocast(queries.device.type, enabled=False):
+            scaled = (upstream.unsqueeze(-1) * queries).to(queries.dtype).T  # (D, B)
+            blocks = []
+            for part in _blocks(keys, queries):
+                probabilities = products(part, queries).to(total.dtype).sub_(total).mul_(LOG2_E).exp2_()  # (w, B)
+                blocks.append(products(probabilities.to(queries.dtype), scaled).to(keys.dtype))
+        return gradient, torch.cat(blocks)
 
 
 def sampled_cross_entropy(
@@ -110,12 +109,12 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Estimate the loss from the targets, hard negatives of each query, and a sample that all queries share.
 
-    The estimated sum of exp(score) over all rows is unbiased: targets and hard negatives count as they are, a row of
-    the sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
-    probabilities. The sum's logarithm is low on average, by less the larger the sample.
+    The estimated sum of exp(score) over all rows is unbiased: a target or hard negative counts once, a row of the
+    sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
+    probabilities. The logarithm of the sum is too low on average, by less the larger the sample is.
 
     Args:
-        queries: (B, D), scaled by the inverse temperature.
+        queries: (B, D).
         keys: gives the keys, (..., D), of any rows, (...).
         targets: (B, m).
         count: N.
@@ -129,7 +128,7 @@ def sampled_cross_entropy(
     scores = scores_of(queries, keys(known.clamp(min=0)), known)
     strata = _strata(count, len(sample), sample.device)
     others = (queries @ keys(sample).to(queries.dtype).T).to(scores.dtype) + strata.diff().log()  # (B, M)
-    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # that each known row is in
+    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # of each known row
     twice = torch.zeros_like(scores).masked_fill(sample[stratum] == known, -math.inf)
     others = others.scatter_add(-1, stratum, twice)
     right = mean_of(scores[:, : targets.shape[1]], targets >= 0)
@@ -144,8 +143,7 @@ def stratified(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _strata(count: int, size: int, device: torch.device) -> Tensor:
-    """Return where each stratum starts, and the end of the last, (size + 1,)."""
-    return torch.arange(size + 1, device=device) * count // size
+    return torch.arange(size + 1, device=device) * count // size  # the start of each stratum, and the end of the last
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 class FrozenCache:
     """Keeps the last value that was computed from tensors without gradients; from others it computes every time.
 
-    Tensors that need gradients are not trusted: torch's fused optimisers change them and leave their version as it was.
+    A tensor that needs gradients may change unnoticed: torch's fused optimisers leave its version as it was.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class FrozenCache:
         )
         if self._value is None or not unchanged:
             self._value = compute()
-            # The tensors themselves are held: an id may return once its tensor is gone.
+            # The tensors themselves are held, since Python may give the id of a freed one to another.
             self._sources = [(source, source._version, source.device) for source in sources]
         value: Value = self._value
         return value
