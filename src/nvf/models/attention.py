@@ -25,7 +25,7 @@ class QueryTransform(nn.Module):
     """T(q), (B, D) -> (B, D).
 
     `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, and `identity` q. All but `mlp`
-    return q itself until they are trained: the last layer of `residual` and of `linear` starts at zero.
+    return q itself until they are trained, because the last layer of `residual` and of `linear` starts at zero.
     """
 
     def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
@@ -41,9 +41,8 @@ class QueryTransform(nn.Module):
             self.network = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
         elif kind == "linear":
             self.network = nn.Linear(dim, dim, bias=False)
-        if kind in ("residual", "linear"):
-            last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
-            for parameter in last.parameters():  # type: ignore[union-attr]
+        if self.network is not None and kind != "mlp":
+            for parameter in [*self.network.modules()][-1].parameters():
                 nn.init.zeros_(parameter)
 
     @property
@@ -61,7 +60,7 @@ class QueryTransform(nn.Module):
 class SoftAttention(nn.Module):
     """Attention over memory: logits = beta (z K^T + b), (B, N), with z = normalize(T(q)); their softmax sums to one.
 
-    beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
+    beta = exp(log_beta) is learned, so that the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
     frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
@@ -99,13 +98,11 @@ class SoftAttention(nn.Module):
             raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
         self.memory = memory
         self.normalize = normalize
-        if isinstance(transform, str):
-            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
-        elif callable(transform):
+        if callable(transform):
             self.transform = transform(memory.dim)
             name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         else:
-            raise InputError(f"attention.transform={transform} is unknown; name one, or what makes one from D")
+            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
@@ -167,8 +164,7 @@ class SoftAttention(nn.Module):
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
         """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held.
 
-        Raises:
-            InputError: targets that are no rows, see `check_targets`.
+        Targets that `check_targets` refuses raise an InputError.
         """
         check_targets(targets, len(queries), len(self.memory))
         if len(self.memory) <= AT_ONCE:
@@ -181,10 +177,7 @@ class SoftAttention(nn.Module):
         return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
-        """Return the k rows of highest attention and their logits, and if asked the log-sum-exp over all, in blocks.
-
-        Of equal rows the smallest come first, see `blockwise_topk`; an InputError if k is not in 1..N.
-        """
+        """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
         check_k(k, len(self.memory))
         return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class VectorMemory(nn.Module):
         vectors: (N, D), or a file of them, of which one block is held at a time.
         ids: what the user calls the vectors, an integer or a string each; no part of the fingerprint.
         dtype: of the rows, float32, float16 or bfloat16; what is computed with them is float32.
-        mapped: a folder for a file of the rows, which are read from there when they are needed; None keeps them here.
+        mapped: a folder for a file of the rows, from which they are read when needed; None keeps them in memory.
         distinct: whether vectors whose rows are equal in every bit become one row, so that N counts different rows.
 
     Raises:
@@ -41,10 +41,10 @@ class VectorMemory(nn.Module):
     """
 
     rows: Tensor
-    row_of_vector: Tensor | None  # the row of each vector that was given, int64; None where each has a row of its own
-    vector_of_row: Tensor | None  # the first of the vectors that are each row, (N,) int64; None likewise
-    file: RowsFile | None = None  # that the rows are mapped from
-    distance: str | None = None  # of the collection that they are from, where that orders them otherwise than cosine
+    row_of_vector: Tensor | None  # the row of each given vector, int64; None where each has a row of its own
+    vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
+    file: RowsFile | None = None  # the file from which the rows are mapped
+    distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class VectorMemory(nn.Module):
         device = vectors.device if isinstance(vectors, Tensor) else None
         rows = torch.empty(shape if mapped is None else 0, dtype=DTYPES[dtype], device=device)
         digest, hashes, start = _digest(vectors), [], 0
-        for block in _checked_blocks(vectors, digest, self.ids):  # if mapped too: the hash is the name of the file
+        for block in _checked_blocks(vectors, digest, self.ids):  # even if mapped: the file is named by the hash
             scaled = unit(block).to(rows.dtype)
             if mapped is None:
                 rows[start : start + len(block)] = scaled
@@ -84,7 +84,7 @@ class VectorMemory(nn.Module):
     def restore(
         cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None, row_of_vector: Tensor | None = None
     ) -> "VectorMemory":
-        """Make a memory of another one's rows, kept to the last bit, its fingerprint, ids and numbers of rows."""
+        """Make a memory again from what another one had; the rows stay the same in every bit."""
         memory = cls.__new__(cls)
         nn.Module.__init__(memory)
         every = torch.arange(len(rows))
@@ -140,11 +140,11 @@ class VectorMemory(nn.Module):
         return vectors if self.row_of_vector is None else self.row_of_vector[vectors].where(vectors >= 0, -1)
 
     def vectors_of(self, rows: Tensor) -> Tensor:
-        """Return the number, as given, of the first vector that each row is."""
+        """Return the number, as given, of the first vector that became each row."""
         return rows if self.vector_of_row is None else self.vector_of_row[rows]
 
     def check_unchanged(self) -> None:
-        """Raise an InputError if the rows are read from a file that is no longer what it was."""
+        """Raise an InputError if the rows are mapped from a file that has changed since."""
         if self.file is not None:
             self.file.check_unchanged()
 
@@ -171,20 +171,14 @@ def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neighbours(
-    keys: Tensor, count: int, *, held: int = BLOCK, search: Callable[[Tensor, Tensor, int], TopK] = blockwise_topk
-) -> Tensor:
-    """Return the rows of the keys most like each key, (N, count) int32, best first and never the row itself.
+def neighbours(keys: Tensor, count: int) -> Tensor:
+    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, never the row itself.
 
-    Args:
-        keys: (N, D).
-        count: below N.
-        held: numbers of keys, or of their neighbours, that are held at a time.
-        search: what finds the best rows of a block of keys among all.
+    At most BLOCK numbers of keys, or of their neighbours, are held at a time.
     """
-    size, rows = max(1, held // max(count + 1, keys.shape[1])), []
+    size, rows = max(1, BLOCK // max(count + 1, keys.shape[1])), []
     for block, own in zip(keys.split(size), torch.arange(len(keys), device=keys.device).split(size), strict=True):
-        best = search(block, keys, count + 1).rows
+        best = blockwise_topk(block, keys, count + 1).rows
         itself = best == own.unsqueeze(-1)
         itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
         rows.append(best[~itself].view(len(block), count).int())
@@ -222,7 +216,6 @@ def _shape_and_type(vectors: Tensor | ArrayFile) -> tuple[tuple[int, ...], torch
 
 
 def _digest(vectors: Tensor | ArrayFile) -> Any:
-    """Start the SHA-256 of vectors: with their type and shape."""
     shape, kind = _shape_and_type(vectors)
     return hashlib.sha256(f"{kind} {shape}".encode())
 
@@ -240,7 +233,7 @@ def _checked_blocks(vectors: Tensor | ArrayFile, digest: Any, ids: np.ndarray | 
 def _mapped(
     vectors: Tensor | ArrayFile, content: str, dtype: str, folder: Path, vector_of_row: Tensor | None
 ) -> tuple[Tensor, RowsFile]:
-    """Map the unit rows of vectors with this hash from a file in the folder, which is written if it is not there."""
+    """Map the unit rows of vectors with this hash from a file in the folder, which is written unless it exists."""
     kept = torch.full((len(vectors),), vector_of_row is None)
     if vector_of_row is not None:
         kept[vector_of_row.cpu()] = True

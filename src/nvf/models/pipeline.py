@@ -62,7 +62,7 @@ class Pipeline(nn.Module):
             raise InputError("an EvidenceReranker needs evidence=, and no other reranker takes it")
         self.attention = attention
         self.reranker = reranker
-        self.k = int(k)  # config.json takes no number of numpy's
+        self.k = int(k)  # JSON, in which it is saved, takes no number of numpy's
         self.evidence = evidence
         self._index: Index | None = None
 
@@ -93,15 +93,14 @@ class Pipeline(nn.Module):
             return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
 
     def export_keys(self, path: str | Path) -> None:
-        """Write `keys()` to a .npy or .safetensors file, see `saved_pipeline.export_keys`."""
+        """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
         saved_pipeline.export_keys(self.keys(), Path(path))
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
-        """Return what to ask an index of `keys()` for, as numpy or torch, as the queries of any length and float type.
+        """Return what to ask an index of `keys()` for, as numpy or torch, as the queries are.
 
-        Raises:
-            InputError: queries of another shape or type, zero or not finite.
+        Queries that `search` refuses raise an InputError.
         """
         given, weights = self._checked(queries), self.attention.log_beta
         moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
@@ -157,11 +156,8 @@ class Pipeline(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return `attention_loss` of the distribution and of stage 1 alone, differentiable once, without any (B, N).
 
-        Targets are (B, m) rows, padded with -1; the other arguments are those of `forward`. Of the distribution only
-        the probabilities of reranked rows and targets are computed.
-
-        Raises:
-            InputError: queries or a relaxation as for `forward`, or targets that are no rows.
+        Targets are (B, m) rows, padded with -1; the other arguments and errors are those of `forward`. Only the
+        probabilities of reranked rows and targets are computed.
         """
         relaxation, width = self._reranked(relaxation)
         check_targets(targets, len(checked_queries(queries, self.memory.dim)), len(self.memory))
@@ -182,7 +178,7 @@ class Pipeline(nn.Module):
         return -mean_of(right, targets >= 0).mean(), (total - mean_of(of_targets, targets >= 0)).mean()
 
     def _reranked(self, relaxation: float | None) -> tuple[float | None, int]:
-        """Return the relaxation's temperature, None where no row is outside the candidates, and how many are scored."""
+        """Return the relaxation, or None where no row is outside the candidates, and how many rows are scored."""
         if relaxation is not None:
             check_number("relaxation", relaxation, above=0, remedy="None is exact")
         if relaxation is None or self.k == len(self.memory):
@@ -211,9 +207,8 @@ class Pipeline(nn.Module):
         Probabilities are those of `forward` and descend in each of the two parts. Of equal ones the smallest rows come
         first; on a CPU equal rows among the candidates are equally probable, unless evidence tells them apart.
 
-        With an index the rows are the best of those it finds, and their share of the total is an estimate, see
-        `approximate_topk`. Their order depends on it for an `EvidenceReranker` alone, which weighs stage 1's
-        probabilities.
+        With an index the rows are the best of those it finds, and their probabilities rest on an estimate, see
+        `approximate_topk`; their order does so only with an `EvidenceReranker`, which weighs stage 1's probabilities.
 
         Args:
             queries: (B, D) of any float type and length; numpy or torch.
@@ -258,7 +253,7 @@ class Pipeline(nn.Module):
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates), candidates)
-        # Scores of near ties may round above those that were summed: no mass exceeds one even so.
+        # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
         total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
         log_attention = top.scores - total.unsqueeze(-1)
         inside = shared_out(log_attention[:, : self.k], scores)
@@ -268,7 +263,7 @@ class Pipeline(nn.Module):
         return rows, log_probs.exp().clamp(max=1).float()
 
     def _equal_scores_of_equal_rows(self, scores: Tensor, top: TopK) -> Tensor:
-        """Give equal candidates the score of the first: on their own, the last bits of their scores differ."""
+        """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
         equal = top.scores[:, 1:] == top.scores[:, :-1]
         if isinstance(self.reranker, EvidenceReranker) or not can_branch_on(scores) or not equal.any():
             return scores
@@ -280,14 +275,11 @@ class Pipeline(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
-        parts: dict[str, Any] = {"reranker": self.reranker, "index": self.index, "weights": self.state_dict()}
-        saved_pipeline.save(Path(folder), self.attention, k=self.k, **parts)
+        saved_pipeline.save(Path(folder), self)
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
         """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
-
-        Hashes notice what has changed since, unless they were changed too; an older version saved none.
 
         Args:
             folder: of the pipeline, or of the run that saved it.
@@ -295,6 +287,7 @@ class Pipeline(nn.Module):
             index: whether to read the index, if there is one; without it, or without FAISS, the search is exact.
 
         Raises:
-            InputError: a file is missing, damaged, or does not fit the others; or the device cannot be used.
+            InputError: a file is missing, was changed since it was saved, or does not fit the others; or the device
+                cannot be used.
         """
         return saved_pipeline.load(cls, Path(folder), device, index=index)
