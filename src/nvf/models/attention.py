@@ -22,10 +22,9 @@ AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, s
 
 
 class QueryTransform(nn.Module):
-    """T(q), (B, D) -> (B, D).
+    """T(q), (B, D): `mlp` Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, or `identity` q.
 
-    `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, and `identity` q. All but `mlp`
-    return q itself until they are trained, because the last layer of `residual` and of `linear` starts at zero.
+    The last layer of `residual` and of `linear` starts at zero, so that all but `mlp` start at q itself.
     """
 
     def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
@@ -35,6 +34,7 @@ class QueryTransform(nn.Module):
         if hidden is not None:
             check_number("attention.hidden", hidden, minimum=1, whole=True, remedy="null is as wide as the vectors")
         self.kind = kind
+        self.starts_at_exact_search = kind != "mlp"  # whether it leaves every query as it is until it is trained
         self.network: nn.Module | None = None
         if kind in ("mlp", "residual"):
             width = hidden or dim
@@ -44,11 +44,6 @@ class QueryTransform(nn.Module):
         if self.network is not None and kind != "mlp":
             for parameter in [*self.network.modules()][-1].parameters():
                 nn.init.zeros_(parameter)
-
-    @property
-    def starts_at_exact_search(self) -> bool:
-        """Whether the untrained transform leaves every query as it is."""
-        return self.kind != "mlp"
 
     def forward(self, queries: Tensor) -> Tensor:
         if self.network is None:
@@ -65,14 +60,11 @@ class SoftAttention(nn.Module):
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
     frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
 
-    Queries of any float type are converted to that of the weights. A query with NaN has NaN in all its results.
-
     `transform` names T, or makes it from D: a module from (B, D) to (B, D). If that says `starts_at_exact_search`, the
     untrained stage 1 competes with the trained one.
 
-    Raises:
-        InputError: an unknown transform or kind of keys, or a beta that is not positive and finite. Every method raises
-            it for queries that are not floats, (..., D).
+    Queries of any float type are converted to that of the weights; every method raises an InputError for others than
+    (..., D). So does an unknown transform or kind of keys, or a beta that is not positive and finite.
     """
 
     bias: Tensor | None
@@ -162,10 +154,7 @@ class SoftAttention(nn.Module):
         return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held.
-
-        Targets that `check_targets` refuses raise an InputError.
-        """
+        """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held."""
         check_targets(targets, len(queries), len(self.memory))
         if len(self.memory) <= AT_ONCE:
             return attention_loss(self(queries), targets)
@@ -195,11 +184,8 @@ def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-log of the probability of a right row, mean over each query's right rows and over the batch.
 
-    That is the cross-entropy to the uniform distribution over the right rows, least where all have equal shares.
-
-    Args:
-        logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.
-        targets: (B, m) rows of the memory, padded with -1; with m = 1 this is cross-entropy.
+    That is the cross-entropy to the uniform distribution over the right rows, least where all have equal shares. Logits
+    are (B, N), or a pipeline's log-probabilities; targets are (B, m) rows of the memory, padded with -1.
     """
     if targets.shape[1] == 1:
         return F.cross_entropy(logits, targets[:, 0])

@@ -47,12 +47,8 @@ def shared_out(log_attention: Tensor, scores: Tensor) -> Tensor:
 def exact(log_attention: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
     """Return the log-probabilities of all rows, (B, N): the candidates share their mass out, the others keep theirs.
 
-    The gradient does not see that another row may become a candidate; between these jumps it is exact.
-
-    Args:
-        log_attention: stage 1's log-probabilities, (B, N).
-        rows: (B, k), the candidates.
-        scores: (B, k).
+    The candidates are rows with scores, (B, k) each; `log_attention` is (B, N), stage 1's log-probabilities. The
+    gradient does not see that another row may become a candidate; between these jumps it is exact.
     """
     inside = shared_out(log_attention.gather(-1, rows), scores)
     return log_attention.scatter(-1, rows, inside)
@@ -66,12 +62,8 @@ def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temp
     the probability m_j - m_{j+1}. The average over j needs no sampling, sums to one, is continuous where rows
     change places, and tends to `exact` as the temperature tends to zero.
 
-    Args:
-        log_attention: stage 1's log-probabilities, (B, N).
-        rows: (B, w), more than k, in descending order of attention; no other row is ever a candidate.
-        scores: (B, w).
-        k: the number of candidates.
-        temperature: above 0, in units of the logits.
+    `rows` are (B, w), w > k, in descending order of attention, with scores (B, w); no other row is ever a candidate.
+    The temperature is above 0, in units of the logits.
     """
     ours = log_attention.gather(-1, rows)  # (B, w)
     degree = (ours - ours[..., k - 1 : k + 1].mean(dim=-1, keepdim=True)) / temperature

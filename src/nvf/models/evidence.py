@@ -123,15 +123,14 @@ class Evidence(nn.Module):
         k: int | None = None,
         logged_as: Tensor | None = None,
     ) -> Tensor:
-        """Return the features in the order of FEATURES, (B, w, F).
+        """Return the features in the order of FEATURES, (B, w, F), of rows that stage 1 chose for unit queries, (B, D).
 
         Args:
-            attention: the stage 1 that chose the rows.
-            queries: (B, D) unit rows.
-            top: the rows to describe, (B, w), with their log-sum-exp over all rows.
+            attention: stage 1.
+            queries: (B, D).
+            top: the rows, (B, w), with the log-sum-exp over all rows.
             k: how many of them, the first, are the candidates; all if None.
-            logged_as: the place of each query in the log, (B,), or -1; its features are then as if it had never been
-                logged.
+            logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
         assert top.logsumexp is not None
         rows = self.memory.take(top.rows)  # (B, w, D)

@@ -172,10 +172,7 @@ def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
 
 @torch.no_grad()
 def neighbours(keys: Tensor, count: int) -> Tensor:
-    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, never the row itself.
-
-    At most BLOCK numbers of keys, or of their neighbours, are held at a time.
-    """
+    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, without itself."""
     size, rows = max(1, BLOCK // max(count + 1, keys.shape[1])), []
     for block, own in zip(keys.split(size), torch.arange(len(keys), device=keys.device).split(size), strict=True):
         best = blockwise_topk(block, keys, count + 1).rows

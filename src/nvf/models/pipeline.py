@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
+from nvf.files.atomic import written_whole
 from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models import saved_pipeline
 from nvf.models.ann_index import Index, approximate_topk
@@ -43,9 +45,8 @@ class Pipeline(nn.Module):
     With `index` set to one over its keys (`nvf.models.ann_index.build_index`), `search` takes stage 1's best rows from
     it; the distribution, and with it training, stays exact. After the keys are trained, build the index again.
 
-    Raises:
-        InputError: k, the number of candidates, is not in 1..N, or there is an `EvidenceReranker` without the
-            `evidence` that it weighs, or the reverse.
+    A number of candidates k outside 1..N, or an `EvidenceReranker` without `evidence` to weigh, or evidence without
+    one, raise an InputError.
     """
 
     def __init__(
@@ -64,23 +65,12 @@ class Pipeline(nn.Module):
         self.reranker = reranker
         self.k = int(k)  # JSON, in which it is saved, takes no number of numpy's
         self.evidence = evidence
-        self._index: Index | None = None
+        self.index: Index | None = None  # where `search` finds stage 1's best rows; with None it looks at all of them
 
     @property
     def memory(self) -> VectorMemory:
         """The rows that are searched."""
         return self.attention.memory
-
-    @property
-    def index(self) -> Index | None:
-        """The index in which `search` finds stage 1's best rows; with None it looks at all of them, exactly."""
-        return self._index
-
-    @index.setter
-    def index(self, index: Index | None) -> None:
-        if index is not None:
-            index.check_fits(self.attention.keys())
-        self._index = index
 
     def keys(self) -> Tensor:
         """Return stage 1's keys, to load into any index of inner products, which is asked for `transform(queries)`.
@@ -94,14 +84,19 @@ class Pipeline(nn.Module):
 
     def export_keys(self, path: str | Path) -> None:
         """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
-        saved_pipeline.export_keys(self.keys(), Path(path))
+        path, keys = Path(path), self.keys().cpu().contiguous()
+        if path.suffix not in (".npy", ".safetensors"):
+            raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
+        with written_whole(path) as partial:
+            if path.suffix == ".safetensors":
+                save_file({"keys": keys}, partial)
+                return
+            with partial.open("wb") as file:
+                np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
-        """Return what to ask an index of `keys()` for, as numpy or torch, as the queries are.
-
-        Queries that `search` refuses raise an InputError.
-        """
+        """Return what to ask an index of `keys()` for, from queries as for `search`, as numpy or torch as they are."""
         given, weights = self._checked(queries), self.attention.log_beta
         moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
@@ -119,8 +114,7 @@ class Pipeline(nn.Module):
         Args:
             queries: (B, D), of any length but zero; any leading dimensions, or none, may take the place of B.
             logged_as: each query's place in the log of the evidence, (B,), -1 for none, see `Evidence`.
-            relaxation: the temperature at which rows are candidates by degrees, in units of the logits, for training;
-                with None, the exact distribution. See `distribution.relaxed`.
+            relaxation: the temperature of `distribution.relaxed`, above 0, for training; None is exact.
             answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
 
         Raises:
@@ -147,12 +141,7 @@ class Pipeline(nn.Module):
         )
 
     def loss(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        *,
-        logged_as: Tensor | None = None,
-        relaxation: float | None = None,
+        self, queries: Tensor, targets: Tensor, *, logged_as: Tensor | None = None, relaxation: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return `attention_loss` of the distribution and of stage 1 alone, differentiable once, without any (B, N).
 
@@ -203,19 +192,13 @@ class Pipeline(nn.Module):
         """List k rows for each query, with their probabilities and ids, in blocks that never hold (B, N).
 
         The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first row is
-        the reranker's choice, and no row that stage 1 has among its best is lost to one that the reranker never saw.
-        Probabilities are those of `forward` and descend in each of the two parts. Of equal ones the smallest rows come
-        first; on a CPU equal rows among the candidates are equally probable, unless evidence tells them apart.
+        the reranker's choice. Probabilities are those of `forward` and descend in each of the two parts. Of equal ones
+        the smallest rows come first; on a CPU equal rows among the candidates are equally probable, unless evidence
+        tells them apart. With an index the rows are the best of those it finds, and their probabilities rest on an
+        estimate, see `approximate_topk`.
 
-        With an index the rows are the best of those it finds, and their probabilities rest on an estimate, see
-        `approximate_topk`; their order does so only with an `EvidenceReranker`, which weighs stage 1's probabilities.
-
-        Args:
-            queries: (B, D) of any float type and length; numpy or torch.
-            k: how many rows; the pipeline's own number of candidates if None.
-
-        Raises:
-            InputError: queries of another shape or type, zero or not finite; k not in 1..N.
+        Queries are (B, D) of any float type and length, numpy or torch; k is the number of candidates if None. Queries
+        of another shape or type, zero or not finite, or k not in 1..N raise an InputError.
         """
         k = self.k if k is None else k
         check_k(k, len(self.memory))
@@ -233,14 +216,11 @@ class Pipeline(nn.Module):
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
     def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
-        if isinstance(queries, np.ndarray):
-            if queries.dtype.kind != "f" or queries.dtype.itemsize > 8:
-                raise InputError(f"queries have type {queries.dtype}; give floats, (B, {self.memory.dim})")
+        if isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8:
             queries = from_numpy(queries)
         if checked_queries(queries, self.memory.dim, "B").ndim != 2:
             raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (B, {self.memory.dim})")
-        if len(queries):
-            check_vectors(queries, "queries")
+        check_vectors(queries, "queries")
         return queries
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -249,6 +229,7 @@ class Pipeline(nn.Module):
         if self.index is None:
             top = self.attention.candidates(queries, width, logsumexp=True)
         else:
+            self.index.check_fits(self.attention.keys())
             top = approximate_topk(self.index, self.attention.project(queries), self.attention.keys(), width)
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
@@ -279,15 +260,10 @@ class Pipeline(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
-        """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
+        """Read a folder that `save` wrote, or that of its run; nothing in it can run code.
 
-        Args:
-            folder: of the pipeline, or of the run that saved it.
-            device: where the pipeline goes.
-            index: whether to read the index, if there is one; without it, or without FAISS, the search is exact.
-
-        Raises:
-            InputError: a file is missing, was changed since it was saved, or does not fit the others; or the device
-                cannot be used.
+        The pipeline is frozen: `requires_grad_()` makes it trainable. With `index=False`, or without FAISS, it searches
+        exactly. A file that is missing, was changed since, or does not fit the others, or a device that cannot be used,
+        raises an InputError.
         """
         return saved_pipeline.load(cls, Path(folder), device, index=index)

@@ -28,25 +28,17 @@ class Reranker(nn.Module):
         if kind not in RERANKERS:
             raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
         self.kind = kind
+        self.starts_at_stage_one = kind == "residual"  # whether it keeps the order of the logits until it is trained
         self.settings = _settings(kind, hidden, dropout)
         self.first = nn.Linear(4 * dim, hidden[0])
         self.rest = _network(hidden, dropout, zero=kind == "residual")
         if kind == "residual":
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
 
-    @property
-    def starts_at_stage_one(self) -> bool:
-        """Whether the untrained reranker keeps the order of the logits."""
-        return self.kind == "residual"
-
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
-        """Return the scores, (B, k).
+        """Return the scores, (B, k), of unit candidates, (B, k, D), for unit queries, (B, D).
 
-        Args:
-            queries: (B, D) unit rows.
-            candidates: (B, k, D) unit rows.
-            logits: (B, k), stage 1's.
-            beta: stage 1's inverse temperature, a scalar, which brings the cosine to the logits' scale.
+        Stage 1's logits are (B, k); its inverse temperature beta brings the cosine to their scale.
         """
         queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
         scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
@@ -135,9 +127,7 @@ def _network(hidden: Sequence[int], dropout: float, *, zero: bool, inputs: int |
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
 
-    Args:
-        scores: (B, k).
-        labels: (B, k) bool, true where the candidate is a target; a sample is valid if any is.
+    Labels are (B, k) bool, true where the candidate is right, as the scores are; a sample is valid if any is.
     """
     valid = labels.any(dim=-1)
     right = scores.masked_fill(~labels, 0).sum(dim=-1) / labels.sum(dim=-1).clamp(min=1)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
-SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
 SAVE_AGAIN = "save the pipeline again"
 Saved = TypeVar("Saved", bound=nn.Module)
 
@@ -58,7 +56,8 @@ def save(folder: Path, pipeline: Any) -> None:
             "reranker": pipeline.reranker.settings,
             "index": None if pipeline.index is None else pipeline.index.write(partial / INDEX_FILE),
         }
-        config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
+        hashed = [*FILES[1:], *([] if memory.ids is None else [IDS_FILE])]  # the index has its own hash
+        config["sha256"] = {name: sha256(partial / name) for name in hashed}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
 
@@ -92,19 +91,6 @@ def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *
     return moved
 
 
-def export_keys(keys: Tensor, path: Path) -> None:
-    """Write keys to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
-    if path.suffix not in (".npy", ".safetensors"):
-        raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
-    keys = keys.cpu().contiguous()
-    with written_whole(path) as partial:
-        if path.suffix == ".safetensors":
-            save_file({"keys": keys}, partial)
-            return
-        with partial.open("wb") as file:
-            np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
-
-
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -116,13 +102,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        missing = "is no regular file in its folder" if path.exists() or path.is_symlink() else "is missing"
-        raise InputError(f"{path} {missing}; a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}")
-
-
-def _hashed(config: dict[str, Any]) -> list[str]:
-    """Name the files whose hashes stand in config.json under `sha256`; that of the index is among its settings."""
-    return ["memory.safetensors", "weights.safetensors", *([IDS_FILE] if config["ids"] else [])]
+        raise InputError(f"{path} is missing, or no regular file in its folder; {SAVE_AGAIN}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -130,13 +110,11 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     check_settings(config)
     if config["format"] != FORMAT:
         raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-    if strange := config.keys() - SETTINGS:
-        raise ValueError(f"{sorted(strange)[0]!r} is no setting of a pipeline")
     if not isinstance(config["memory"], str) or not isinstance(config["ids"], bool):
         raise ValueError("config.json has a value of another type")
     if not is_whole(config):
         raise InputError(f"{folder / 'config.json'} is damaged, or of another version; {SAVE_AGAIN}")
-    for name in _hashed(config):
+    for name in (*FILES[1:], *([IDS_FILE] if config["ids"] else [])):
         _check_own(folder / name)
         if config["sha256"].get(name) != sha256(folder / name):
             raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")

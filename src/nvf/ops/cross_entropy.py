@@ -33,17 +33,13 @@ def check_targets(targets: Tensor, queries: int, rows: int) -> None:
     Their values are checked only on the CPU, outside of transforms and traces.
     """
     remedy = f"give each of the {queries} queries rows in 0..{rows - 1}, padded with -1"
-    if not isinstance(targets, Tensor):
-        raise InputError(f"targets are a {type(targets).__name__}, no tensor; {remedy}")
-    if targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries or targets.shape[1] == 0:
-        raise InputError(f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; {remedy}")
-    if not can_branch_on(targets) or len(targets) == 0:
-        return
-    lowest, highest = (int(value) for value in targets.aminmax())
-    if lowest < -1 or highest >= rows:
-        raise InputError(f"targets hold the row {highest if highest >= rows else lowest}; {remedy}")
-    if (missing := (targets < 0).all(dim=-1)).any():
-        raise InputError(f"targets: query {int(missing.nonzero()[0])} has none; {remedy}")
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries:
+        raise InputError(f"targets are no ({queries}, m) tensor of int64; {remedy}")
+    if can_branch_on(targets):
+        if bool(((targets < -1) | (targets >= rows)).any()):
+            raise InputError(f"targets hold rows outside the memory; {remedy}")
+        if bool((targets < 0).all(dim=-1).any()):
+            raise InputError(f"targets: a query has none; {remedy}")
 
 
 def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
@@ -55,8 +51,8 @@ def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
     """Return log sum exp of queries @ keys.T over all rows, (B,), holding one block of scores at a time.
 
-    It is differentiable once. Frozen keys are read once: the gradient on the queries is summed beside the total.
-    Learned keys are read a second time, for which the scores are computed again.
+    It is differentiable once. The gradient on the queries is summed beside the total; for that on learned keys the
+    scores are computed again.
     """
     total: Tensor = _LogSumExp.apply(queries, keys)
     return total
@@ -115,9 +111,8 @@ def sampled_cross_entropy(
 
     Args:
         queries: (B, D).
-        keys: gives the keys, (..., D), of any rows, (...).
+        keys: gives the keys, (..., D), of any of the `count` = N rows, (...).
         targets: (B, m).
-        count: N.
         sample: (M,), from `stratified`.
         hard: (B, h) different rows; those that are targets do not count twice.
     """

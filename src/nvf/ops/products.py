@@ -1,7 +1,6 @@
 """Inner products of queries with many rows, computed in blocks that stay in the processor's cache."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +33,11 @@ def can_branch_on(tensor: Tensor) -> bool:
 
 
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_from: int = CONVOLVE_FROM) -> Tensor:
-    """Return rows @ queries.T, (w, B), without a gradient, for rows (w, D) of any float type and queries (B, D).
+    """Return rows @ queries.T, (w, B), without a gradient, for rows (w, D) of any float type.
 
-    On a CPU the product with at least `convolve_from` queries is a convolution of width 1. oneDNN computes it with the
-    widest instructions of every CPU, which MKL's matrix product does not use (1.7 times as fast on an AMD EPYC).
-    `by_query` lays the products of one query, in place of those of one row, side by side in memory.
+    On a CPU, from `convolve_from` queries on it is a convolution of width 1: oneDNN computes that with the widest
+    instructions of every CPU, which MKL's matrix product does not use (1.7 times as fast on an AMD EPYC). `by_query`
+    lays the products of one query, not those of one row, side by side in memory.
     """
     rows = rows.to(queries.dtype)
     single = queries.dtype == torch.float32 and queries.device.type == "cpu"
@@ -52,42 +51,24 @@ def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_
 
 
 def inner_products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Return queries @ rows.T, (B, N), differentiable; frozen rows in half precision are never copied in full."""
-    if queries.dtype == rows.dtype or rows.requires_grad:
-        return queries @ rows.to(queries.dtype).T
-    scores: Tensor = _FrozenProduct.apply(queries, rows, True)
-    return scores
+    """Return queries @ rows.T, (B, N), differentiable; without a gradient, rows of another type are copied by parts."""
+    if queries.dtype == rows.dtype:
+        return queries @ rows.T
+    return torch.cat([queries @ part.to(queries.dtype).T for part in _parts(rows)], dim=-1)
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """Return weights @ rows, (B, D), differentiable; frozen rows in half precision are never copied in full."""
-    if weights.dtype == rows.dtype or rows.requires_grad:
-        return weights @ rows.to(weights.dtype)
-    total: Tensor = _FrozenProduct.apply(weights, rows, False)
+    """Return weights @ rows, (B, D), differentiable; without a gradient, rows of another type are copied by parts."""
+    if weights.dtype == rows.dtype:
+        return weights @ rows
+    parts = _parts(rows)
+    shares = weights.split([len(part) for part in parts], dim=-1)
+    total: Tensor = sum(share @ part.to(share.dtype) for share, part in zip(shares, parts, strict=True))
     return total
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """left @ rows.T if `transposed`, else left @ rows; each is the gradient of the other."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(left: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        parts = rows.split(max(1, score_block(rows.device) // rows.shape[1]))
-        if transposed:
-            return torch.cat([left @ part.to(left.dtype).T for part in parts], dim=-1)
-        shares = left.split([len(part) for part in parts], dim=-1)
-        return sum(share @ part.to(share.dtype) for share, part in zip(shares, parts, strict=True))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], _: Tensor) -> None:
-        _, rows, ctx.transposed = inputs
-        ctx.save_for_backward(rows)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return (weighted_sum if ctx.transposed else inner_products)(upstream, *ctx.saved_tensors), None, None
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, score_block(rows.device) // rows.shape[1]))
 
 
 class RunningLogSumExp:
@@ -100,8 +81,7 @@ class RunningLogSumExp:
     def add_(self, scores: Tensor, largest: Tensor) -> Tensor:
         """Count a block of scores, (w, B), given the largest of each query, (B,).
 
-        The scores become exp(score - largest), in place. The result, (B,), is the factor by which sums over earlier
-        blocks shrink.
+        The scores become exp(score - largest), in place; the result, (B,), is the factor by which earlier sums shrink.
         """
         before, self.largest = self.largest, torch.maximum(self.largest, largest)
         shrunk = (before - self.largest).exp()

@@ -16,9 +16,8 @@ DEEPEST = 10  # ranks below this one count alike
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked target, (B,), given the scores of all rows, (B, N).
 
-    Equal scores rank by row, smallest first, as in a search, so that a model that scores all rows alike gains nothing;
-    a query whose scores are NaN ranks last. The scores of equal rows are equal from 16 queries and 40 rows on; with
-    fewer, their last bits may differ, and with them their ranks.
+    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all rows alike gains
+    nothing. With fewer than 16 queries or 40 rows the scores of equal rows may differ in their last bits.
     """
     padding = targets < 0
     right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
@@ -54,19 +53,14 @@ def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def criterion(targets: Tensor) -> str:
-    """Return the metric that chooses between models: `top1`, or `ndcg10` where any query has several targets.
-
-    Top-1 would be content with one of them.
-    """
+    """Return the metric that chooses between models: `ndcg10` where any query has several targets, else `top1`."""
     return "ndcg10" if bool(((targets >= 0).sum(dim=-1) > 1).any()) else "top1"
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
 
-    Args:
-        scores: (B, k), of candidates in stage 1's order, which decides between equal scores.
-        labels: (B, k) bool, whether the candidate is right.
+    Scores and labels, whether a candidate is right, are (B, k), in stage 1's order, which decides between equal scores.
     """
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)

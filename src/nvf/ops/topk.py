@@ -55,8 +55,8 @@ def blockwise_topk(
         k: in 1..N.
         logsumexp: whether the log-sum-exp over all N scores is wanted.
         scores_per_block: how many scores are held at a time; None is the device's own number.
-        convolve_from: queries from which products are a convolution, see `products`.
-        sparse_from: queries from which the k largest are found by `_Sparse`.
+        convolve_from: queries from which `products` convolves.
+        sparse_from: queries from which `_Sparse` finds the k largest.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
@@ -149,10 +149,7 @@ def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: 
 
 
 def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
-    """Return the rows of `blockwise_topk`, (B, k), where all scores, (B, N), have been computed.
-
-    Off the CPU and inside a transform of torch.func or a trace they are those of torch.topk.
-    """
+    """Return the rows of `blockwise_topk`, (B, k), from all scores, (B, N); in a transform or trace, torch.topk's."""
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     found = scores.detach().topk(min(k + 1, scores.shape[-1]), dim=-1)
@@ -162,7 +159,7 @@ def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
 def first_topk(scores: Tensor, k: int) -> Tensor:
     """Return the places of the k largest scores, (B, k), best first; of equal ones the first.
 
-    Off the CPU and inside a transform of torch.func or a trace it is torch.topk, which takes any of equal ones.
+    Off the CPU and in a transform or trace it is torch.topk, which takes any of equal ones.
     """
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
