@@ -277,7 +277,7 @@ def _taken(
     if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} is {found}, but should be {shape} {dtype}")
-    array: np.ndarray = tensor.contiguous().numpy()
+    array = tensor.contiguous().numpy()
     if end and len(array) and not least <= array.min() <= array.max() < end:
         raise ValueError(f"{name} has {array.min()} to {array.max()}, but should have {least} to {end - 1}")
     return array

@@ -26,7 +26,7 @@ class VectorMemory(nn.Module):
     """N frozen unit rows, (N, D), made from vectors of any length and any float type.
 
     The rows are a non-persistent buffer: they follow the module to a device but stay out of checkpoints, which name
-    their memory by its `fingerprint` instead, the SHA-256 of the vectors as given.
+    their memory by its `fingerprint`, the SHA-256 of the vectors as given.
 
     Args:
         vectors: (N, D), or a file of them, of which one block is held at a time.
@@ -65,13 +65,12 @@ class VectorMemory(nn.Module):
         device = vectors.device if isinstance(vectors, Tensor) else None
         rows = torch.empty(shape if mapped is None else 0, dtype=DTYPES[dtype], device=device)
         digest, hashes, start = _digest(vectors), [], 0
-        for block in _checked_blocks(vectors, digest, self.ids):  # even if mapped: the file is named by the hash
-            scaled = unit(block).to(rows.dtype)
+        for scaled in _unit_blocks(vectors, rows.dtype, digest, self.ids):  # even if mapped: the hash names the file
             if mapped is None:
-                rows[start : start + len(block)] = scaled
+                rows[start : start + len(scaled)] = scaled
             if distinct:
                 hashes.append(row_hashes(scaled))
-            start += len(block)
+            start += len(scaled)
         self._number_rows(factorize(np.concatenate(hashes)) if distinct else np.arange(start), device)
         if mapped is not None:
             rows, self.file = _mapped(vectors, digest.hexdigest(), dtype, Path(mapped), self.vector_of_row)
@@ -162,8 +161,7 @@ class VectorMemory(nn.Module):
 def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
     """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta, in blocks.
 
-    A key that is near many queries is a hub: searches return it too often. Query-bank normalisation (arXiv 2112.12777)
-    subtracts a share of this from the key's scores.
+    Searches return a hub too often; query-bank normalisation (arXiv 2112.12777) subtracts a share of this from scores.
     """
     total = blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp
     assert total is not None
@@ -183,10 +181,9 @@ def neighbours(keys: Tensor, count: int) -> Tensor:
 
 
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale vectors to length 1, (..., D), differentiably; a zero vector stays zero.
+    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
 
     Memory, search, layer and baseline all normalise here, so that one query has one vector and ties break alike.
-    Lengths near either end of the float range do not over- or underflow.
     """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
@@ -217,13 +214,15 @@ def _digest(vectors: Tensor | ArrayFile) -> Any:
     return hashlib.sha256(f"{kind} {shape}".encode())
 
 
-def _checked_blocks(vectors: Tensor | ArrayFile, digest: Any, ids: np.ndarray | None) -> Iterator[Tensor]:
-    """Yield the vectors in blocks that fit a cache, and add them to the digest; after the last, all are checked."""
+def _unit_blocks(
+    vectors: Tensor | ArrayFile, dtype: torch.dtype, digest: Any, ids: np.ndarray | None = None
+) -> Iterator[Tensor]:
+    """Yield unit vectors in blocks, and add the vectors as given to the digest; after the last, all are checked."""
     size, maxima = max(1, BLOCK // vectors.shape[1]), []
     for block in vectors.split(size) if isinstance(vectors, Tensor) else map(torch.from_numpy, vectors.blocks(size)):
         digest.update(as_bytes(block))
         maxima.append(largest(block))
-        yield block
+        yield unit(block).to(dtype)
     check_largest(torch.cat(maxima), "memory" if isinstance(vectors, Tensor) else str(vectors.path), ids)
 
 
@@ -237,9 +236,9 @@ def _mapped(
 
     def blocks() -> Iterator[Tensor]:
         digest, start = _digest(vectors), 0
-        for block in _checked_blocks(vectors, digest, None):
-            yield unit(block).to(DTYPES[dtype])[kept[start : start + len(block)]]
-            start += len(block)
+        for scaled in _unit_blocks(vectors, DTYPES[dtype], digest):
+            yield scaled[kept[start : start + len(scaled)]]
+            start += len(scaled)
         if digest.hexdigest() != content:
             raise InputError("the vectors changed while they were read; start again when nothing writes to them")
 

@@ -216,12 +216,12 @@ class Pipeline(nn.Module):
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
     def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
-        if isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8:
-            queries = from_numpy(queries)
-        if checked_queries(queries, self.memory.dim, "B").ndim != 2:
-            raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (B, {self.memory.dim})")
-        check_vectors(queries, "queries")
-        return queries
+        floats = isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
+        given: Any = from_numpy(np.asarray(queries)) if floats else queries
+        if checked_queries(given, self.memory.dim, "B").ndim != 2:
+            raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {self.memory.dim})")
+        check_vectors(given, "queries")
+        return given
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = unit(queries.to(self.memory.rows.device), self.attention.log_beta.dtype)

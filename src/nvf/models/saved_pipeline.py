@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import written_whole
@@ -29,7 +29,6 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
 SAVE_AGAIN = "save the pipeline again"
-Saved = TypeVar("Saved", bound=nn.Module)
 
 
 def save(folder: Path, pipeline: Any) -> None:
@@ -61,7 +60,7 @@ def save(folder: Path, pipeline: Any) -> None:
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
 
-def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *, index: bool) -> Saved:
+def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, index: bool) -> Any:
     """Return the frozen pipeline of a folder, see `Pipeline.load`; `make` is the class."""
     try:
         torch.empty(0, device=device)
@@ -78,7 +77,7 @@ def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *
         with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
             reranker, evidence = _second_stage(memory, config["reranker"], weights)
-        pipeline: Any = make(attention, reranker, k=config["k"], evidence=evidence)
+        pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         fill(pipeline, weights)
         pipeline.requires_grad_(False).eval()
         if index and config["index"] is not None:
@@ -87,8 +86,7 @@ def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *
         raise
     except DAMAGE as fault:
         raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
-    moved: Saved = pipeline.to(device)
-    return moved
+    return pipeline.to(device)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -54,8 +54,7 @@ def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
     It is differentiable once. The gradient on the queries is summed beside the total; for that on learned keys the
     scores are computed again.
     """
-    total: Tensor = _LogSumExp.apply(queries, keys)
-    return total
+    return _LogSumExp.apply(queries, keys)
 
 
 class _LogSumExp(torch.autograd.Function):

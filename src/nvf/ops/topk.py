@@ -102,12 +102,7 @@ def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tenso
     as long as 1. The products of near ties are computed again in float64, each by itself. Where the k-th row nearly
     ties with the next, those of all rows that may be among the k best are.
 
-    Args:
-        queries: (B, D), float32 or float64.
-        keys: (N, D) of any float type.
-        scores: (B, k + 1), or all N where k = N, best first.
-        rows: of these scores.
-        k: how many are wanted.
+    Scores and rows are (B, k + 1), or all N where k = N, best first. Queries are float32 or float64.
     """
     if not can_branch_on(scores):
         return scores[:, :k], rows[:, :k]
@@ -134,10 +129,7 @@ def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tenso
 
 
 def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return scores and rows of the k best pairs of each query, (b, k), by products in float64, each by itself.
-
-    Pairs are (P,) places in `queries` and rows of `keys`; a query has at least k, whose rows ascend.
-    """
+    """Return scores and rows of the k best of each query's pairs, (P,), whose rows ascend, by products in float64."""
     size = max(1, NEAR_TIES // queries.shape[1])
     pairs = zip(query.split(size), row.split(size), strict=True)
     exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
