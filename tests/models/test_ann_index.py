@@ -166,9 +166,8 @@ def test_the_estimate_of_the_whole_is_unbiased(size: int) -> None:
     sums = []
     for seed in range(3000):
         drawn_rows = torch.randperm(80, generator=torch.Generator().manual_seed(seed))[: size + k]
-        fresh = copy.copy(index)  # a sample of its own, and its keys
+        fresh = copy.copy(index)  # with a sample of its own
         fresh.sample = drawn_rows.sort().values
-        fresh._sampled = type(index._sampled)()
         sums.append(approximate_topk(fresh, asked, keys, k).logsumexp.double().exp())
     estimates = torch.stack(sums)  # (seeds, B)
     error = estimates.std(dim=0) / math.sqrt(len(estimates))

@@ -23,7 +23,6 @@ from torch import Tensor
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.records import own_file, sha256
 from nvf.files.tensors import DAMAGE, read_tensors
-from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
@@ -57,7 +56,6 @@ class Index:
             made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
         chosen = torch.randperm(made.ntotal, generator=stream(0, "index sample"))[:SAMPLE]
         self.sample = chosen.sort().values  # rows, drawn once, so that one query gets one answer
-        self._sampled = FrozenCache()
 
     def __len__(self) -> int:
         return self._made.ntotal
@@ -187,21 +185,14 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> Top
     scores = torch.cat([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     scores, rows = scores.gather(-1, order), rows.gather(-1, order)
-    sample = index.sample.to(keys.device)
-    sampled = index._sampled(lambda: keys[sample], [keys])
-    rest = _logsumexp_of_rest(queries, rows, sample, sampled, len(keys))
+    sample = index.sample.to(keys.device)  # (S,), sorted
+    size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
+    drawn = sample[place] == rows  # (B, k)
+    others = queries @ keys[sample].to(queries.dtype).T  # (B, S)
+    others = torch.cat([others, others[:, :1]], dim=-1)  # with a last column for rows that were not drawn
+    others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
+    rest = others.logsumexp(dim=-1) + ((len(keys) - k) / (size - drawn.sum(dim=-1))).log()
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
-
-
-def _logsumexp_of_rest(queries: Tensor, rows: Tensor, sample: Tensor, sampled: Tensor, count: int) -> Tensor:
-    """Estimate the log-sum-exp over all but the rows that were returned, (B,), from the keys of a sorted sample."""
-    scores = queries @ sampled.to(queries.dtype).T  # (B, S)
-    place = torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)  # (B, k)
-    drawn = sample[place] == rows
-    beyond = len(sample)  # a last column for rows that were not drawn
-    scores = torch.cat([scores, scores[:, :1]], dim=-1).scatter(-1, place.where(drawn, beyond), -math.inf)[:, :beyond]
-    left = beyond - drawn.sum(dim=-1)
-    return scores.logsumexp(dim=-1) + ((count - rows.shape[1]) / left).log()
 
 
 def _packed_ivf(made: Any) -> dict[str, Tensor]:

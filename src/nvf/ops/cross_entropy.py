@@ -1,8 +1,7 @@
 """Stage 1's loss over a large memory: exact without ever holding (B, N) scores, or estimated from a sample of rows.
 
-Both losses are -log softmax(queries @ keys.T) of the right rows, mean over each query's right rows and over the batch:
-the cross-entropy to the uniform distribution over the right rows. Targets are (B, m) rows padded with -1. Queries,
-(B, D), come already multiplied by the inverse temperature.
+Both losses are -log softmax(queries @ keys.T), mean over each query's right rows and over the batch. Targets are (B, m)
+rows padded with -1; queries, (B, D), come already multiplied by the inverse temperature.
 """
 
 import math
