@@ -94,14 +94,12 @@ class Evidence(nn.Module):
     def law(self) -> dict[str, Any]:
         """Return how the logged queries are spread over the rows, and which features a reranker must ignore for it.
 
-        Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
-        these rates, and a query that is left out of its own log sees the counts that a new query will see. Then two
-        figures are at least 1, and 1 for equal rates: the `dispersion`, variance over mean, of the number of other
-        queries that a query's item has; and `asked_again`, how often an item with logged queries is asked once more,
-        over how often one without is asked. Where each item's queries, fixed in number, are dealt to log and test, the
-        more an item has in the one, the fewer it has in the other, and what is learned of counts would mislead. So
-        features that grow with counts are ignored if the dispersion is below 1 by more than CLEAR standard errors
-        (those for equal rates), and all that tell logged rows from others if `asked_again` is.
+        Where every item is asked at a rate of its own, two figures are at least 1, and 1 for equal rates: the
+        `dispersion`, variance over mean, of the number of other queries that a query's item has; and `asked_again`, how
+        often an item with logged queries is asked once more, over how often one without is asked. Where each item has a
+        fixed number of queries, dealt to log and test, more in the one are fewer in the other, and what is learned of
+        counts would mislead. So features that grow with counts are ignored if the dispersion is below 1 by more than
+        CLEAR standard errors, and all that tell logged rows from others if `asked_again` is.
         """
         n = self.starts.diff().double()
         total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
@@ -156,7 +154,7 @@ class Evidence(nn.Module):
     def _from_log(
         self, attention: SoftAttention, queries: Tensor, rows: Tensor, logged_as: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return count, nearest and support, (B, w) each, in blocks of queries that hold few log vectors at a time."""
+        """Return count, nearest and support, (B, w) each; blocks of queries bound the log vectors held at once."""
         moved = attention.moved(queries)
         log = self._moved_log(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
         if logged_as is None:
@@ -186,8 +184,8 @@ class Evidence(nn.Module):
     def _hubness(self, rows: Tensor, cosine: Tensor, logged_as: Tensor | None) -> Tensor:
         """Return the hubness of rows, (B, w), among the logged queries but the one that asks.
 
-        The sum over the log loses that query's share of it, exp(SHARPNESS cosine). Only the query nearest to a row can
-        have more than half; its subtraction would cancel, so for that query the sum over the others is kept.
+        That query's share, exp(SHARPNESS cosine), is subtracted from the sum over the log. Only the query nearest to a
+        row can have a share above a half, which would cancel digits: for it the sum over the others is kept.
         """
         hubs, count = self.hubness[rows], len(self.queries)
         if logged_as is None or count == 1:  # without its one query, a log would be empty

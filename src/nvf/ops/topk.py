@@ -233,7 +233,9 @@ class _Sparse:
         query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
         counts = torch.bincount(query, minlength=len(self.least))
         place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a line a query, for one sort of all
+        padded = scores.new_full(
+            (len(counts), int(counts.max())), -math.inf
+        )  # one line for each query, so that one sort serves all
         rows_of = rows.new_full(padded.shape, -1)
         padded[query, place], rows_of[query, place] = scores[order], rows[order]
         scores, order = padded.sort(dim=-1, descending=True, stable=True)
