@@ -72,15 +72,15 @@ class Pipeline(nn.Module):
         """The rows that are searched."""
         return self.attention.memory
 
+    @torch.no_grad()
     def keys(self) -> Tensor:
         """Return stage 1's keys, to load into any index of inner products, which is asked for `transform(queries)`.
 
         They are (N, D) unit rows in the order of the vectors as given, equal ones included; (N, D + 1) where stage 1
         corrects hubs, with the correction as the last column.
         """
-        with torch.no_grad():
-            keys = self.attention.keys()
-            return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
+        keys = self.attention.keys()
+        return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
 
     def export_keys(self, path: str | Path) -> None:
         """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically."""

@@ -100,7 +100,8 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        raise InputError(f"{path} is missing, or no regular file in its folder; {SAVE_AGAIN}")
+        remedy = f"a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}"
+        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:

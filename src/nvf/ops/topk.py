@@ -62,8 +62,6 @@ def blockwise_topk(
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
         parts = queries.split(QUERY_BLOCK)  # at least one
         found = [_topk(part, keys, k, logsumexp, budget, convolve_from, sparse_from) for part in parts]
-    if len(found) == 1:
-        return found[0]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
@@ -233,9 +231,7 @@ class _Sparse:
         query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
         counts = torch.bincount(query, minlength=len(self.least))
         place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        padded = scores.new_full(
-            (len(counts), int(counts.max())), -math.inf
-        )  # one line for each query, so that one sort serves all
+        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a line for each query
         rows_of = rows.new_full(padded.shape, -1)
         padded[query, place], rows_of[query, place] = scores[order], rows[order]
         scores, order = padded.sort(dim=-1, descending=True, stable=True)
