@@ -17,8 +17,6 @@ from nvf.ops.products import (
     score_block,
 )
 
-IN_CACHE = 2**21  # numbers of keys above which a product with one query uses a third of the memory's bandwidth
-FEWEST = 4  # queries that so many keys are multiplied with at least; fewer are repeated
 FEW = 2048  # rows up to which `_Dense` is faster, however many queries there are
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`
 GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
@@ -71,17 +69,13 @@ def _topk(
 ) -> TopK:
     count = len(queries)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    few = 0 < count < FEWEST and keys.numel() > IN_CACHE
-    asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
     sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > FEW
     more = min(k + 1, len(keys))  # one more than wanted shows whether the k-th is a near tie
     best = _Sparse(count, more) if sparse else _Dense(more)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start = 0
-    for part in keys.split(max(more, budget // max(1, len(asked)))):
-        scores = products(part, asked, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
-        if few:
-            scores = scores.T[:count].contiguous().T
+    for part in keys.split(max(more, budget // max(1, count))):
+        scores = products(part, queries, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
         largest = best.add(scores, start)
         if total is not None:
             total.add_(scores, largest)
