@@ -29,7 +29,7 @@ def can_branch_on(tensor: Tensor) -> bool:
 
     On another device the program would wait for the values; under a trace there are none yet.
     """
-    return tensor.device.type == "cpu" and not is_transformed()
+    return _on_cpu(tensor) and not is_transformed()
 
 
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_from: int = CONVOLVE_FROM) -> Tensor:
@@ -40,7 +40,7 @@ def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_
     lays the products of one query, not those of one row, side by side in memory.
     """
     rows = rows.to(queries.dtype)
-    single = queries.dtype == torch.float32 and queries.device.type == "cpu"
+    single = queries.dtype == torch.float32 and _on_cpu(queries)
     if single and len(queries) >= convolve_from and torch.get_num_threads() > 1:  # one thread does not use oneDNN
         first, second = (queries, rows) if by_query else (rows, queries)
         scores = F.conv1d(second.T.unsqueeze(0), first.unsqueeze(-1)).squeeze(0)
@@ -90,3 +90,7 @@ class RunningLogSumExp:
 
     def result(self) -> Tensor:
         return self.largest + self.total.log()
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
