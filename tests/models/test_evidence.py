@@ -166,7 +166,8 @@ def test_one_row_and_one_query(memory: VectorMemory) -> None:
     single = VectorMemory(memory.rows[:1])
     attention = SoftAttention(single)
     queries = unit_queries(3, 1)
-    found = Evidence.of_one(single)(attention, queries, attention.candidates(queries, 1, logsumexp=True))
+    evidence = Evidence.gather(single, queries[:1], torch.zeros(1, 1, dtype=torch.int64))
+    found = evidence(attention, queries, attention.candidates(queries, 1, logsumexp=True))
     assert found.isfinite().all()
 
 
@@ -240,7 +241,8 @@ def test_the_law_of_the_counts_says_what_they_can_tell(law: str, ignored: list[s
 
 def test_what_the_log_has_none_of_is_no_figure(memory: VectorMemory) -> None:
     every = torch.arange(30).unsqueeze(-1)
-    assert Evidence.of_one(memory).law()["ignored"] == []
+    one = Evidence.gather(memory, unit_queries(1, 0), torch.zeros(1, 1, dtype=torch.int64))
+    assert one.law()["ignored"] == []
     assert Evidence.gather(memory, unit_queries(30, 0), every).law() == {
         "dispersion": 1.0,
         "asked_again": pytest.approx(0.5 / 30.5 * 0.5 / 30.5),

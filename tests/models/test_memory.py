@@ -10,7 +10,6 @@ import torch
 from nvf.errors import InputError
 from nvf.models.memory import DTYPES, VectorMemory, neighbours, unit
 from nvf.ops.products import QUERY_BLOCK
-from nvf.ops.topk import TopK, blockwise_topk
 
 
 def test_search_takes_more_queries_than_a_block(memory: VectorMemory) -> None:
@@ -220,18 +219,3 @@ def test_neighbours_equal_a_loop_and_are_never_the_row_itself() -> None:
         assert len(set(others)) == 3
         expected = scores[[other for other in range(40) if other != row]].topk(3).values
         torch.testing.assert_close(scores[others], expected)
-
-
-@pytest.mark.parametrize(("count", "dim"), [(3, 20), (19, 4), (3, 500)])
-def test_neighbours_hold_a_bounded_number_of_numbers_at_a_time(count: int, dim: int) -> None:
-    keys = unit(torch.randn(90, dim, generator=torch.Generator().manual_seed(0)))
-    blocks: list[int] = []
-
-    def search(block: torch.Tensor, rows: torch.Tensor, k: int) -> TopK:
-        blocks.append(len(block))
-        assert max(block.numel(), len(block) * k) <= max(200, dim)  # one key at least
-        return blockwise_topk(block, rows, k)
-
-    assert torch.equal(neighbours(keys, count, held=200, search=search), neighbours(keys, count))
-    assert sum(blocks) == 90
-    assert len(blocks) > 1

@@ -260,7 +260,6 @@ BROKEN = {
     "very wide": (lambda f: _edit_config(f, reranker={"kind": "mlp", "hidden": [10**30, 1]}), "is damaged"),
     "beyond floats": (lambda f: _edit_config(f, reranker={"kind": "mlp", "dropout": 10**400}), "more than 64 bits"),
     "number": (lambda f: _edit_config(f, memory=3), "a value of another type"),
-    "setting": (lambda f: _edit_config(f, extra=1), "'extra' is no setting of a pipeline"),
     "deep": (lambda f: (f / "config.json").write_text('{"k":' + "[" * 10**5), "is too deep or too large"),
     "large": (lambda f: (f / "config.json").write_text(" " * 2**25), "bytes, more than 16777216"),
     "NaN": (lambda f: _weights(f, lambda w: w.fill_(math.nan)), "has NaN or infinite values"),
@@ -296,16 +295,6 @@ def _flip(path: Path) -> None:
 
 def _replace(folder: Path, old: str, new: str) -> None:
     (folder / "config.json").write_text((folder / "config.json").read_text().replace(old, new))
-
-
-def test_a_folder_without_hashes_is_an_older_version_s(pipeline: Pipeline, tmp_path: Path) -> None:
-    pipeline.save(tmp_path / "pipeline")
-    config = json.loads((tmp_path / "pipeline/config.json").read_text())
-    assert set(config["sha256"]) == {"memory.safetensors", "weights.safetensors"}
-    older = {name: value for name, value in config.items() if name not in ("sha256", "digest")}
-    (tmp_path / "pipeline/config.json").write_text(json.dumps(older))
-    mine, theirs = pipeline.search(queries()), Pipeline.load(tmp_path / "pipeline").search(queries())
-    assert torch.equal(mine.probabilities, theirs.probabilities)
 
 
 @pytest.mark.parametrize(("break_it", "message"), BROKEN.values(), ids=BROKEN)

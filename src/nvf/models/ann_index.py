@@ -3,6 +3,9 @@
 FAISS is the extra `nvf[faiss]`, imported on first use. Its wheel brings an OpenMP runtime of its own. On Linux it uses
 torch's if torch is imported first, as here; in the other order both have their own, and threads are set in both. On
 macOS two may crash with `OMP: Error #15` (github.com/faiss-wheels/faiss-wheels/issues/73): use conda-forge's packages.
+
+FAISS trusts its own files: a forged one could lead a search out of its memory. So an index is saved as plain tensors
+without its keys, every number that a search follows is checked when they are read, and the keys are the pipeline's.
 """
 
 import logging
@@ -12,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,8 +23,6 @@ from torch import Tensor
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.records import own_file, sha256
 from nvf.files.tensors import DAMAGE, read_tensors
-from nvf.models.ann_index_files import packed, unpacked
-from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
@@ -30,22 +32,18 @@ KINDS: dict[str, dict[str, int | None]] = {  # with their default settings, the 
     "ivf": {"nlist": None, "nprobe": 64},
     "hnsw": {"m": 32, "ef_construction": 200, "ef_search": 128},
 }
-SMALLEST_M, LARGEST_M = 2, 512
-KEYS_PER_CELL = 39  # fewer train a poor cell: FAISS warns of it
+LARGEST_M = 512  # neighbours a key
+KEYS_PER_CELL = 39  # FAISS warns that fewer keys train a poor cell
 TRAINED_ON = 256  # keys a cell
-ADDED = 65_536  # keys that are added at a time
+BLOCK = 65_536  # keys added or checked at a time
 SAMPLE = 4096  # rows that stand for those that the index did not return
 GATHERED = 2**22  # numbers of gathered keys held at a time
-REMEDY = "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
 
 
 class Index:
     """A FAISS index of inner products over N keys, (N, D'), from `build_index` or `read_index`.
 
-    Args:
-        made: the FAISS object.
-        kind: `ivf` or `hnsw`.
-        settings: all of that kind's.
+    It holds FAISS's own object, its kind, `ivf` or `hnsw`, and all settings of that kind.
     """
 
     def __init__(self, made: Any, kind: str, settings: Mapping[str, Any]) -> None:
@@ -58,7 +56,6 @@ class Index:
             made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
         chosen = torch.randperm(made.ntotal, generator=stream(0, "index sample"))[:SAMPLE]
         self.sample = chosen.sort().values  # rows, drawn once, so that one query gets one answer
-        self._sampled = FrozenCache()
 
     def __len__(self) -> int:
         return self._made.ntotal
@@ -68,10 +65,6 @@ class Index:
         _faiss().omp_set_num_threads(torch.get_num_threads())
         scores, rows = self._made.search(_array(queries), k)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
-
-    def sampled(self, keys: Tensor) -> Tensor:
-        """Return the keys of the sample."""
-        return self._sampled(lambda: keys[self.sample.to(keys.device)], [keys])
 
     def check_fits(self, keys: Tensor) -> None:
         """Raise an InputError unless the index has as many keys, as wide as these."""
@@ -83,23 +76,16 @@ class Index:
 
     def write(self, path: Path) -> dict[str, Any]:
         """Write what the index adds to its keys, and return what `read_index` needs to know beside the file."""
-        save_file(packed(_faiss(), self._made, self.kind), path)
+        save_file((_packed_ivf if self.kind == "ivf" else _packed_hnsw)(self._made), path)
         return {"kind": self.kind, "settings": self.settings, "sha256": sha256(path)}
 
 
 def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Index | None:
     """Build an index over a pipeline's keys: `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
 
-    The same keys make the same `ivf`; they make the same `hnsw` where torch has one thread, as several insert keys in
-    an order of their own.
-
-    Args:
-        keys: (N, D') of any float type, on any device.
-        kind: `ivf`, `hnsw`, or `flat`, exact search, which needs no index: None is returned.
-        settings: of the kind, in place of those in KINDS.
-
-    Raises:
-        InputError: no such kind or setting, a value out of its limits, or no FAISS.
+    Keys are (N, D') of any float type; settings replace those in KINDS. `flat` is exact search, which needs no index:
+    None is returned. The same keys make the same `ivf`, and with one thread the same `hnsw`; several threads insert
+    keys in varying order. An unknown kind or setting, a value out of its limits, or no FAISS raise an InputError.
     """
     count, dim = keys.shape
     check_index({"kind": kind, **settings}, rows=count)
@@ -112,24 +98,21 @@ def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Ind
         nlist = complete["nlist"] or max(1, min(round(4 * math.sqrt(count)), count // KEYS_PER_CELL))
         complete = {"nlist": nlist, "nprobe": min(complete["nprobe"] or 0, nlist)}
         made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
-        made.cp.min_points_per_centroid = 1  # what FAISS would warn of, the user has asked for
+        made.cp.min_points_per_centroid = 1  # no warning of few keys a cell: the user has asked for them
         taught = torch.randperm(count, generator=stream(0, "index training"))[: TRAINED_ON * nlist]
         made.train(_array(keys[taught.sort().values.to(keys.device)]))
     else:
         made = faiss.IndexHNSWFlat(dim, complete["m"], faiss.METRIC_INNER_PRODUCT)
         made.hnsw.efConstruction = complete["ef_construction"]
-    for block in keys.split(ADDED):
+    for block in keys.split(BLOCK):
         made.add(_array(block))
     return Index(made, kind, complete)
 
 
 def check_index(settings: Mapping[str, Any], *, rows: int, fits: Sequence[str] = ("reranker",)) -> None:
-    """Raise an InputError unless an index can be built.
+    """Raise an InputError unless an index of N rows can be built with these settings: `kind`, and some of its own.
 
-    Args:
-        settings: `kind`, and some or all of the kind's own.
-        rows: of the memory, N.
-        fits: the stages that a run fits: without a reranker there is no pipeline, whose search would use the index.
+    A run that `fits` no reranker has no pipeline whose search would use the index.
     """
     given = {name: value for name, value in settings.items() if name != "kind"}
     if (kind := settings["kind"]) not in KINDS:
@@ -139,37 +122,32 @@ def check_index(settings: Mapping[str, Any], *, rows: int, fits: Sequence[str] =
             has = ", ".join(KINDS[kind]) or "none"
             raise InputError(f"index.{name} is no setting of index={kind}; its settings: {has}")
         if name != "nlist" or value is not None:
-            smallest, remedy = SMALLEST_M if name == "m" else 1, f"{KINDS[kind][name] or 'null'} is the default"
-            check_number(f"index.{name}", value, minimum=smallest, whole=True, remedy=remedy)
-    if given.get("m", 0) > LARGEST_M:
-        raise InputError(f"index.m={given['m']} exceeds {LARGEST_M} neighbours a key; lower it, 16 to 64 serve most")
+            limits = {"minimum": 2, "below": LARGEST_M + 1} if name == "m" else {"minimum": 1}
+            remedy = f"{KINDS[kind][name] or 'null'} is the default"
+            check_number(f"index.{name}", value, **limits, whole=True, remedy=remedy)
     if (given.get("nlist") or 0) > rows:
         raise InputError(f"index.nlist={given['nlist']} exceeds the memory's {rows} rows; lower it, or give null")
-    if kind != "flat" and "reranker" not in fits:
+    if kind == "flat":
+        return
+    if "reranker" not in fits:
         raise InputError(
             f"index={kind} is for the search of a pipeline, which stage=attention does not make; "
             "choose stage=reranker, or index=flat"
         )
-    if kind != "flat":
-        _faiss()
+    _faiss()
 
 
 def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | None:
-    """Read the index that `write` wrote; without FAISS return None with a warning: search is then exact.
+    """Make an index again from the pipeline's keys, the file that `write` wrote, and what it returned about it.
 
-    Args:
-        path: the file.
-        about: what `write` returned.
-        keys: of the pipeline, over which the index is made again.
-
-    Raises:
-        InputError: the file is missing, is not the one that was written, or is no such index over so many keys.
+    Without FAISS the result is None, with a warning: search is then exact. A file that is missing, is not the one that
+    was written, or is no such index over so many keys raises an InputError.
     """
     remedy = "save the pipeline again, or search exactly with index=flat, Pipeline.load(..., index=False)"
     if not own_file(path):
         raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
     try:
-        faiss = _faiss()
+        _faiss()
     except InputError as fault:
         logging.getLogger("nvf").warning("%s: searched exactly instead: %s", path, fault)
         return None
@@ -180,7 +158,8 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
     if sha256(path) != about["sha256"]:
         raise InputError(f"{path} is damaged, or of another pipeline; {remedy}")
     try:
-        return Index(unpacked(faiss, read_tensors(path), kind, settings, _array(keys)), kind, settings)
+        made = (_unpacked_ivf if kind == "ivf" else _unpacked_hnsw)(read_tensors(path), settings, _array(keys))
+        return Index(made, kind, settings)
     except DAMAGE as fault:
         raise InputError(f"{path} does not fit the pipeline ({one_line(fault)}); {remedy}") from None
 
@@ -206,19 +185,93 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> Top
     scores = torch.cat([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     scores, rows = scores.gather(-1, order), rows.gather(-1, order)
-    rest = _logsumexp_of_rest(queries, rows, index.sample.to(rows.device), index.sampled(keys), len(keys))
+    sample = index.sample.to(keys.device)  # (S,), sorted
+    size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
+    drawn = sample[place] == rows  # (B, k)
+    others = queries @ keys[sample].to(queries.dtype).T  # (B, S)
+    others = torch.cat([others, others[:, :1]], dim=-1)  # with a last column for rows that were not drawn
+    others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
+    rest = others.logsumexp(dim=-1) + ((len(keys) - k) / (size - drawn.sum(dim=-1))).log()
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
 
 
-def _logsumexp_of_rest(queries: Tensor, rows: Tensor, sample: Tensor, sampled: Tensor, count: int) -> Tensor:
-    """Estimate the log-sum-exp over all but the rows that were returned, (B,), from the keys of a sorted sample."""
-    scores = queries @ sampled.to(queries.dtype).T  # (B, S)
-    place = torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)  # (B, k)
-    drawn = sample[place] == rows
-    beyond = len(sample)  # a last column for rows that were not drawn
-    scores = torch.cat([scores, scores[:, :1]], dim=-1).scatter(-1, place.where(drawn, beyond), -math.inf)[:, :beyond]
-    left = beyond - drawn.sum(dim=-1)
-    return scores.logsumexp(dim=-1) + ((count - rows.shape[1]) / left).log()
+def _packed_ivf(made: Any) -> dict[str, Tensor]:
+    """Return the centroids, (nlist, D'), and each key's cell, (N,)."""
+    faiss, cells = _faiss(), np.zeros(made.ntotal, np.int64)
+    for cell in range(made.nlist):
+        if size := made.invlists.list_size(cell):
+            cells[faiss.rev_swig_ptr(made.invlists.get_ids(cell), size)] = cell
+    centroids = faiss.downcast_index(made.quantizer).reconstruct_n(0, made.nlist)
+    return {"centroids": torch.from_numpy(centroids), "cells": torch.from_numpy(cells)}
+
+
+def _unpacked_ivf(tensors: dict[str, Tensor], settings: dict[str, Any], keys: np.ndarray) -> Any:
+    faiss, (count, dim), nlist = _faiss(), keys.shape, settings["nlist"]
+    if nlist is None or settings["nprobe"] > nlist:
+        raise ValueError(f"{settings} are not those of an index")
+    centroids = _taken(tensors, "centroids", (nlist, dim), torch.float32)
+    cells = _taken(tensors, "cells", (count,), torch.int64, 0, nlist)
+    if not np.isfinite(centroids).all():
+        raise ValueError("centroids have NaN or infinite values")
+    quantizer = faiss.IndexFlatIP(dim)
+    quantizer.add(centroids)
+    made = faiss.IndexIVFFlat(quantizer, dim, nlist, faiss.METRIC_INNER_PRODUCT)
+    made.is_trained = True
+    for start in range(0, count, BLOCK):
+        some, of_some = keys[start : start + BLOCK], cells[start : start + BLOCK]
+        made.add_core(len(some), faiss.swig_ptr(some), None, faiss.swig_ptr(of_some))
+    return made
+
+
+def _packed_hnsw(made: Any) -> dict[str, Tensor]:
+    """Return each key's number of levels, (N,), its neighbours level by level, and the key where searches begin.
+
+    The neighbours of all keys are one list, in which -1 stands for none.
+    """
+    graph, arrays = made.hnsw, _faiss().vector_to_array
+    levels, neighbors = torch.from_numpy(arrays(graph.levels)), torch.from_numpy(arrays(graph.neighbors))
+    return {"levels": levels, "neighbors": neighbors, "entry": torch.tensor([graph.entry_point], dtype=torch.int32)}
+
+
+def _unpacked_hnsw(tensors: dict[str, Tensor], settings: dict[str, Any], keys: np.ndarray) -> Any:
+    faiss, (count, dim) = _faiss(), keys.shape
+    made = faiss.IndexHNSWFlat(dim, settings["m"], faiss.METRIC_INNER_PRODUCT)
+    made.hnsw.efConstruction = settings["ef_construction"]
+    starts = faiss.vector_to_array(made.hnsw.cum_nneighbor_per_level).astype(np.int64)  # of each level in a key's list
+    levels = _taken(tensors, "levels", (count,), torch.int32, 1, made.hnsw.assign_probas.size() + 1)
+    offsets = np.concatenate([[0], np.cumsum(starts[levels])])
+    neighbors = _taken(tensors, "neighbors", (int(offsets[-1]),), torch.int32, -1, count)
+    entry = _taken(tensors, "entry", (1,), torch.int32, 0, count)
+    if levels[entry[0]] != levels.max():
+        raise ValueError("entry is no key of the highest level")
+    for level in range(levels.max()):
+        present = np.flatnonzero(levels > level)
+        slots = np.arange(starts[level], starts[level + 1])
+        for start in range(0, len(present), BLOCK):
+            theirs = neighbors[offsets[present[start : start + BLOCK], None] + slots]
+            if (levels[theirs] <= level)[theirs >= 0].any():  # a search would read slots that they do not have
+                raise ValueError(f"neighbors of level {level} are not all on that level")
+    for start in range(0, count, BLOCK):
+        faiss.downcast_index(made.storage).add(keys[start : start + BLOCK])
+    for name, array in (("levels", levels), ("offsets", offsets.astype(np.uint64)), ("neighbors", neighbors)):
+        faiss.copy_array_to_vector(array, getattr(made.hnsw, name))
+    made.hnsw.entry_point, made.hnsw.max_level = int(entry[0]), int(levels.max()) - 1
+    made.ntotal = count
+    return made
+
+
+def _taken(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, least: int = 0, end: int = 0
+) -> np.ndarray:
+    """Return the tensor's array; a ValueError for another shape or type, or values outside least..end - 1."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+        found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name} is {found}, but should be {shape} {dtype}")
+    array = tensor.contiguous().numpy()
+    if end and len(array) and not least <= array.min() <= array.max() < end:
+        raise ValueError(f"{name} has {array.min()} to {array.max()}, but should have {least} to {end - 1}")
+    return array
 
 
 def _array(keys: Tensor) -> Any:
@@ -226,8 +279,11 @@ def _array(keys: Tensor) -> Any:
 
 
 def _faiss() -> Any:
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # which processors it was built for is no news
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it names the processors it was built for
     try:
         return import_module("faiss")
     except ImportError as fault:
-        raise InputError(f"an index needs FAISS, which cannot be imported ({one_line(fault)}); {REMEDY}") from None
+        raise InputError(
+            f"an index needs FAISS, which cannot be imported ({one_line(fault)}); "
+            "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
+        ) from None

@@ -22,10 +22,9 @@ AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, s
 
 
 class QueryTransform(nn.Module):
-    """T(q), (B, D) -> (B, D).
+    """T(q), (B, D): `mlp` Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, or `identity` q.
 
-    `mlp` is Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, and `identity` q. All but `mlp`
-    return q itself until they are trained: the last layer of `residual` and of `linear` starts at zero.
+    The last layer of `residual` and of `linear` starts at zero, so that all but `mlp` start at q itself.
     """
 
     def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
@@ -35,21 +34,16 @@ class QueryTransform(nn.Module):
         if hidden is not None:
             check_number("attention.hidden", hidden, minimum=1, whole=True, remedy="null is as wide as the vectors")
         self.kind = kind
+        self.starts_at_exact_search = kind != "mlp"  # whether it leaves every query as it is until it is trained
         self.network: nn.Module | None = None
         if kind in ("mlp", "residual"):
             width = hidden or dim
             self.network = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
         elif kind == "linear":
             self.network = nn.Linear(dim, dim, bias=False)
-        if kind in ("residual", "linear"):
-            last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
-            for parameter in last.parameters():  # type: ignore[union-attr]
+        if self.network is not None and kind != "mlp":
+            for parameter in [*self.network.modules()][-1].parameters():
                 nn.init.zeros_(parameter)
-
-    @property
-    def starts_at_exact_search(self) -> bool:
-        """Whether the untrained transform leaves every query as it is."""
-        return self.kind != "mlp"
 
     def forward(self, queries: Tensor) -> Tensor:
         if self.network is None:
@@ -61,19 +55,16 @@ class QueryTransform(nn.Module):
 class SoftAttention(nn.Module):
     """Attention over memory: logits = beta (z K^T + b), (B, N), with z = normalize(T(q)); their softmax sums to one.
 
-    beta = exp(log_beta) is learned: the temperature 1/beta stays positive whatever the optimiser does. Without
+    beta = exp(log_beta) is learned, so that the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
     frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
 
-    Queries of any float type are converted to that of the weights. A query with NaN has NaN in all its results.
-
     `transform` names T, or makes it from D: a module from (B, D) to (B, D). If that says `starts_at_exact_search`, the
     untrained stage 1 competes with the trained one.
 
-    Raises:
-        InputError: an unknown transform or kind of keys, or a beta that is not positive and finite. Every method raises
-            it for queries that are not floats, (..., D).
+    Queries of any float type are converted to that of the weights; every method raises an InputError for others than
+    (..., D). So does an unknown transform or kind of keys, or a beta that is not positive and finite.
     """
 
     bias: Tensor | None
@@ -99,13 +90,11 @@ class SoftAttention(nn.Module):
             raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
         self.memory = memory
         self.normalize = normalize
-        if isinstance(transform, str):
-            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
-        elif callable(transform):
+        if callable(transform):
             self.transform = transform(memory.dim)
             name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         else:
-            raise InputError(f"attention.transform={transform} is unknown; name one, or what makes one from D")
+            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
@@ -165,11 +154,7 @@ class SoftAttention(nn.Module):
         return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
 
     def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held.
-
-        Raises:
-            InputError: targets that are no rows, see `check_targets`.
-        """
+        """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held."""
         check_targets(targets, len(queries), len(self.memory))
         if len(self.memory) <= AT_ONCE:
             return attention_loss(self(queries), targets)
@@ -181,10 +166,7 @@ class SoftAttention(nn.Module):
         return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
-        """Return the k rows of highest attention and their logits, and if asked the log-sum-exp over all, in blocks.
-
-        Of equal rows the smallest come first, see `blockwise_topk`; an InputError if k is not in 1..N.
-        """
+        """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
         check_k(k, len(self.memory))
         return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
 
@@ -202,11 +184,8 @@ def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-log of the probability of a right row, mean over each query's right rows and over the batch.
 
-    That is the cross-entropy to the uniform distribution over the right rows, least where all have equal shares.
-
-    Args:
-        logits: (B, N); any additive constant per query cancels, so a pipeline's log-probabilities serve too.
-        targets: (B, m) rows of the memory, padded with -1; with m = 1 this is cross-entropy.
+    That is the cross-entropy to the uniform distribution over the right rows, least where all have equal shares. Logits
+    are (B, N), or a pipeline's log-probabilities; targets are (B, m) rows of the memory, padded with -1.
     """
     if targets.shape[1] == 1:
         return F.cross_entropy(logits, targets[:, 0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nvf.ops.topk import first_topk
 
-CLOSEST = 1e-30  # attentions nearer than this count as this far apart: the logarithm of a gap needs one
+CLOSEST = 1e-30  # log-attentions nearer than this count as this far apart, since the logarithm of a gap needs one
 
 
 class Retrieval(NamedTuple):
@@ -28,7 +28,7 @@ class Retrieval(NamedTuple):
         candidates, log_probs = most_probable_first(self.candidates, log_probs)
         best = self.logits.amax(dim=-1, keepdim=True)
         places = torch.arange(candidates.shape[-1], 0, -1, device=best.device)
-        above = best + (1 + best.abs()) * places  # apart, whatever the logits' size
+        above = best + (1 + best.abs()) * places  # different from each other, whatever the size of the logits
         return self.logits.scatter(-1, candidates, above.masked_fill(log_probs.isnan(), math.nan))
 
 
@@ -47,13 +47,8 @@ def shared_out(log_attention: Tensor, scores: Tensor) -> Tensor:
 def exact(log_attention: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
     """Return the log-probabilities of all rows, (B, N): the candidates share their mass out, the others keep theirs.
 
-    Which rows are candidates is piecewise constant in every weight: the gradient is exact between the places where the
-    candidates change, and blind to the jumps there.
-
-    Args:
-        log_attention: stage 1's log-probabilities, (B, N).
-        rows: (B, k), the candidates.
-        scores: (B, k).
+    The candidates are rows with scores, (B, k) each; `log_attention` is (B, N), stage 1's log-probabilities. The
+    gradient does not see that another row may become a candidate; between these jumps it is exact.
     """
     inside = shared_out(log_attention.gather(-1, rows), scores)
     return log_attention.scatter(-1, rows, inside)
@@ -65,14 +60,10 @@ def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temp
     The threshold's logarithm is logistic around the midpoint between the k-th and the next row's: row i is a candidate
     with the probability m_i = sigmoid((log a_i - midpoint) / temperature), and the first j rows are the candidates with
     the probability m_j - m_{j+1}. The average over j needs no sampling, sums to one, is continuous where rows
-    change places, and tends to `exact` as the temperature tends to zero. The reranker reaches rows outside too.
+    change places, and tends to `exact` as the temperature tends to zero.
 
-    Args:
-        log_attention: stage 1's log-probabilities, (B, N).
-        rows: (B, w), more than k, in descending order of attention; there are never more candidates than these.
-        scores: (B, w).
-        k: the number of candidates.
-        temperature: above 0, in units of the logits.
+    `rows` are (B, w), w > k, in descending order of attention, with scores (B, w); no other row is ever a candidate.
+    The temperature is above 0, in units of the logits.
     """
     ours = log_attention.gather(-1, rows)  # (B, w)
     degree = (ours - ours[..., k - 1 : k + 1].mean(dim=-1, keepdim=True)) / temperature

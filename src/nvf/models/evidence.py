@@ -38,7 +38,7 @@ class Evidence(nn.Module):
     """Features of candidates, (B, k, F), from the memory and a log of queries with the rows that answered them.
 
     The log is two buffers: `queries`, (n, D) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
-    target of each query. What depends on rows alone is computed once: `hubness` and `density`, (N,). Buffers that do
+    target of each query. `hubness` and `density`, (N,), depend on rows alone and are computed once. Buffers that do
     not fit together raise an InputError.
     """
 
@@ -68,8 +68,8 @@ class Evidence(nn.Module):
         for name, tensor in (("queries", queries), ("pairs", pairs), ("hubness", hubness), ("density", density)):
             self.register_buffer(name, tensor)
         starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
-        self.register_buffer("starts", starts, persistent=False)  # of each row's pairs, (N + 1,)
-        self.logged = torch.empty(0, dtype=torch.int64)  # known while the log's own queries are at hand
+        self.register_buffer("starts", starts, persistent=False)  # the place of each row's first pair, (N + 1,)
+        self.logged = torch.empty(0, dtype=torch.int64)  # set by `gather`
         self.slots = min(LOGGED, int(starts.diff().max()))
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
@@ -82,34 +82,24 @@ class Evidence(nn.Module):
         distinct, logged = queries.unique(dim=0, return_inverse=True)
         query, place = (targets >= 0).nonzero(as_tuple=True)
         pairs = targets[query, place] * len(distinct) + logged[query]
-        evidence = cls(
-            memory,
-            queries=distinct,
-            pairs=pairs.unique(),  # sorted
-            hubness=hubness(distinct, memory.rows, SHARPNESS),
-            density=_density(memory.rows),
-        )
+        near = min(NEIGHBOURS, len(memory) - 1)
+        density = memory.rows.new_zeros(len(memory), dtype=torch.float32)
+        if near > 0:  # the first of its best rows is the row itself
+            density = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].mean(dim=-1)
+        hubs = hubness(distinct, memory.rows, SHARPNESS)
+        evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density)
         evidence.logged = logged
         return evidence
-
-    @classmethod
-    def of_one(cls, memory: VectorMemory) -> "Evidence":
-        """Make a log of one query, the first row, which answers it: enough to build a pipeline on."""
-        first = torch.zeros(1, dtype=torch.int64, device=memory.rows.device)
-        nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
-        return cls(memory, queries=memory.take(first), pairs=first, hubness=nothing, density=nothing)
 
     def law(self) -> dict[str, Any]:
         """Return how the logged queries are spread over the rows, and which features a reranker must ignore for it.
 
-        Where every item is asked at a rate of its own, the counts n of logged queries a row are Poisson variables of
-        these rates, and a query that is left out of its own log sees the counts that a new query will see. Then two
-        figures are at least 1, and 1 for equal rates: the `dispersion`, variance over mean, of the number of other
-        queries that a query's item has; and `asked_again`, how often an item with logged queries is asked once more,
-        over how often one without is asked. Where each item's queries, fixed in number, are dealt to log and test, the
-        more an item has in the one, the fewer it has in the other: what is learned of counts would mislead. So features
-        that grow with counts are ignored if the dispersion is below 1 by more than CLEAR standard errors (those for
-        equal rates), and all that tell logged rows from others if `asked_again` is.
+        Where every item is asked at a rate of its own, two figures are at least 1, and 1 for equal rates: the
+        `dispersion`, variance over mean, of the number of other queries that a query's item has; and `asked_again`, how
+        often an item with logged queries is asked once more, over how often one without is asked. Where each item has a
+        fixed number of queries, dealt to log and test, more in the one are fewer in the other, and what is learned of
+        counts would mislead. So features that grow with counts are ignored if the dispersion is below 1 by more than
+        CLEAR standard errors, and all that tell logged rows from others if `asked_again` is.
         """
         n = self.starts.diff().double()
         total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
@@ -131,15 +121,14 @@ class Evidence(nn.Module):
         k: int | None = None,
         logged_as: Tensor | None = None,
     ) -> Tensor:
-        """Return the features in the order of FEATURES, (B, w, F).
+        """Return the features in the order of FEATURES, (B, w, F), of rows that stage 1 chose for unit queries, (B, D).
 
         Args:
-            attention: the stage 1 that chose the rows.
-            queries: (B, D) unit rows.
-            top: the rows to describe, (B, w), with their log-sum-exp over all rows.
+            attention: stage 1.
+            queries: (B, D).
+            top: the rows, (B, w), with the log-sum-exp over all rows.
             k: how many of them, the first, are the candidates; all if None.
-            logged_as: the place in the log of each query, (B,), -1 for those that are not in it. Each query's features
-                are then as if it had never been logged.
+            logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
         assert top.logsumexp is not None
         rows = self.memory.take(top.rows)  # (B, w, D)
@@ -164,18 +153,16 @@ class Evidence(nn.Module):
 
     def _from_log(
         self, attention: SoftAttention, queries: Tensor, rows: Tensor, logged_as: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, nearest and support, (B, w) each, in blocks of queries that hold few log vectors at a time."""
+    ) -> tuple[Tensor, ...]:
+        """Return count, nearest and support, (B, w) each; blocks of queries bound the log vectors held at once."""
         moved = attention.moved(queries)
         log = self._moved_log(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
         if logged_as is None:
             logged_as = rows.new_full((len(rows),), -1)
         size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
         blocks = zip(moved.split(size), rows.split(size), logged_as.split(size), strict=True)
-        count, nearest, support = (
-            torch.cat(parts) for parts in zip(*(self._block(log, *block) for block in blocks), strict=True)
-        )
-        return count, nearest, support
+        found = zip(*(self._block(log, *block) for block in blocks), strict=True)
+        return tuple(torch.cat(parts) for parts in found)
 
     def _block(self, log: Tensor, moved: Tensor, rows: Tensor, logged_as: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         start, count = self.starts[rows], self.starts[rows + 1] - self.starts[rows]  # (b, w)
@@ -197,16 +184,16 @@ class Evidence(nn.Module):
     def _hubness(self, rows: Tensor, cosine: Tensor, logged_as: Tensor | None) -> Tensor:
         """Return the hubness of rows, (B, w), among the logged queries but the one that asks.
 
-        The sum over the log loses that query's share of it, exp(SHARPNESS cosine). Only the query nearest to a row can
-        have more than half; its subtraction would cancel, so for that query the sum over the others is kept.
+        That query's share, exp(SHARPNESS cosine), is subtracted from the sum over the log. Only the query nearest to a
+        row can have a share above a half, which would cancel digits: for it the sum over the others is kept.
         """
         hubs, count = self.hubness[rows], len(self.queries)
-        if logged_as is None or count == 1:  # of an empty log nothing could be said
+        if logged_as is None or count == 1:  # without its one query, a log would be empty
             return hubs
+        asks = logged_as.unsqueeze(-1)
         nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.rows])
         share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
         others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
-        asks = logged_as.unsqueeze(-1)
         return rest[rows].where(nearest[rows] == asks, others).where(asks >= 0, hubs)
 
     @torch.no_grad()
@@ -219,10 +206,3 @@ class Evidence(nn.Module):
             others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
             rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
         return torch.cat(places), torch.cat(rest)
-
-
-def _density(rows: Tensor) -> Tensor:
-    neighbours = min(NEIGHBOURS, len(rows) - 1)
-    if neighbours == 0:
-        return rows.new_zeros(len(rows), dtype=torch.float32)
-    return blockwise_topk(rows, rows, neighbours + 1).scores[:, 1:].mean(dim=-1)  # the first is the row itself

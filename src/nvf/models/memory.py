@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ class VectorMemory(nn.Module):
     """N frozen unit rows, (N, D), made from vectors of any length and any float type.
 
     The rows are a non-persistent buffer: they follow the module to a device but stay out of checkpoints, which name
-    their memory by its `fingerprint` instead, the SHA-256 of the vectors as given.
+    their memory by its `fingerprint`, the SHA-256 of the vectors as given.
 
     Args:
         vectors: (N, D), or a file of them, of which one block is held at a time.
         ids: what the user calls the vectors, an integer or a string each; no part of the fingerprint.
         dtype: of the rows, float32, float16 or bfloat16; what is computed with them is float32.
-        mapped: a folder for a file of the rows, which are read from there when they are needed; None keeps them here.
+        mapped: a folder for a file of the rows, from which they are read when needed; None keeps them in memory.
         distinct: whether vectors whose rows are equal in every bit become one row, so that N counts different rows.
 
     Raises:
@@ -41,10 +41,10 @@ class VectorMemory(nn.Module):
     """
 
     rows: Tensor
-    row_of_vector: Tensor | None  # the row of each vector that was given, int64; None where each has a row of its own
-    vector_of_row: Tensor | None  # the first of the vectors that are each row, (N,) int64; None likewise
-    file: RowsFile | None = None  # that the rows are mapped from
-    distance: str | None = None  # of the collection that they are from, where that orders them otherwise than cosine
+    row_of_vector: Tensor | None  # the row of each given vector, int64; None where each has a row of its own
+    vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
+    file: RowsFile | None = None  # the file from which the rows are mapped
+    distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
         self,
@@ -65,13 +65,12 @@ class VectorMemory(nn.Module):
         device = vectors.device if isinstance(vectors, Tensor) else None
         rows = torch.empty(shape if mapped is None else 0, dtype=DTYPES[dtype], device=device)
         digest, hashes, start = _digest(vectors), [], 0
-        for block in _checked_blocks(vectors, digest, self.ids):  # if mapped too: the hash is the name of the file
-            scaled = unit(block).to(rows.dtype)
+        for scaled in _unit_blocks(vectors, rows.dtype, digest, self.ids):  # even if mapped: the hash names the file
             if mapped is None:
-                rows[start : start + len(block)] = scaled
+                rows[start : start + len(scaled)] = scaled
             if distinct:
                 hashes.append(row_hashes(scaled))
-            start += len(block)
+            start += len(scaled)
         self._number_rows(factorize(np.concatenate(hashes)) if distinct else np.arange(start), device)
         if mapped is not None:
             rows, self.file = _mapped(vectors, digest.hexdigest(), dtype, Path(mapped), self.vector_of_row)
@@ -84,7 +83,7 @@ class VectorMemory(nn.Module):
     def restore(
         cls, rows: Tensor, fingerprint: str, ids: np.ndarray | None = None, row_of_vector: Tensor | None = None
     ) -> "VectorMemory":
-        """Make a memory of another one's rows, kept to the last bit, its fingerprint, ids and numbers of rows."""
+        """Make a memory again from what another one had; the rows stay the same in every bit."""
         memory = cls.__new__(cls)
         nn.Module.__init__(memory)
         every = torch.arange(len(rows))
@@ -140,11 +139,11 @@ class VectorMemory(nn.Module):
         return vectors if self.row_of_vector is None else self.row_of_vector[vectors].where(vectors >= 0, -1)
 
     def vectors_of(self, rows: Tensor) -> Tensor:
-        """Return the number, as given, of the first vector that each row is."""
+        """Return the number, as given, of the first vector that became each row."""
         return rows if self.vector_of_row is None else self.vector_of_row[rows]
 
     def check_unchanged(self) -> None:
-        """Raise an InputError if the rows are read from a file that is no longer what it was."""
+        """Raise an InputError if the rows are mapped from a file that has changed since."""
         if self.file is not None:
             self.file.check_unchanged()
 
@@ -162,8 +161,7 @@ class VectorMemory(nn.Module):
 def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
     """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta, in blocks.
 
-    A key that is near many queries is a hub: searches return it too often. Query-bank normalisation (arXiv 2112.12777)
-    subtracts a share of this from the key's scores.
+    Searches return a hub too often; query-bank normalisation (arXiv 2112.12777) subtracts a share of this from scores.
     """
     total = blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp
     assert total is not None
@@ -171,20 +169,11 @@ def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def neighbours(
-    keys: Tensor, count: int, *, held: int = BLOCK, search: Callable[[Tensor, Tensor, int], TopK] = blockwise_topk
-) -> Tensor:
-    """Return the rows of the keys most like each key, (N, count) int32, best first and never the row itself.
-
-    Args:
-        keys: (N, D).
-        count: below N.
-        held: numbers of keys, or of their neighbours, that are held at a time.
-        search: what finds the best rows of a block of keys among all.
-    """
-    size, rows = max(1, held // max(count + 1, keys.shape[1])), []
+def neighbours(keys: Tensor, count: int) -> Tensor:
+    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, without itself."""
+    size, rows = max(1, BLOCK // max(count + 1, keys.shape[1])), []
     for block, own in zip(keys.split(size), torch.arange(len(keys), device=keys.device).split(size), strict=True):
-        best = search(block, keys, count + 1).rows
+        best = blockwise_topk(block, keys, count + 1).rows
         itself = best == own.unsqueeze(-1)
         itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
         rows.append(best[~itself].view(len(block), count).int())
@@ -192,10 +181,9 @@ def neighbours(
 
 
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale vectors to length 1, (..., D), differentiably; a zero vector stays zero.
+    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
 
     Memory, search, layer and baseline all normalise here, so that one query has one vector and ties break alike.
-    Lengths near either end of the float range do not over- or underflow.
     """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
@@ -222,34 +210,35 @@ def _shape_and_type(vectors: Tensor | ArrayFile) -> tuple[tuple[int, ...], torch
 
 
 def _digest(vectors: Tensor | ArrayFile) -> Any:
-    """Start the SHA-256 of vectors: with their type and shape."""
     shape, kind = _shape_and_type(vectors)
     return hashlib.sha256(f"{kind} {shape}".encode())
 
 
-def _checked_blocks(vectors: Tensor | ArrayFile, digest: Any, ids: np.ndarray | None) -> Iterator[Tensor]:
-    """Yield the vectors in blocks that fit a cache, and add them to the digest; after the last, all are checked."""
+def _unit_blocks(
+    vectors: Tensor | ArrayFile, dtype: torch.dtype, digest: Any, ids: np.ndarray | None = None
+) -> Iterator[Tensor]:
+    """Yield unit vectors in blocks, and add the vectors as given to the digest; after the last, all are checked."""
     size, maxima = max(1, BLOCK // vectors.shape[1]), []
     for block in vectors.split(size) if isinstance(vectors, Tensor) else map(torch.from_numpy, vectors.blocks(size)):
         digest.update(as_bytes(block))
         maxima.append(largest(block))
-        yield block
+        yield unit(block).to(dtype)
     check_largest(torch.cat(maxima), "memory" if isinstance(vectors, Tensor) else str(vectors.path), ids)
 
 
 def _mapped(
     vectors: Tensor | ArrayFile, content: str, dtype: str, folder: Path, vector_of_row: Tensor | None
 ) -> tuple[Tensor, RowsFile]:
-    """Map the unit rows of vectors with this hash from a file in the folder, which is written if it is not there."""
+    """Map the unit rows of vectors with this hash from a file in the folder, which is written unless it exists."""
     kept = torch.full((len(vectors),), vector_of_row is None)
     if vector_of_row is not None:
         kept[vector_of_row.cpu()] = True
 
     def blocks() -> Iterator[Tensor]:
         digest, start = _digest(vectors), 0
-        for block in _checked_blocks(vectors, digest, None):
-            yield unit(block).to(DTYPES[dtype])[kept[start : start + len(block)]]
-            start += len(block)
+        for scaled in _unit_blocks(vectors, DTYPES[dtype], digest):
+            yield scaled[kept[start : start + len(scaled)]]
+            start += len(scaled)
         if digest.hexdigest() != content:
             raise InputError("the vectors changed while they were read; start again when nothing writes to them")
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
+from nvf.files.atomic import atomic_write
 from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models import saved_pipeline
 from nvf.models.ann_index import Index, approximate_topk
@@ -43,9 +45,8 @@ class Pipeline(nn.Module):
     With `index` set to one over its keys (`nvf.models.ann_index.build_index`), `search` takes stage 1's best rows from
     it; the distribution, and with it training, stays exact. After the keys are trained, build the index again.
 
-    Raises:
-        InputError: k, the number of candidates, is not in 1..N, or there is an `EvidenceReranker` without the
-            `evidence` that it weighs, or the reverse.
+    A number of candidates k outside 1..N, or an `EvidenceReranker` without `evidence` to weigh, or evidence without
+    one, raise an InputError.
     """
 
     def __init__(
@@ -62,47 +63,40 @@ class Pipeline(nn.Module):
             raise InputError("an EvidenceReranker needs evidence=, and no other reranker takes it")
         self.attention = attention
         self.reranker = reranker
-        self.k = int(k)  # config.json takes no number of numpy's
+        self.k = int(k)  # JSON, in which it is saved, takes no number of numpy's
         self.evidence = evidence
-        self._index: Index | None = None
+        self.index: Index | None = None  # where `search` finds stage 1's best rows; with None it looks at all of them
 
     @property
     def memory(self) -> VectorMemory:
         """The rows that are searched."""
         return self.attention.memory
 
-    @property
-    def index(self) -> Index | None:
-        """The index in which `search` finds stage 1's best rows; with None it looks at all of them, exactly."""
-        return self._index
-
-    @index.setter
-    def index(self, index: Index | None) -> None:
-        if index is not None:
-            index.check_fits(self.attention.keys())
-        self._index = index
-
+    @torch.no_grad()
     def keys(self) -> Tensor:
         """Return stage 1's keys, to load into any index of inner products, which is asked for `transform(queries)`.
 
         They are (N, D) unit rows in the order of the vectors as given, equal ones included; (N, D + 1) where stage 1
         corrects hubs, with the correction as the last column.
         """
-        with torch.no_grad():
-            keys = self.attention.keys()
-            return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
+        keys = self.attention.keys()
+        return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
 
     def export_keys(self, path: str | Path) -> None:
-        """Write `keys()` to a .npy or .safetensors file, see `saved_pipeline.export_keys`."""
-        saved_pipeline.export_keys(self.keys(), Path(path))
+        """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
+        path, keys = Path(path), self.keys().cpu().contiguous()
+        if path.suffix not in (".npy", ".safetensors"):
+            raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
+        with atomic_write(path) as partial:
+            if path.suffix == ".safetensors":
+                save_file({"keys": keys}, partial)
+                return
+            with partial.open("wb") as file:
+                np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
-        """Return what to ask an index of `keys()` for, as numpy or torch, as the queries of any length and float type.
-
-        Raises:
-            InputError: queries of another shape or type, zero or not finite.
-        """
+        """Return what to ask an index of `keys()` for, from queries as for `search`, as numpy or torch as they are."""
         given, weights = self._checked(queries), self.attention.log_beta
         moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
@@ -120,8 +114,7 @@ class Pipeline(nn.Module):
         Args:
             queries: (B, D), of any length but zero; any leading dimensions, or none, may take the place of B.
             logged_as: each query's place in the log of the evidence, (B,), -1 for none, see `Evidence`.
-            relaxation: the temperature at which rows are candidates by degrees, in units of the logits, for training;
-                with None, the exact distribution. See `distribution.relaxed`.
+            relaxation: the temperature of `distribution.relaxed`, above 0, for training; None is exact.
             answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
 
         Raises:
@@ -148,20 +141,12 @@ class Pipeline(nn.Module):
         )
 
     def loss(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        *,
-        logged_as: Tensor | None = None,
-        relaxation: float | None = None,
+        self, queries: Tensor, targets: Tensor, *, logged_as: Tensor | None = None, relaxation: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return `attention_loss` of the distribution and of stage 1 alone, differentiable once, without any (B, N).
 
-        Targets are (B, m) rows, padded with -1; the other arguments are those of `forward`. Of the distribution only
-        the probabilities of reranked rows and targets are computed.
-
-        Raises:
-            InputError: queries or a relaxation as for `forward`, or targets that are no rows.
+        Targets are (B, m) rows, padded with -1; the other arguments and errors are those of `forward`. Only the
+        probabilities of reranked rows and targets are computed.
         """
         relaxation, width = self._reranked(relaxation)
         check_targets(targets, len(checked_queries(queries, self.memory.dim)), len(self.memory))
@@ -182,7 +167,7 @@ class Pipeline(nn.Module):
         return -mean_of(right, targets >= 0).mean(), (total - mean_of(of_targets, targets >= 0)).mean()
 
     def _reranked(self, relaxation: float | None) -> tuple[float | None, int]:
-        """Return the relaxation's temperature, None where no row is outside the candidates, and how many are scored."""
+        """Return the relaxation, or None where no row is outside the candidates, and how many rows are scored."""
         if relaxation is not None:
             check_number("relaxation", relaxation, above=0, remedy="None is exact")
         if relaxation is None or self.k == len(self.memory):
@@ -207,20 +192,13 @@ class Pipeline(nn.Module):
         """List k rows for each query, with their probabilities and ids, in blocks that never hold (B, N).
 
         The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first row is
-        the reranker's choice, and no row that stage 1 has among its best is lost to one that the reranker never saw.
-        Probabilities are those of `forward` and descend in each of the two parts. Of equal ones the smallest rows come
-        first; on a CPU equal rows among the candidates are equally probable, unless evidence tells them apart.
+        the reranker's choice. Probabilities are those of `forward` and descend in each of the two parts. Of equal ones
+        the smallest rows come first; on a CPU equal rows among the candidates are equally probable, unless evidence
+        tells them apart. With an index the rows are the best of those it finds, and their probabilities rest on an
+        estimate, see `approximate_topk`.
 
-        With an index the rows are the best of those it finds, and their share of the total is an estimate, see
-        `approximate_topk`. Their order depends on it for an `EvidenceReranker` alone, which weighs stage 1's
-        probabilities.
-
-        Args:
-            queries: (B, D) of any float type and length; numpy or torch.
-            k: how many rows; the pipeline's own number of candidates if None.
-
-        Raises:
-            InputError: queries of another shape or type, zero or not finite; k not in 1..N.
+        Queries are (B, D) of any float type and length, numpy or torch; k is the number of candidates if None. Queries
+        of another shape or type, zero or not finite, or k not in 1..N raise an InputError.
         """
         k = self.k if k is None else k
         check_k(k, len(self.memory))
@@ -238,15 +216,12 @@ class Pipeline(nn.Module):
         return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
     def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
-        if isinstance(queries, np.ndarray):
-            if queries.dtype.kind != "f" or queries.dtype.itemsize > 8:
-                raise InputError(f"queries have type {queries.dtype}; give floats, (B, {self.memory.dim})")
-            queries = from_numpy(queries)
-        if checked_queries(queries, self.memory.dim, "B").ndim != 2:
-            raise InputError(f"queries have shape {tuple(queries.shape)}; give floats, (B, {self.memory.dim})")
-        if len(queries):
-            check_vectors(queries, "queries")
-        return queries
+        floats = isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
+        given: Any = from_numpy(np.asarray(queries)) if floats else queries
+        if checked_queries(given, self.memory.dim, "B").ndim != 2:
+            raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {self.memory.dim})")
+        check_vectors(given, "queries")
+        return given
 
     def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = unit(queries.to(self.memory.rows.device), self.attention.log_beta.dtype)
@@ -254,11 +229,12 @@ class Pipeline(nn.Module):
         if self.index is None:
             top = self.attention.candidates(queries, width, logsumexp=True)
         else:
+            self.index.check_fits(self.attention.keys())
             top = approximate_topk(self.index, self.attention.project(queries), self.attention.keys(), width)
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates), candidates)
-        # Scores of near ties may round above those that were summed: no mass exceeds one even so.
+        # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
         total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
         log_attention = top.scores - total.unsqueeze(-1)
         inside = shared_out(log_attention[:, : self.k], scores)
@@ -268,7 +244,7 @@ class Pipeline(nn.Module):
         return rows, log_probs.exp().clamp(max=1).float()
 
     def _equal_scores_of_equal_rows(self, scores: Tensor, top: TopK) -> Tensor:
-        """Give equal candidates the score of the first: on their own, the last bits of their scores differ."""
+        """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
         equal = top.scores[:, 1:] == top.scores[:, :-1]
         if isinstance(self.reranker, EvidenceReranker) or not can_branch_on(scores) or not equal.any():
             return scores
@@ -280,21 +256,14 @@ class Pipeline(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
-        parts: dict[str, Any] = {"reranker": self.reranker, "index": self.index, "weights": self.state_dict()}
-        saved_pipeline.save(Path(folder), self.attention, k=self.k, **parts)
+        saved_pipeline.save(Path(folder), self)
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, index: bool = True) -> "Pipeline":
-        """Read a folder that `save` wrote, frozen: `requires_grad_()` makes it trainable. Nothing in it can run code.
+        """Read a folder that `save` wrote, or that of its run; nothing in it can run code.
 
-        Hashes notice what has changed since, unless they were changed too; an older version saved none.
-
-        Args:
-            folder: of the pipeline, or of the run that saved it.
-            device: where the pipeline goes.
-            index: whether to read the index, if there is one; without it, or without FAISS, the search is exact.
-
-        Raises:
-            InputError: a file is missing, damaged, or does not fit the others; or the device cannot be used.
+        The pipeline is frozen: `requires_grad_()` makes it trainable. With `index=False`, or without FAISS, it searches
+        exactly. A file that is missing, was changed since, or does not fit the others, or a device that cannot be used,
+        raises an InputError.
         """
         return saved_pipeline.load(cls, Path(folder), device, index=index)

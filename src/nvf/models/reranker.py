@@ -6,11 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from nvf.errors import InputError, check_number
 from nvf.models.evidence import FEATURES
-from nvf.ops.frozen_cache import is_transformed
 
 RERANKERS = ("mlp", "residual")
 IGNORED = 1e30  # the scale of a feature that is ignored; infinity could not be saved
@@ -20,9 +18,9 @@ class Reranker(nn.Module):
     """One score per candidate, (B, k), from the features [q, c, q - c, q * c].
 
     `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
-    w_a logit + w_c beta cos(q, c) + mlp. At the start w_a = 1 and w_c and the last layer are zero: that is stage 1's
-    order. The last layer has no bias: one constant for all candidates changes no softmax. An unknown kind, widths that
-    are not two, or a dropout outside [0, 1) raise an InputError.
+    w_a logit + w_c beta cos(q, c) + mlp. At the start w_a = 1 and w_c and the last layer are zero, which is stage 1's
+    order. The last layer has no bias, since a constant for all candidates changes no softmax. An unknown kind, widths
+    that are not two, or a dropout outside [0, 1) raise an InputError.
     """
 
     def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
@@ -30,25 +28,17 @@ class Reranker(nn.Module):
         if kind not in RERANKERS:
             raise InputError(f"reranker.kind={kind} is unknown; choose one of {', '.join(RERANKERS)}")
         self.kind = kind
+        self.starts_at_stage_one = kind == "residual"  # whether it keeps the order of the logits until it is trained
         self.settings = _settings(kind, hidden, dropout)
         self.first = nn.Linear(4 * dim, hidden[0])
         self.rest = _network(hidden, dropout, zero=kind == "residual")
         if kind == "residual":
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
 
-    @property
-    def starts_at_stage_one(self) -> bool:
-        """Whether the untrained reranker keeps the order of the logits."""
-        return self.kind == "residual"
-
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
-        """Return the scores, (B, k).
+        """Return the scores, (B, k), of unit candidates, (B, k, D), for unit queries, (B, D).
 
-        Args:
-            queries: (B, D) unit rows.
-            candidates: (B, k, D) unit rows.
-            logits: (B, k), stage 1's.
-            beta: stage 1's inverse temperature, a scalar: it brings the cosine to the logits' scale.
+        Stage 1's logits are (B, k); its inverse temperature beta brings the cosine to their scale.
         """
         queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
         scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
@@ -70,51 +60,15 @@ class Reranker(nn.Module):
         """
         w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
         from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
-        parts = (from_query, queries, candidates, w_candidate - w_difference, w_product)
-        if is_transformed() or torch.is_autocast_enabled(queries.device.type):  # which see plain operations alone
-            return _first_layer(*parts)
-        outputs: Tensor = _FirstLayer.apply(*parts)
-        return outputs
-
-
-def _first_layer(start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor) -> Tensor:
-    """Return start + W c + P (q * c), (B, k, hidden)."""
-    products = F.linear(queries.unsqueeze(1) * candidates, of_products)
-    return start.unsqueeze(1) + F.linear(candidates, weight) + products
-
-
-class _FirstLayer(torch.autograd.Function):
-    """`_first_layer` in one tensor, whose gradients come from q and c alone: their product is computed again."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, start: Tensor, queries: Tensor, candidates: Tensor, weight: Tensor, of_products: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(queries, candidates, weight, of_products)
-        outputs = F.linear(candidates, weight).add_(start.unsqueeze(1))  # (B, k, hidden)
-        products = (queries.unsqueeze(1) * candidates).flatten(0, 1)
-        outputs.view(-1, outputs.shape[-1]).addmm_(products, of_products.T)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        queries, candidates, weight, of_products = ctx.saved_tensors  # type: ignore[attr-defined]
-        _, *wanted = ctx.needs_input_grad  # type: ignore[attr-defined]
-        on_products = upstream @ of_products if wanted[0] or wanted[1] else None  # (B, k, D)
-        flat = upstream.flatten(0, 1)  # (B k, hidden)
-        return (
-            upstream.sum(dim=1),
-            (on_products * candidates).sum(dim=1) if wanted[0] else None,
-            upstream @ weight + on_products * queries.unsqueeze(1) if wanted[1] else None,
-            flat.T @ candidates.flatten(0, 1) if wanted[2] else None,
-            flat.T @ (queries.unsqueeze(1) * candidates).flatten(0, 1) if wanted[3] else None,
-        )
+        outputs = F.linear(candidates, w_candidate - w_difference) + from_query.unsqueeze(1)  # (B, k, hidden)
+        products = (queries.unsqueeze(1) * candidates).flatten(0, 1)  # (B k, D)
+        return torch.addmm(outputs.flatten(0, 1), products, w_product.T).unflatten(0, candidates.shape[:2])
 
 
 class EvidenceReranker(nn.Module):
     """Scores logit + w x + mlp(x), (B, k), where x is the candidates' evidence, standardised over training candidates.
 
-    At the start w and the network's last layer are zero: that is stage 1's order.
+    At the start w and the network's last layer are zero, which is stage 1's order.
     """
 
     starts_at_stage_one = True
@@ -134,15 +88,15 @@ class EvidenceReranker(nn.Module):
         flat = evidence.flatten(0, 1)
         deviation = flat.std(dim=0, correction=0)
         self.mean.copy_(flat.mean(dim=0))
-        self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varies says nothing
+        self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # a feature that never varies stays near zero
         self.scale[[FEATURES.index(name) for name in ignored]] = IGNORED
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:
-        """Multiply all scores by the factor, but for one constant a query, as `Reranker.sharpen` does."""
+        """Multiply all scores by the factor, up to one constant a query, as `Reranker.sharpen` does."""
         for weight in (*self.network[-1].parameters(), self.weight):
             weight.mul_(factor)
-        logit = FEATURES.index("logit")  # stage 1's own has the coefficient 1: the rest is added here
+        logit = FEATURES.index("logit")  # stage 1's logit has the fixed coefficient 1: the rest is added here
         self.weight[logit] += (factor - 1) * self.scale[logit]
 
     def forward(self, logits: Tensor, evidence: Tensor) -> Tensor:
@@ -162,7 +116,7 @@ def _settings(kind: str, hidden: Sequence[int], dropout: float) -> dict[str, Any
 
 
 def _network(hidden: Sequence[int], dropout: float, *, zero: bool, inputs: int | None = None) -> nn.Sequential:
-    """Make ReLU-Dropout-Linear-ReLU-Linear, the last `zero` or not, after a first Linear of so many inputs, if any."""
+    """Make (Linear-)ReLU-Dropout-Linear-ReLU-Linear, whose last layer starts at zero if `zero`."""
     last = nn.Linear(hidden[1], 1, bias=False)
     if zero:
         nn.init.zeros_(last.weight)
@@ -173,11 +127,7 @@ def _network(hidden: Sequence[int], dropout: float, *, zero: bool, inputs: int |
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
 
-    As in `attention_loss`, the target distribution is uniform over the right candidates, so that all are wanted.
-
-    Args:
-        scores: (B, k).
-        labels: (B, k) bool, true where the candidate is a target; a sample is valid if any is.
+    Labels are (B, k) bool, true where the candidate is right, as the scores are; a sample is valid if any is.
     """
     valid = labels.any(dim=-1)
     right = scores.masked_fill(~labels, 0).sum(dim=-1) / labels.sum(dim=-1).clamp(min=1)

@@ -7,12 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import atomic_write
@@ -21,7 +20,7 @@ from nvf.files.ids import read_ids, write_ids
 from nvf.files.records import check_settings, is_unchanged, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.ann_index import FILE as INDEX_FILE
-from nvf.models.ann_index import Index, read_index
+from nvf.models.ann_index import read_index
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import DTYPES, VectorMemory
@@ -29,47 +28,39 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 
 FORMAT = "nvf-pipeline-1"
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
-SETTINGS = {"format", "k", "memory", "ids", "attention", "reranker", "index", "sha256", "digest"}
 SAVE_AGAIN = "save the pipeline again"
-Saved = TypeVar("Saved", bound=nn.Module)
 
 
-def save(
-    folder: Path,
-    attention: SoftAttention,
-    *,
-    k: int,
-    reranker: Reranker | EvidenceReranker,
-    index: Index | None,
-    weights: dict[str, Tensor],
-) -> None:
+def save(folder: Path, pipeline: Any) -> None:
     """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
-    folder, memory = Path(os.path.realpath(folder)), attention.memory  # a link stays one, to what is saved
+    folder, memory = Path(os.path.realpath(folder)), pipeline.memory  # where a link leads, so that it stays a link
     if os.path.lexists(folder):
         _check_replaceable(folder)
-    config = {
-        "format": FORMAT,
-        "k": k,
-        "memory": memory.fingerprint,
-        "ids": memory.ids is not None,
-        "attention": attention.settings,
-        "reranker": reranker.settings,
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as partial:
         partial.mkdir()
-        config["index"] = None if index is None else index.write(partial / INDEX_FILE)
         if memory.ids is not None:
             write_ids(memory.ids, partial / IDS_FILE)
         rows = memory.rows if memory.rows.dtype in DTYPES.values() else memory.rows.float()
         merged = {} if memory.row_of_vector is None else {"place": memory.row_of_vector}
         save_file({"rows": rows.contiguous(), **merged}, partial / "memory.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "weights.safetensors")
-        config["sha256"] = {name: sha256(partial / name) for name in _hashed(config)}
+        weights = {name: tensor.contiguous() for name, tensor in pipeline.state_dict().items()}
+        save_file(weights, partial / "weights.safetensors")
+        config = {
+            "format": FORMAT,
+            "k": pipeline.k,
+            "memory": memory.fingerprint,
+            "ids": memory.ids is not None,
+            "attention": pipeline.attention.settings,
+            "reranker": pipeline.reranker.settings,
+            "index": None if pipeline.index is None else pipeline.index.write(partial / INDEX_FILE),
+        }
+        hashed = [*FILES[1:], *([] if memory.ids is None else [IDS_FILE])]  # the index has its own hash
+        config["sha256"] = {name: sha256(partial / name) for name in hashed}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
 
-def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *, index: bool) -> Saved:
+def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, index: bool) -> Any:
     """Return the frozen pipeline of a folder, see `Pipeline.load`; `make` is the class."""
     try:
         torch.empty(0, device=device)
@@ -77,39 +68,25 @@ def load(make: Callable[..., Saved], folder: Path, device: torch.device | str, *
         raise InputError(f"device={device} cannot be used ({one_line(fault)}); cpu always can") from None
     if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
-    for name in FILES:
-        _check_own(folder / name)
+    _check_own(folder / "config.json")
     try:
         config = read_record(folder / "config.json")
         _check_config(folder, config)
         memory = _memory(folder, config)
         weights = read_tensors(folder / "weights.safetensors")
-        with torch.device("meta"):  # where settings may claim any size: the weights say which it is
+        with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
-        pipeline: Any = make(attention, **_second_stage(memory, config["reranker"], weights), k=config["k"])
+            reranker, evidence = _second_stage(memory, config["reranker"], weights)
+        pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         fill(pipeline, weights)
         pipeline.requires_grad_(False).eval()
-        if index and config.get("index") is not None:
+        if index and config["index"] is not None:
             pipeline.index = read_index(folder / INDEX_FILE, config["index"], attention.keys())
     except InputError:
         raise
     except DAMAGE as fault:
         raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
-    moved: Saved = pipeline.to(device)
-    return moved
-
-
-def export_keys(keys: Tensor, path: Path) -> None:
-    """Write keys to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
-    if path.suffix not in (".npy", ".safetensors"):
-        raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
-    keys = keys.cpu().contiguous()
-    with atomic_write(path) as partial:
-        if path.suffix == ".safetensors":
-            save_file({"keys": keys}, partial)
-            return
-        with partial.open("wb") as file:
-            np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
+    return pipeline.to(device)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -123,13 +100,8 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        missing = "is no regular file in its folder" if path.exists() or path.is_symlink() else "is missing"
-        raise InputError(f"{path} {missing}; a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}")
-
-
-def _hashed(config: dict[str, Any]) -> list[str]:
-    """Name the files whose hashes config.json has beside the settings; that of the index is among its settings."""
-    return [*(name for name in FILES if name != "config.json"), *([IDS_FILE] if config.get("ids") else [])]
+        remedy = f"a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}"
+        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -137,19 +109,13 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     check_settings(config)
     if config["format"] != FORMAT:
         raise InputError(f"{folder}: format {config['format']!r} is not {FORMAT!r}; save it with this version")
-    if strange := config.keys() - SETTINGS:
-        raise ValueError(f"{sorted(strange)[0]!r} is no setting of a pipeline")
-    if not isinstance(config["memory"], str) or not isinstance(config.get("ids", False), bool):
+    if not isinstance(config["memory"], str) or not isinstance(config["ids"], bool):
         raise ValueError("config.json has a value of another type")
-    if config.get("ids"):
-        _check_own(folder / IDS_FILE)
-    if "digest" not in config and "sha256" not in config:  # an older version's
-        return
-    hashes = (
-        {name: sha256(folder / name) for name in _hashed(config)} if is_unchanged(config) else {"config.json": None}
-    )
-    for name, found in hashes.items():
-        if found is None or config["sha256"].get(name) != found:
+    if not is_unchanged(config):
+        raise InputError(f"{folder / 'config.json'} is damaged, or of another version; {SAVE_AGAIN}")
+    for name in (*FILES[1:], *([IDS_FILE] if config["ids"] else [])):
+        _check_own(folder / name)
+        if config["sha256"].get(name) != sha256(folder / name):
             raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")
 
 
@@ -158,21 +124,20 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
-    if config.get("ids"):
+    if config["ids"]:
         count = len(rows if row_of_vector is None else row_of_vector)
         ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 
-def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the reranker of a saved pipeline, untrained and without room for weights, and its evidence, if any."""
+def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
+    """Return the untrained reranker of a saved pipeline, and its evidence, if any."""
     if settings["kind"] != "evidence":
-        with torch.device("meta"):
-            return {"reranker": Reranker(memory.dim, **settings)}
-    parts = {n.removeprefix("evidence."): tensor for n, tensor in weights.items() if n.startswith("evidence.")}
+        return Reranker(memory.dim, **settings), None
+    parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")
     given = {name: value for name, value in settings.items() if name != "kind"}
-    with torch.device("meta"):
-        reranker = EvidenceReranker(len(FEATURES), **given)
-    return {"reranker": reranker, "evidence": Evidence(memory, **parts)}
+    with torch.device("cpu"):
+        evidence = Evidence(memory, **parts)
+    return EvidenceReranker(len(FEATURES), **given), evidence

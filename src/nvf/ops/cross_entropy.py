@@ -1,8 +1,7 @@
 """Stage 1's loss over a large memory: exact without ever holding (B, N) scores, or estimated from a sample of rows.
 
-Both losses are -log of the probability of a right row, softmax(queries @ keys.T), mean over each query's right rows and
-over the batch: the cross-entropy to the uniform distribution over the right rows. Targets are (B, m) rows padded with
--1; queries come scaled by the inverse temperature.
+Both losses are -log softmax(queries @ keys.T), mean over each query's right rows and over the batch. Targets are (B, m)
+rows padded with -1; queries, (B, D), come already multiplied by the inverse temperature.
 """
 
 import math
@@ -17,7 +16,7 @@ from nvf.ops.products import LOG2_E, RunningLogSumExp, can_branch_on, products, 
 
 
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-    """Return the exact loss from queries (B, D), keys (N, D) of any float type, and targets (B, m)."""
+    """Return the exact loss, from keys (N, D) of any float type."""
     right = scores_of(queries, keys[targets.clamp(min=0)], targets)
     return (logsumexp(queries, keys) - mean_of(right, targets >= 0)).mean()
 
@@ -30,20 +29,16 @@ def mean_of(scores: Tensor, right: Tensor) -> Tensor:
 def check_targets(targets: Tensor, queries: int, rows: int) -> None:
     """Raise an InputError unless targets are (B, m) int64 rows of the memory, padded with -1, at least one a query.
 
-    Their values are checked on the CPU alone, outside of transforms and traces.
+    Their values are checked only on the CPU, outside of transforms and traces.
     """
     remedy = f"give each of the {queries} queries rows in 0..{rows - 1}, padded with -1"
-    if not isinstance(targets, Tensor):
-        raise InputError(f"targets are a {type(targets).__name__}, no tensor; {remedy}")
-    if targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries or targets.shape[1] == 0:
-        raise InputError(f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; {remedy}")
-    if not can_branch_on(targets) or len(targets) == 0:
-        return
-    lowest, highest = (int(value) for value in targets.aminmax())
-    if lowest < -1 or highest >= rows:
-        raise InputError(f"targets hold the row {highest if highest >= rows else lowest}; {remedy}")
-    if (missing := (targets < 0).all(dim=-1)).any():
-        raise InputError(f"targets: query {int(missing.nonzero()[0])} has none; {remedy}")
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries:
+        raise InputError(f"targets are no ({queries}, m) tensor of int64; {remedy}")
+    if can_branch_on(targets):
+        if bool(((targets < -1) | (targets >= rows)).any()):
+            raise InputError(f"targets hold rows outside the memory; {remedy}")
+        if bool((targets < 0).all(dim=-1).any()):
+            raise InputError(f"targets: a query has none; {remedy}")
 
 
 def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
@@ -55,11 +50,10 @@ def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
     """Return log sum exp of queries @ keys.T over all rows, (B,), holding one block of scores at a time.
 
-    It is differentiable once. Where the keys are frozen one pass over them is enough: the gradient on the queries is
-    gathered beside the sum. Learned keys cost a second pass, in which the scores are computed again.
+    It is differentiable once. The gradient on the queries is summed beside the total; for that on learned keys the
+    scores are computed again.
     """
-    total: Tensor = _LogSumExp.apply(queries, keys)
-    return total
+    return _LogSumExp.apply(queries, keys)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -74,7 +68,7 @@ class _LogSumExp(torch.autograd.Function):
                 shrunk = running.add_(weights, weights.amax(dim=0))
                 if on_queries:
                     mean = mean * shrunk + products(part.T, weights.T.to(queries.dtype))
-                del weights  # the next block takes their place in the cache
+                del weights  # so that the next block takes their place in the cache
         total = running.result()
         saved = [(mean / running.total).T.to(queries.dtype)] if on_queries else []
         ctx.save_for_backward(*saved, *((queries, keys, total) if on_keys else ()))
@@ -86,17 +80,16 @@ class _LogSumExp(torch.autograd.Function):
         saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
         on_queries, on_keys = ctx.needs_input_grad  # type: ignore[attr-defined]
         gradient = upstream.unsqueeze(-1).to(saved[0].dtype) * saved.pop(0) if on_queries else None
-        return gradient, _gradient_on_keys(upstream, *saved) if on_keys else None
-
-
-def _gradient_on_keys(upstream: Tensor, queries: Tensor, keys: Tensor, total: Tensor) -> Tensor:
-    with torch.autocast(queries.device.type, enabled=False):
-        scaled = (upstream.unsqueeze(-1) * queries).to(queries.dtype).T  # (D, B)
-        blocks = []
-        for part in _blocks(keys, queries):
-            probabilities = products(part, queries).to(total.dtype).sub_(total).mul_(LOG2_E).exp2_()  # (w, B)
-            blocks.append(products(probabilities.to(queries.dtype), scaled).to(keys.dtype))
-        return torch.cat(blocks)
+        if not on_keys:
+            return gradient, None
+        queries, keys, total = saved
+        with torch.autocast(queries.device.type, enabled=False):
+            scaled = (upstream.unsqueeze(-1) * queries).to(queries.dtype).T  # (D, B)
+            blocks = []
+            for part in _blocks(keys, queries):
+                probabilities = products(part, queries).to(total.dtype).sub_(total).mul_(LOG2_E).exp2_()  # (w, B)
+                blocks.append(products(probabilities.to(queries.dtype), scaled).to(keys.dtype))
+        return gradient, torch.cat(blocks)
 
 
 def sampled_cross_entropy(
@@ -110,15 +103,14 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Estimate the loss from the targets, hard negatives of each query, and a sample that all queries share.
 
-    The estimated sum of exp(score) over all rows is unbiased: targets and hard negatives count as they are, a row of
-    the sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
-    probabilities. The sum's logarithm is low on average, by less the larger the sample.
+    The estimated sum of exp(score) over all rows is unbiased: a target or hard negative counts once, a row of the
+    sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
+    probabilities. The logarithm of the sum is too low on average, by less the larger the sample is.
 
     Args:
-        queries: (B, D), scaled by the inverse temperature.
-        keys: gives the keys, (..., D), of any rows, (...).
+        queries: (B, D).
+        keys: gives the keys, (..., D), of any of the `count` = N rows, (...).
         targets: (B, m).
-        count: N.
         sample: (M,), from `stratified`.
         hard: (B, h) different rows; those that are targets do not count twice.
     """
@@ -129,7 +121,7 @@ def sampled_cross_entropy(
     scores = scores_of(queries, keys(known.clamp(min=0)), known)
     strata = _strata(count, len(sample), sample.device)
     others = (queries @ keys(sample).to(queries.dtype).T).to(scores.dtype) + strata.diff().log()  # (B, M)
-    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # that each known row is in
+    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # of each known row
     twice = torch.zeros_like(scores).masked_fill(sample[stratum] == known, -math.inf)
     others = others.scatter_add(-1, stratum, twice)
     right = mean_of(scores[:, : targets.shape[1]], targets >= 0)
@@ -144,8 +136,7 @@ def stratified(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _strata(count: int, size: int, device: torch.device) -> Tensor:
-    """Return where each stratum starts, and the end of the last, (size + 1,)."""
-    return torch.arange(size + 1, device=device) * count // size
+    return torch.arange(size + 1, device=device) * count // size  # the start of each stratum, and the end of the last
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

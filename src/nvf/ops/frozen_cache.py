@@ -1,25 +1,23 @@
 """A cache of one value that is computed from frozen tensors; it is computed again once one of them changes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Value = TypeVar("Value")
 
 
 class FrozenCache:
     """Keeps the last value that was computed from tensors without gradients; from others it computes every time.
 
-    Tensors that need gradients are not trusted: torch's fused optimisers change them and leave their version as it was.
+    A tensor that needs gradients may change unnoticed: torch's fused optimisers leave its version as it was.
     """
 
     def __init__(self) -> None:
         self._sources: list[tuple[Tensor, int, torch.device]] = []
         self._value: Any = None
 
-    def __call__(self, compute: Callable[[], Value], sources: Sequence[Tensor]) -> Value:
+    def __call__(self, compute: Callable[[], Any], sources: Sequence[Tensor]) -> Any:
         """Return the value of `compute()`, which must depend on nothing that ever changes but `sources`."""
         if is_transformed() or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources):
             return compute()
@@ -29,10 +27,9 @@ class FrozenCache:
         )
         if self._value is None or not unchanged:
             self._value = compute()
-            # The tensors themselves are held: an id may return once its tensor is gone.
+            # The tensors themselves are held, since Python may give the id of a freed one to another.
             self._sources = [(source, source._version, source.device) for source in sources]
-        value: Value = self._value
-        return value
+        return self._value
 
     def __deepcopy__(self, _: Any) -> "FrozenCache":
         return FrozenCache()  # the copy has tensors of its own

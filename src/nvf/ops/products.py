@@ -1,7 +1,6 @@
 """Inner products of queries with many rows, computed in blocks that stay in the processor's cache."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from nvf.ops.frozen_cache import is_transformed
 
-QUERY_BLOCK = 512  # queries that are searched at once
+QUERY_BLOCK = 512  # queries searched at once
 SCORE_BLOCK = 2**20  # scores held at once on a CPU; 4 MB of float32, about what the caches near a core hold
-WIDE_SCORE_BLOCK = 2**26  # scores held at once elsewhere, where it costs more to start a block
-CONVOLVE_FROM = 64  # queries from which a convolution is at least as fast as a matrix product, see `products`
+WIDE_SCORE_BLOCK = 2**26  # scores held at once on other devices, where starting a block costs more
+CONVOLVE_FROM = 64  # queries from which a convolution is at least as fast as a matrix product
 LOG2_E = math.log2(math.e)  # torch.exp2 is four times as fast as torch.exp, which is MKL's
 
-# glibc gives a freed block above a threshold back to the system, and the next one costs page faults, up to ten times
-# the time of its products. The threshold rises to the size of the largest block that was ever freed: this one.
+# glibc returns a freed block above a threshold to the system, and the next one costs page faults, up to ten times the
+# time of its products. The threshold rises to the size of the largest block that was ever freed, which is this one.
 torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
@@ -26,28 +25,23 @@ def score_block(device: torch.device) -> int:
 
 
 def can_branch_on(tensor: Tensor) -> bool:
-    """Whether a tensor's values may decide what is computed next: on the CPU, outside transforms and traces.
+    """Whether Python may look at a tensor's values: on the CPU, outside transforms and traces.
 
-    Elsewhere the program would wait for the device, or the values do not exist yet.
+    On another device the program would wait for the values; under a trace there are none yet.
     """
     return _on_cpu(tensor) and not is_transformed()
 
 
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_from: int = CONVOLVE_FROM) -> Tensor:
-    """Return rows @ queries.T, (w, B), for rows (w, D) of any float type; no gradient flows through it.
+    """Return rows @ queries.T, (w, B), without a gradient, for rows (w, D) of any float type.
 
-    On a CPU the product with many queries is a convolution of width 1. That is oneDNN's, which uses the widest
-    instructions of every CPU; MKL's matrix product does not (1.7 times as fast on an AMD EPYC).
-
-    Args:
-        rows: (w, D).
-        queries: (B, D).
-        by_query: whether the products of one query, not those of one row, lie side by side in memory.
-        convolve_from: queries from which the convolution is used.
+    On a CPU, from `convolve_from` queries on it is a convolution of width 1: oneDNN computes that with the widest
+    instructions of every CPU, which MKL's matrix product does not use (1.7 times as fast on an AMD EPYC). `by_query`
+    lays the products of one query, not those of one row, side by side in memory.
     """
     rows = rows.to(queries.dtype)
     single = queries.dtype == torch.float32 and _on_cpu(queries)
-    if single and len(queries) >= convolve_from and torch.get_num_threads() > 1:  # with one thread it is not oneDNN's
+    if single and len(queries) >= convolve_from and torch.get_num_threads() > 1:  # one thread does not use oneDNN
         first, second = (queries, rows) if by_query else (rows, queries)
         scores = F.conv1d(second.T.unsqueeze(0), first.unsqueeze(-1)).squeeze(0)
         return scores.T if by_query else scores
@@ -57,42 +51,24 @@ def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_
 
 
 def inner_products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Return queries @ rows.T, (B, N), differentiable; frozen rows in half precision are never copied in full."""
-    if queries.dtype == rows.dtype or rows.requires_grad:
-        return queries @ rows.to(queries.dtype).T
-    scores: Tensor = _FrozenProduct.apply(queries, rows, True)
-    return scores
+    """Return queries @ rows.T, (B, N), differentiable; without a gradient, rows of another type are copied by parts."""
+    if queries.dtype == rows.dtype:
+        return queries @ rows.T
+    return torch.cat([queries @ part.to(queries.dtype).T for part in _parts(rows)], dim=-1)
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """Return weights @ rows, (B, D), differentiable; frozen rows in half precision are never copied in full."""
-    if weights.dtype == rows.dtype or rows.requires_grad:
-        return weights @ rows.to(weights.dtype)
-    total: Tensor = _FrozenProduct.apply(weights, rows, False)
+    """Return weights @ rows, (B, D), differentiable; without a gradient, rows of another type are copied by parts."""
+    if weights.dtype == rows.dtype:
+        return weights @ rows
+    parts = _parts(rows)
+    shares = weights.split([len(part) for part in parts], dim=-1)
+    total: Tensor = sum(share @ part.to(share.dtype) for share, part in zip(shares, parts, strict=True))
     return total
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """left @ rows.T if `transposed`, else left @ rows; the one is the other's gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(left: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        parts = rows.split(max(1, score_block(rows.device) // rows.shape[1]))
-        if transposed:
-            return torch.cat([left @ part.to(left.dtype).T for part in parts], dim=-1)
-        shares = left.split([len(part) for part in parts], dim=-1)
-        return sum(share @ part.to(share.dtype) for share, part in zip(shares, parts, strict=True))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], _: Tensor) -> None:
-        _, rows, ctx.transposed = inputs
-        ctx.save_for_backward(rows)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return (weighted_sum if ctx.transposed else inner_products)(upstream, *ctx.saved_tensors), None, None
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, score_block(rows.device) // rows.shape[1]))
 
 
 class RunningLogSumExp:
@@ -103,11 +79,9 @@ class RunningLogSumExp:
         self.total = torch.zeros_like(self.largest)  # of exp(score - largest)
 
     def add_(self, scores: Tensor, largest: Tensor) -> Tensor:
-        """Count a block of scores, (w, B), which become exp(score - largest); return by what earlier ones shrink, (B,).
+        """Count a block of scores, (w, B), given the largest of each query, (B,).
 
-        Args:
-            scores: changed in place.
-            largest: the block's largest score of each query, (B,).
+        The scores become exp(score - largest), in place; the result, (B,), is the factor by which earlier sums shrink.
         """
         before, self.largest = self.largest, torch.maximum(self.largest, largest)
         shrunk = (before - self.largest).exp()

@@ -1,4 +1,4 @@
-"""Independent random streams: one seed serves everything, and no two things draw the same numbers."""
+"""Independent random streams, all drawn from one seed; each has a name, and no two draw the same numbers."""
 
 import zlib
 
@@ -9,11 +9,7 @@ from nvf.errors import check_number
 
 
 def stream_seed(seed: int, name: str, *position: int) -> int:
-    """Return 64 bits that belong to one seed, one stream's name and one position in it alone.
-
-    Raises:
-        InputError: the seed is not an integer of at least 0.
-    """
+    """Return 64 bits for one seed, stream and position in it; an InputError if the seed is no integer of at least 0."""
     check_number("seed", seed, minimum=0, whole=True, remedy=f"any such number draws a {name} of its own")
     entropy = [seed, zlib.crc32(name.encode()), *position]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -1,4 +1,8 @@
-"""Where the right rows of each query rank, and what such a list is worth."""
+"""The ranks of each query's right rows, and the metrics made from them.
+
+Throughout, `targets` are (B, m) different rows, padded with -1, and `found` is (B, k) bool: which of the k best rows
+are targets, best first.
+"""
 
 import torch
 from torch import Tensor
@@ -10,15 +14,10 @@ DEEPEST = 10  # ranks below this one count alike
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the rank, from 1, of each query's best-ranked target, (B,).
+    """Return the rank, from 1, of each query's best-ranked target, (B,), given the scores of all rows, (B, N).
 
-    Equal scores rank by row, smallest first, as in a search, so that a model that scores all rows alike is not
-    flattered; a query whose scores are NaN ranks last. The scores of equal rows are equal from 16 queries and 40 rows
-    on; with fewer their last bits may differ, and with them their ranks.
-
-    Args:
-        scores: (B, N).
-        targets: (B, m) rows, padded with -1.
+    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all rows alike gains
+    nothing. With fewer than 16 queries or 40 rows the scores of equal rows may differ in their last bits.
     """
     padding = targets < 0
     right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
@@ -30,30 +29,20 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
-    """Return which of the rows, (B, k), are among their query's targets, (B, m) padded with -1: (B, k) bool."""
+    """Return which of the rows, (B, k), are among their query's targets: (B, k) bool."""
     return (rows.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
 
 
 def recall(found: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of each query's targets that are among its rows, (B,).
-
-    Args:
-        found: (B, k) bool, from `are_targets`.
-        targets: (B, m) different rows, padded with -1.
-    """
+    """Return the share of each query's targets that were found, (B,)."""
     return found.sum(dim=-1) / (targets >= 0).sum(dim=-1)
 
 
 def ndcg(found: Tensor, targets: Tensor) -> Tensor:
-    """Return the normalised discounted cumulative gain, (B,): each target among the rows counts 1 / log2(1 + rank).
-
-    Args:
-        found: (B, k) bool, from `are_targets` of the k best rows, best first.
-        targets: (B, m) different rows, padded with -1.
-    """
+    """Return the normalised discounted cumulative gain, (B,): each target that was found counts 1 / log2(1 + rank)."""
     places = torch.arange(2, found.shape[-1] + 2, device=found.device, dtype=torch.float64)
     discounts = 1 / places.log2()  # (k,); in float32, a perfect order may come to less than 1
-    ideal = discounts.cumsum(dim=0)  # of 1, 2, ... targets at the top
+    ideal = discounts.cumsum(dim=0)  # the gain of 1, 2, ... targets at the top
     count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
     return ((found * discounts).sum(dim=-1) / ideal[count - 1]).float()
 
@@ -64,19 +53,14 @@ def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def criterion(targets: Tensor) -> str:
-    """Return the metric that chooses between models on queries with these targets, (B, m): `top1` or `ndcg10`.
-
-    It is `ndcg10` where any query has several right rows: Top-1 is content with one of them.
-    """
+    """Return the metric that chooses between models: `ndcg10` where any query has several targets, else `top1`."""
     return "ndcg10" if bool(((targets >= 0).sum(dim=-1) > 1).any()) else "top1"
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
 
-    Args:
-        scores: (B, k), candidates in stage 1's order, which decides between equal scores.
-        labels: (B, k) bool.
+    Scores and labels, whether a candidate is right, are (B, k), in stage 1's order, which decides between equal scores.
     """
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)

@@ -17,12 +17,10 @@ from nvf.ops.products import (
     score_block,
 )
 
-IN_CACHE = 2**21  # numbers of keys above which a product with one query uses a third of the memory's bandwidth
-FEWEST = 4  # queries that such keys are multiplied with at least; fewer are repeated
 FEW = 2048  # rows up to which `_Dense` is faster, however many queries there are
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`
 GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
-NEAR_TIES = 2**22  # scores or numbers held at once while near ties are resolved
+NEAR_TIES = 2**22  # numbers held at once while near ties are resolved; 16 MB of float32
 
 
 class TopK(NamedTuple):
@@ -46,24 +44,22 @@ def blockwise_topk(
 ) -> TopK:
     """Return the k largest of each query's products with the keys, holding one block of scores at a time.
 
-    On a CPU, rows whose scores are nearer than rounding can tell apart are ordered by `resolve_near_ties`: equal rows
-    come smallest first, whatever the blocks, the batch and the threads. Elsewhere their order is torch.topk's.
+    On a CPU, equal rows come smallest first, whatever the blocks, the batch and the threads, see `resolve_near_ties`.
+    Elsewhere their order is that of torch.topk.
 
     Args:
         queries: (B, D).
         keys: (N, D) of any float type.
         k: in 1..N.
         logsumexp: whether the log-sum-exp over all N scores is wanted.
-        scores_per_block: that are held at a time; None is the device's own number.
-        convolve_from: queries from which products are a convolution, see `products`.
-        sparse_from: queries from which the k largest are found by `_Sparse`.
+        scores_per_block: how many scores are held at a time; None is the device's own number.
+        convolve_from: queries from which `products` convolves.
+        sparse_from: queries from which `_Sparse` finds the k largest.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
-        blocks = queries.split(QUERY_BLOCK)  # at least one
-        found = [_topk(block, keys, k, logsumexp, budget, convolve_from, sparse_from) for block in blocks]
-    if len(found) == 1:
-        return found[0]
+        parts = queries.split(QUERY_BLOCK)  # at least one
+        found = [_topk(part, keys, k, logsumexp, budget, convolve_from, sparse_from) for part in parts]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
@@ -73,42 +69,32 @@ def _topk(
 ) -> TopK:
     count = len(queries)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    few = 0 < count < FEWEST and keys.numel() > IN_CACHE
-    asked = queries[torch.arange(FEWEST, device=queries.device) % count] if few else queries
     sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > FEW
-    more = min(k + 1, len(keys))  # the first row that is left out shows whether it is a near tie
+    more = min(k + 1, len(keys))  # one more than wanted shows whether the k-th is a near tie
     best = _Sparse(count, more) if sparse else _Dense(more)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
-    width = max(more, budget // max(1, len(asked)))
-    for start in range(0, len(keys), width):
-        part = keys[start : start + width]
-        scores = products(part, asked, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
-        if few:
-            scores = scores.T[:count].contiguous().T
+    start = 0
+    for part in keys.split(max(more, budget // max(1, count))):
+        scores = products(part, queries, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
         largest = best.add(scores, start)
         if total is not None:
             total.add_(scores, largest)
-        del scores  # the next block takes its place in the cache
+        start += len(part)
+        del scores  # so that the next block takes its place in the cache
     scores, rows = resolve_near_ties(queries, keys, *best.result(), k)
     return TopK(scores, rows, None if total is None else total.result())
 
 
 @torch.no_grad()
 def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the first k of the best rows, near ties among them in the order of their exact products, then of the rows.
+    """Return the k best of the rows; on a CPU, near ties are ordered by their exact products, and equal ones by row.
 
-    A product's last bits depend on where in a block its row lies, so that the scores of equal rows differ by them. Two
-    scores are a near tie if they differ by less than sqrt(D) epsilons of the query's length: rounding errors add up as
-    a random walk does, and keys are about as long as 1. Their products are computed again in float64, each by itself.
-    Where the k-th row nearly ties with the next, so are those of all rows that may be among the k best. Off the CPU
-    nothing is done.
+    The last bits of a product depend on where in a block its row lies. So two scores are a near tie if they differ by
+    less than sqrt(D) epsilons of the query's length: rounding errors add up as a random walk does, and keys are about
+    as long as 1. The products of near ties are computed again in float64, each by itself. Where the k-th row nearly
+    ties with the next, those of all rows that may be among the k best are.
 
-    Args:
-        queries: (B, D), float32 or float64.
-        keys: (N, D) of any float type.
-        scores: (B, k + 1), or all N where k = N, best first.
-        rows: of these scores.
-        k: how many are wanted.
+    Scores and rows are (B, k + 1), or all N where k = N, best first. Queries are float32 or float64.
     """
     if not can_branch_on(scores):
         return scores[:, :k], rows[:, :k]
@@ -135,15 +121,7 @@ def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tenso
 
 
 def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best of each query's possible rows, (b, k), by products in float64, each computed by itself.
-
-    Args:
-        queries: (b, D).
-        keys: (N, D).
-        query: of each possible pair, (P,).
-        row: of each pair, (P,); a query's rows ascend.
-        k: at most the number of rows that each query has.
-    """
+    """Return scores and rows of the k best of each query's pairs, (P,), whose rows ascend, by products in float64."""
     size = max(1, NEAR_TIES // queries.shape[1])
     pairs = zip(query.split(size), row.split(size), strict=True)
     exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
@@ -155,10 +133,7 @@ def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: 
 
 
 def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
-    """Return the rows of `blockwise_topk`, (B, k), where all scores, (B, N), are at hand.
-
-    Off the CPU and inside a transform of torch.func or a trace they are torch.topk's.
-    """
+    """Return the rows of `blockwise_topk`, (B, k), from all scores, (B, N); in a transform or trace, torch.topk's."""
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     found = scores.detach().topk(min(k + 1, scores.shape[-1]), dim=-1)
@@ -168,7 +143,7 @@ def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
 def first_topk(scores: Tensor, k: int) -> Tensor:
     """Return the places of the k largest scores, (B, k), best first; of equal ones the first.
 
-    Off the CPU and inside a transform of torch.func or a trace it is torch.topk, which takes any of equal ones.
+    Off the CPU and in a transform or trace it is torch.topk, which takes any of equal ones.
     """
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
@@ -183,26 +158,25 @@ class _Dense:
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self.best: tuple[Tensor, Tensor] | None = None
+        self.best: list[tuple[Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
         values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # any of equals, see `resolve_near_ties`
-        largest, rows = values[:, 0], rows + start
-        if self.best is not None:
-            values, rows = torch.cat([self.best[0], values], dim=-1), torch.cat([self.best[1], rows], dim=-1)
+        largest = values[:, 0]
+        self.best.append((values, rows + start))
+        if len(self.best) > 1:
+            values, rows = (torch.cat(parts, dim=-1) for parts in zip(*self.best, strict=True))
             values, order = values.sort(dim=-1, descending=True, stable=True)
-            values, rows = values[:, : self.k], rows.gather(-1, order[:, : self.k])
-        self.best = values, rows
+            self.best = [(values[:, : self.k], rows.gather(-1, order[:, : self.k]))]
         return largest
 
     def result(self) -> tuple[Tensor, Tensor]:
-        assert self.best is not None
-        return self.best
+        return self.best[0]
 
 
 class _Sparse:
-    """The k largest scores of each query, by a look at those groups of rows alone whose largest is good enough.
+    """The k largest scores of each query, from those groups of rows alone whose largest score is good enough.
 
     A top-k of every block costs as much as its products. The largest score of each group costs next to nothing, and
     after the first blocks few groups reach a query's k-th best so far. Of equal scores the smallest rows are kept.
@@ -213,7 +187,7 @@ class _Sparse:
         self.least = torch.full((queries,), -math.inf)  # a lower bound of each query's k-th best
         self.scores, self.rows = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, scores and rows that may be among the best
-        self.due = 0  # rows that have been seen when they are merged next
+        self.due = 0  # rows seen when those that wait are merged next
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
@@ -233,7 +207,7 @@ class _Sparse:
         offset.clamp_(max=width - 1)  # the last row stands for those that a group lacks
         values = scores.view(-1).take(offset * count + query.unsqueeze(-1))
         keep = ~(values < self.least[query].unsqueeze(-1))  # NaN is kept
-        keep[:, 1:] &= offset.diff(dim=-1) > 0  # once
+        keep[:, 1:] &= offset.diff(dim=-1) > 0  # the last row once
         pair, place = keep.nonzero(as_tuple=True)
         self.waiting.append((query[pair], values[pair, place], offset[pair, place] + start))
         if start + width >= self.due:
@@ -251,7 +225,7 @@ class _Sparse:
         query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
         counts = torch.bincount(query, minlength=len(self.least))
         place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a row a query, for one sort of all
+        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a line for each query
         rows_of = rows.new_full(padded.shape, -1)
         padded[query, place], rows_of[query, place] = scores[order], rows[order]
         scores, order = padded.sort(dim=-1, descending=True, stable=True)
