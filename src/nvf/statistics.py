@@ -23,10 +23,7 @@ class Interval(TypedDict):
 
 
 def wilson(successes: float, total: float) -> Interval:
-    """Return a share with its Wilson interval: the shares that a score test does not reject.
-
-    Successes need not be whole: for a sum of values in 0..1 the interval is an upper bound.
-    """
+    """Return a share with its Wilson interval, which is too wide for sums of values other than 0 and 1."""
     value, spread = successes / total, Z**2 / total
     middle = (value + spread / 2) / (1 + spread)
     reach = math.sqrt(spread * (value * (1 - value) + spread / 4)) / (1 + spread)
@@ -34,10 +31,7 @@ def wilson(successes: float, total: float) -> Interval:
 
 
 def mean_interval(mean: float, error: float, *, count: int) -> Interval:
-    """Return the mean of `count` values in 0..1 with its normal interval, from its standard error.
-
-    If all values are equal, or all are 0 or 1, the interval is Wilson's.
-    """
+    """Return the mean of `count` values in 0..1 with its normal interval; Wilson's if all are equal, or all 0 or 1."""
     variance = count * error**2
     if variance < ROUNDING or abs(variance - mean * (1 - mean)) < ROUNDING:
         return wilson(mean * count, count)
@@ -45,10 +39,7 @@ def mean_interval(mean: float, error: float, *, count: int) -> Interval:
 
 
 def reciprocal_rank(counts: np.ndarray) -> Interval:
-    """Return the mean reciprocal rank with its bootstrap interval.
-
-    The counts, (ranks + 1,), are the numbers of queries with rank 1, 2, ..., and last of misses.
-    """
+    """Return the mean reciprocal rank from the numbers of queries with rank 1, 2, ..., and last of misses."""
     weights, total = np.append(1 / np.arange(1, len(counts)), 0.0), int(counts.sum())
     return _percentiles(float(counts @ weights / total), _resampled(counts) @ weights / total, total)
 

@@ -136,7 +136,6 @@ def test_the_custom_page_shows_the_curves_of_both_stages_and_their_ceilings(
     for title, metric in (("Top-1", "top1"), ("Top-5", "top5")):
         curves = {f"{stage}: val/{metric}" for stage in ("attention", "reranker")}
         assert drawn[title] == curves | {f".: {metric}/{name}" for name in ("exact", "oracle", "coverage")}
-    assert drawn["loss in training"] == {"attention: train/loss", "reranker: train/loss"}
     assert events(folder).Scalars("top1/exact")[-1].step == 6  # as long as the stages
 
 

@@ -350,6 +350,5 @@ def test_remarks_say_what_went_wrong() -> None:
     assert remarks(results(0.61, 0.61, 0.6, 0.598, 0.9)) == []  # nor does noise
     law = {"dispersion": 0.2, "asked_again": 1.5, "ignored": ["log_count", "support"]}
     (line,) = remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": law})
-    assert "dispersion 0.20, asked again 1.50" in line
-    assert "log_count, support" in line
+    assert line.startswith("The reranker ignores log_count, support: ")
     assert remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": {**law, "ignored": []}}) == []

@@ -44,8 +44,10 @@ def test_the_audit_sees_every_gradient_and_leaves_no_trace(pipeline: Pipeline, b
 def test_a_vanished_gradient_is_reported(pipeline: Pipeline) -> None:
     held_out = QueryBatch(pipeline.memory.rows, torch.arange(30).unsqueeze(-1))
     model = Pipeline(SoftAttention(pipeline.memory, transform="identity"), Reranker(8, kind="residual"), k=4)
-    results = {"val": NO_FIGURES, "gradients": {**audit_gradients(model, held_out), "training": {}}}
-    (line,) = remarks(results)
+    training = {"joint": {"steps": 4, "query": {"not_finite": 0}, "reranker": {"not_finite": 2}}}
+    results = {"val": NO_FIGURES, "gradients": {**audit_gradients(model, held_out), "training": training}}
+    training_line, line = remarks(results)
+    assert training_line == "joint: the gradient on the reranker was not finite in 2 of 4 steps."
     assert line.startswith("No gradient reaches reranker.first.weight")
 
 

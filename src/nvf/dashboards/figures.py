@@ -21,8 +21,7 @@ from nvf.models.pipeline import Pipeline
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"exact": "#9a9a9a", "attention": "#0072b2", "pipeline": "#e69f00"}
-RIGHT, FRAME = "#009e73", "#d55e00"
-TICK = "\u2713 "
+RIGHT, TICK = "#009e73", "\u2713 "
 STYLE: Any = {  # large letters, for thumbnails
     "text.parse_math": False,  # a dollar in a user's text is no formula
     "figure.constrained_layout.use": True,
@@ -36,7 +35,6 @@ STYLE: Any = {  # large letters, for thumbnails
 FIRST_RANKS = (1, 2, 3, 4, 5, 6, 11, 21, 51, 101, 1001)  # of each bin of the histogram
 LEAST = 1e-3  # the probability at which the heat map's colours begin
 BARS = 8  # candidates that a query's panel has room for
-COLUMNS = 40  # of the heat map
 Name = Callable[[int], str]  # names a row
 
 
@@ -88,8 +86,7 @@ def _draw_candidates(outcomes: Outcomes, chosen: np.ndarray, name: Name) -> Figu
         _draw_panel(axes, outcomes, query, name)
     for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
-    labels = {"attention": "before: attention", "pipeline": "after reranking"}
-    handles = [Patch(color=COLOURS[method], label=labels[method]) for method in methods]
+    handles = [Patch(color=COLOURS[method], label=NAMES[method]) for method in methods]
     handles.append(Patch(color=RIGHT, label=f"{TICK}the right row"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
@@ -106,10 +103,8 @@ def _draw_panel(axes: Axes, outcomes: Outcomes, query: int, name: Name) -> None:
         bars = axes.barh(y, values[shown], 0.92 * thick, color=COLOURS[method])
         axes.bar_label(bars, [f"{v:.2f}" if v >= 0.005 else "" for v in values[shown]], padding=2, fontsize=9)
     after, before = (int(outcomes.ranks[method][query]) for method in outcomes.compared)
-    verdicts = {(True, True): "right as before", (False, True): "won", (True, False): "lost"}
-    verdict = verdicts.get((before == 1, after == 1), "wrong still")
-    missed = "" if right.any() else ", target no candidate"
-    axes.set_title(f"query {query}: {verdict}, rank {before:,} \u2192 {after:,}{missed}", loc="right", fontsize=12)
+    verdict = ", won" if after == 1 < before else ", lost" if before == 1 < after else ""
+    axes.set_title(f"query {query}: rank {before:,} \u2192 {after:,}{verdict}", loc="right", fontsize=12)
     axes.set(xlim=(0, 1.12), ylim=(len(shown) - 0.5, -0.5), xticks=[0, 0.5, 1])
     axes.set_yticks(np.arange(len(shown)), [(TICK if right[i] else "") + name(rows[i]) for i in shown], fontsize=11)
     for label, i in zip(axes.get_yticklabels(), shown, strict=True):
@@ -121,28 +116,24 @@ def _draw_panel(axes: Axes, outcomes: Outcomes, query: int, name: Name) -> None:
 def _draw_heat_map(
     model: SoftAttention | Pipeline, queries: torch.Tensor, outcomes: Outcomes, chosen: np.ndarray, name: Name
 ) -> Figure:
-    """Draw a map for each stage: n queries down, c rows across, the darker the more probable, right rows framed.
-
-    The rows are each query's first target and first candidates, in the order of queries, so that there is a diagonal.
-    """
+    """Draw each stage's probabilities of the rows that are a query's first target or one of its first candidates."""
     if isinstance(model, Pipeline):
         answer = model(queries, answer=False)
         logits = {"attention": answer.logits, "pipeline": answer.log_probs}
     else:
         logits = {"attention": model(queries)}
-    targets, candidates = outcomes.targets.numpy()[chosen], outcomes.candidates.numpy()[chosen]
-    named = np.concatenate([targets[:, :1], candidates], axis=1)[:, : max(1, COLUMNS // len(chosen))]
+    targets = outcomes.targets.numpy()[chosen]
+    named = np.concatenate([targets[:, :1], outcomes.candidates.numpy()[chosen]], axis=1)[:, : 40 // len(chosen)]
     columns = np.array([row for row in dict.fromkeys(named.flat) if row >= 0])
     right = (targets[:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
     names = [name(row) for row in columns.tolist()]
-    size = 3 + max(5, 0.3 * len(columns)), (0.7 + 0.3 * len(chosen)) * len(logits) + 0.09 * max(map(len, names))
-    figure = Figure(size)
+    figure = Figure((3 + max(5, 0.3 * len(columns)), (0.7 + 0.3 * len(chosen)) * len(logits) + 2))
     grid = figure.subplots(len(logits), squeeze=False, sharex=True)[:, 0]
     for axes, (method, of_rows) in zip(grid, logits.items(), strict=True):
         values = of_rows.softmax(dim=-1).cpu().numpy()[:, columns]
         image = axes.imshow(np.maximum(values, LEAST), cmap="Blues", norm=LogNorm(LEAST, 1), aspect="auto")
         for y, x in np.argwhere(right):
-            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=FRAME, linewidth=2))
+            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor="#d55e00", linewidth=2))
         axes.set_xticks(np.arange(len(columns)), names, rotation=90, fontsize=11)
         axes.set_yticks(np.arange(len(chosen)), [f"query {query}" for query in chosen], fontsize=11)
         axes.set_title(f"{NAMES[method]}: probability of each row; the right ones are framed")
@@ -152,7 +143,7 @@ def _draw_heat_map(
 
 
 def _draw_ranks(ranks: Mapping[str, torch.Tensor], rows: int) -> Figure:
-    """Draw the share of queries whose target has each rank: bars, one colour for each method but the oracle."""
+    """Draw the share of queries whose target has each rank, by every method but the oracle."""
     figure = Figure((13, 5.5))
     axes = figure.subplots()
     methods = [method for method in COLOURS if method in ranks]

@@ -4,13 +4,15 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from nvf.dashboards.projector import add_points
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number, one_line
 from nvf.evaluation.evaluate import METHODS, Evaluation
@@ -25,12 +27,7 @@ PAGE = {
     "both stages and their ceilings, on validation queries": {
         title: ["Multiline", [f"val/{metric}$", *(f"{metric}/{name}$" for name in CEILINGS)]]
         for metric, title in (("top1", "Top-1"), ("top5", "Top-5"))
-    },
-    "each stage": {
-        "loss on validation queries": ["Multiline", ["val/loss$"]],
-        "loss in training": ["Multiline", ["train/loss$"]],
-        "norms of the gradients": ["Multiline", ["gradients/"]],
-    },
+    }
 }
 log = logging.getLogger("nvf")
 
@@ -100,15 +97,8 @@ def show(
 ) -> None:
     """Write what TensorBoard shows of a fitted model: a page of scalars, images, and the projector's points.
 
-    Args:
-        model: stage 1 alone, or the pipeline.
-        batch: validation queries.
-        found: what the model reaches on them.
-        settings: of conf/dashboards.
-        folder: the run's, with a folder of curves for each stage.
-        steps: of the longest stage, as far as the ceilings' level lines reach.
-        texts: of the N rows.
-        labels: the clusters of the N rows.
+    The evaluation `found` is of the same validation queries; the settings are those of conf/dashboards. The ceilings'
+    level lines are `steps` long. Texts and labels (clusters) are of the N rows.
     """
     if not any(settings[name] for name in SWITCHES):
         return
@@ -119,20 +109,53 @@ def show(
     with SummaryWriter(str(folder)) as writer, rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font lacks
         if settings["scalars_page"]:
-            _add_scalars_page(writer, found.figures, steps)
+            writer.add_custom_scalars(PAGE)
+            for name, metric in product(CEILINGS, ("top1", "top5")):
+                if (level := found.figures[name]) is not None:
+                    for step in (0, steps):
+                        value = level["value"] if name == "coverage" else level[metric]["value"]
+                        writer.add_scalar(f"{metric}/{name}", value, step)
         for tag, figure in draw(model.eval(), batch, found, settings, texts):
             writer.add_figure(tag, figure)
         if settings["projector"]:
             attention = model.attention if isinstance(model, Pipeline) else model
-            add_points(writer, attention, batch, settings["projector_points"], texts, labels)
+            _add_points(writer, attention, batch, settings["projector_points"], texts, labels)
 
 
-def _add_scalars_page(writer: SummaryWriter, figures: Mapping[str, Any], steps: int) -> None:
-    """Write the page of both stages' own curves, with the ceilings as level lines."""
-    writer.add_custom_scalars(PAGE)
-    for metric in ("top1", "top5"):
-        for name in CEILINGS:
-            if figures[name] is not None:
-                ceiling = figures[name] if name == "coverage" else figures[name][metric]
-                for step in (0, steps):
-                    writer.add_scalar(f"{metric}/{name}", ceiling["value"], step)
+def _add_points(
+    writer: SummaryWriter,
+    attention: SoftAttention,
+    batch: QueryBatch,
+    limit: int,
+    texts: Sequence[str] | None,
+    labels: Sequence[int] | None,
+) -> None:
+    """Write at most `limit` points, at least 4, each with its kind and the row that it is or is answered by.
+
+    A quarter are queries, evenly spaced, a quarter the same queries transformed, and the rest are rows: the queries'
+    targets if there is room, then others, evenly spaced. Texts and labels (clusters) are of the N rows.
+    """
+    first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # a query's first target; others may be padding
+    targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
+    queries = _spread(len(targets), limit // 4)
+    room = limit - 2 * len(queries)
+    rows = np.sort([*dict.fromkeys([*targets[queries], *_spread(len(attention.memory), room)])][:room])
+    raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
+    shown = attention.memory.take(torch.from_numpy(rows).to(raw.device))
+    vectors = [shown, raw, F.normalize(attention.moved(raw), dim=-1)]
+    of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
+    kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
+    columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first column colours and names the points
+    if labels is not None:
+        columns["cluster"] = [int(labels[row]) for row in of]
+    if texts is not None:
+        columns["text"] = [" ".join(texts[row][:100].split()) for row in of]  # without tabs, which separate columns
+    columns["query"] = [""] * len(rows) + queries.tolist() * 2
+    points = torch.cat(vectors).double().cpu().numpy().round(6)  # the file is text, of fewer digits
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    writer.add_embedding(points, lines, metadata_header=list(columns), tag="rows and queries", global_step=0)
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    """Return at most `limit` of the numbers 0..count - 1, evenly spaced."""
+    return np.arange(count) if count <= limit else np.arange(limit) * count // limit

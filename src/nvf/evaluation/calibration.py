@@ -19,10 +19,9 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtrac
 
 
 def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
-    """Set beta, within BETA_RANGE, to the minimum of the loss over held-out queries.
+    """Set beta to the minimum of the loss over held-out queries, of which the first suffice over a large memory.
 
     Training keeps the weights with the best Top-1, whose probabilities need not be right. The order of rows stays.
-    Over a large memory, only the first queries are used.
     """
     rows = len(attention.memory)
     count = max(FEWEST_QUERIES, min(256, 2**26 // rows), ALL_SCORES // rows)  # 2**26 scores are 256 MB of float32
@@ -104,10 +103,10 @@ def fit_hub_correction(
     shares: Sequence[float] = SHARES,
     cautious: bool = False,
 ) -> float:
-    """Set stage 1's bias to minus the share of the rows' hubness that validates best; return the share.
+    """Subtract from stage 1's scores the share of the rows' hubness that validates best; return the share.
 
-    The bank, (n, D), holds the training queries. Of equally good shares the first is taken, and with `cautious` also
-    unless another is clearly above it.
+    Hubness is measured on a bank, (n, D), of training queries. With `cautious`, the first share is kept unless another
+    is clearly above it.
     """
     attention.bias = None
     hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)

@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def answered(self) -> Tensor:
-        """The queries whose target the model ranks first, (B,) bool."""
+        """Whether the model ranks a target of each query first, (B,) bool."""
         return self.outcomes.ranks[self.outcomes.compared[0]] == 1
 
 
@@ -75,13 +75,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute the figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
-    Args:
-        model: stage 1 alone, or the pipeline.
-        batch: the queries and targets to report on.
-        k: the number of candidates that coverage and recall count.
-        oracle: the rows (N, D) that an informed search would use; None if they are unknown.
-        seen: which rows answer a training query, (N,) bool; None if that is unknown.
-        title: of the progress bar.
+    Coverage and recall count the first k candidates. The oracle is the rows, (N, D), that an informed search would use,
+    None if they are unknown; `seen`, (N,) bool, says which rows answer a training query, None if that is unknown.
     """
     model.eval()
     blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
@@ -89,13 +84,13 @@ def evaluate(
     outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
     answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
     last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
-    count, reranked = int(covered.sum()), last == "pipeline"
+    count, right, reranked = int(covered.sum()), int((answered[last] & covered).sum()), last == "pipeline"
     figures: dict[str, Any] = {method: _figures(outcomes, method) for method in METHODS}
-    known = None if seen is None else ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
-    figures["seen_rows"] = None if known is None else _top1_of(known, answered)
-    figures["unseen_rows"] = None if known is None else _top1_of(~known, answered)
+    figures["seen_rows"] = figures["unseen_rows"] = None
+    if seen is not None:
+        known = ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
+        figures["seen_rows"], figures["unseen_rows"] = _top1_of(known, answered), _top1_of(~known, answered)
     figures["coverage"] = wilson(count, len(covered))
-    right = int((answered[last] & covered).sum())
     figures["rerank_given_coverage"] = wilson(right, count) if reranked and count else None
     bound = {**answered, "coverage": covered}[ceiling(figures)[0]]
     closed = gap_closed(*(of.numpy() for of in (answered["attention"], answered[last], bound))) if reranked else None
@@ -108,7 +103,6 @@ def evaluate(
 
 
 def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: Tensor | None) -> Outcomes:
-    """Answer so few queries that all their scores fit in memory."""
     queries, targets = batch
     rows = model.memory.rows
     scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
@@ -136,7 +130,6 @@ def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracl
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Join the blocks' tensors, or dictionaries of tensors, on the CPU."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts)).cpu()
     return {method: _joined([part[method] for part in parts]) for method in parts[0]}
@@ -164,7 +157,6 @@ def _mean(values: Tensor) -> Interval:
 
 
 def _top1_of(group: Tensor, answered: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Compute every method's Top-1 on a group of the queries, (B,) bool; None if the group is empty."""
     count = int(group.sum())
     return {
         method: {"queries": count, "top1": wilson(int(right[group].sum()), count)} if count else None
@@ -180,14 +172,13 @@ def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict[str, Any]:
-    """Compare a pipeline's index, which it must have, with exact search: the block `index` of results.json.
+    """Compare a pipeline's index with exact search: the block `index` of results.json.
 
-    Recall is the share of candidates that are among the exact k, or as near as the last of these. Queries, (B, D), are
-    unit vectors; targets, (B, m), are padded with -1.
+    Recall is the share of the index's candidates that are as near as the k-th exact one. Queries, (B, D), are unit
+    vectors; targets, (B, m), are padded with -1.
     """
-    index, keys, k = pipeline.index, pipeline.attention.keys(), pipeline.k
+    index, keys, k, shares = pipeline.index, pipeline.attention.keys(), pipeline.k, []
     assert index is not None
-    shares = []
     for block in queries.split(QUERY_BLOCK):
         projected = pipeline.attention.project(block)
         found = approximate_topk(index, projected, keys, k).scores
@@ -208,7 +199,7 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
 
 
 def _timed_search(pipeline: Pipeline, queries: Tensor) -> tuple[Tensor, float]:
-    """Find the most probable row of each query, (B, 1); return it with the number of queries answered per second."""
+    """Return the most probable row of each query, (B, 1), and the number of queries answered per second."""
     pipeline.search(queries[:1])  # warms up, so that what is computed only once is not timed
     start = time.perf_counter()
     rows = pipeline.search(queries).rows
@@ -216,11 +207,10 @@ def _timed_search(pipeline: Pipeline, queries: Tensor) -> tuple[Tensor, float]:
 
 
 def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
-    """Compute the expected calibration error (arXiv 1706.04599), with its standard error from a bootstrap over queries.
+    """Return the expected calibration error (arXiv 1706.04599), with its interval from a bootstrap over queries.
 
-    Args:
-        confidences: (B,), the probability of each query's most probable row.
-        right: (B,), 1 / m if that row is one of the query's m right rows, which share the probability, else 0.
+    Confidences, (B,), are the probabilities of each query's most probable row; `right`, (B,), is 1 / m if that row is
+    one of the query's m right rows, which share the probability, else 0.
     """
     confidences = confidences.nan_to_num(0).cpu()
     excess = confidences.double() - right.cpu().double()

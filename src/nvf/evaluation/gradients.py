@@ -58,17 +58,3 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def failures(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each part of each stage whose gradient in training was not finite, or was zero in the end."""
-    lines = []
-    for stage, summary in training.items():
-        for part in (part for part in PARTS if part in summary):
-            found, steps = summary[part], summary["steps"]
-            subject = f"{stage}: the gradient on the {part} was"
-            if found["not_finite"]:
-                lines.append(f"{subject} not finite in {found['not_finite']} of {steps} steps")
-            if found["last"] == 0:  # an early zero is no failure: some last layers start at zero
-                lines.append(f"{subject} zero in {found['zero']} of {steps} steps, the last among them")
-    return lines

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvf.evaluation.evaluate import ceiling
-from nvf.evaluation.gradients import failures
 from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
@@ -12,10 +11,7 @@ Figures = Mapping[str, Any]
 
 
 def table(results: Figures, queries: int) -> str:
-    """Return the table of `queries` test queries: a row for each method, then the other figures, each with its name.
-
-    Shares are in percent with 95% intervals; `results` are as results.json has them.
-    """
+    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name."""
     titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
     rows = {"": list(titles.values())}
     for method, name in NAMES.items():
@@ -41,11 +37,10 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
     yield "against exact search", _won_and_lost(results["against_exact"])
     yield "calibration error", ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     if (index := results.get("index")) is not None:
+        k, rates = results["config"]["k"], index["queries_per_second"]
         recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
-        rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
-        k = results["config"]["k"]
         yield f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"
-        yield "", f"{rates['index']} queries/s, searched exactly {rates['exact']}"
+        yield "", f"{two_digits(rates['index'])} queries/s, searched exactly {two_digits(rates['exact'])}"
     if (joint := results.get("joint")) is not None:
         before, kept = joint["before"], joint["kept"]
         coverage, error = (percent(of["value"]) for of in (before["coverage"], before["calibration_error"]["pipeline"]))
@@ -84,14 +79,15 @@ def remarks(results: Figures) -> list[str]:
             remedy = "exact search is the oracle of these queries, so no method can be better in expectation"
         lines.append(f"{below}: {remedy}.")
     if (law := results.get("log")) and law["ignored"]:
-        lines.append(
-            f"The log spreads queries over items more evenly than chance (dispersion {law['dispersion']:.2f}, asked "
-            f"again {law['asked_again']:.2f}; chance has 1 or more), so past counts say nothing of future queries. "
-            f"The reranker ignores {', '.join(law['ignored'])}."
-        )
+        reason = "the log spreads queries over items more evenly than chance, so past counts say nothing of future ones"
+        lines.append(f"The reranker ignores {', '.join(law['ignored'])}: {reason}.")
     if gradients := results.get("gradients"):
         lines += [] if gradients["finite"] else ["A gradient is not finite: lower the learning rates."]
-        lines += failures(gradients["training"])
+        for stage, summary in gradients["training"].items():
+            for part, found in summary.items():
+                if part != "steps" and found["not_finite"]:
+                    share = f"{found['not_finite']} of {summary['steps']} steps"
+                    lines.append(f"{stage}: the gradient on the {part} was not finite in {share}.")
         if names := ", ".join(gradients["vanished"]):
             reason = (
                 "a layer behind is zero (as in an untrained start) or dead, or no answer depends on it (as with k=1)"
@@ -101,7 +97,6 @@ def remarks(results: Figures) -> list[str]:
 
 
 def _below(figures: Figures, method: str, reference: str) -> str | None:
-    """Say that a method's validation Top-1 is below a reference's, if the method's whole interval is."""
     if figures[method] is None or figures[method]["top1"]["high"] >= figures[reference]["top1"]["value"]:
         return None
     one, other = (f"{NAMES[name]} ({percent(figures[name]['top1']['value'])})" for name in (method, reference))
@@ -118,6 +113,6 @@ def _top1(figures: Figures) -> str:
 
 
 def cut_in_words(cut: Figures) -> str:
-    """Say what a limit has cut."""
+    """Return what a limit has cut, in words."""
     parts = [f"{cut['kept'][what] or 'no'} of {asked} {what}" for what, asked in cut["asked"].items() if asked]
     return f"{', '.join(parts)}, by {cut['by']}"
