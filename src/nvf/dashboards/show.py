@@ -137,11 +137,12 @@ def _add_points(
     """
     first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # a query's first target; others may be padding
     targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
-    queries = _spread(len(targets), limit // 4)
-    room = limit - 2 * len(queries)
-    rows = np.sort([*dict.fromkeys([*targets[queries], *_spread(len(attention.memory), room)])][:room])
+    queries = np.unique(np.linspace(0, len(targets) - 1, limit // 4, dtype=int))
+    room, memory = limit - 2 * len(queries), attention.memory
+    others = np.linspace(0, len(memory) - 1, room, dtype=int)
+    rows = np.sort([*dict.fromkeys([*targets[queries], *others])][:room])
     raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
-    shown = attention.memory.take(torch.from_numpy(rows).to(raw.device))
+    shown = memory.take(torch.from_numpy(rows).to(raw.device))
     vectors = [shown, raw, F.normalize(attention.moved(raw), dim=-1)]
     of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
     kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
@@ -154,8 +155,3 @@ def _add_points(
     points = torch.cat(vectors).double().cpu().numpy().round(6)  # the file is text, of fewer digits
     lines = [list(line) for line in zip(*columns.values(), strict=True)]
     writer.add_embedding(points, lines, metadata_header=list(columns), tag="rows and queries", global_step=0)
-
-
-def _spread(count: int, limit: int) -> np.ndarray:
-    """Return at most `limit` of the numbers 0..count - 1, evenly spaced."""
-    return np.arange(count) if count <= limit else np.arange(limit) * count // limit

@@ -1,7 +1,7 @@
 """The norms of the gradients on the query and on each part of the model, which show whether every part is trained."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,12 +49,8 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     single = {name: float(gradient.norm()) for name, gradient in gradients.items() if name != "query"}
     return {
         **dict.fromkeys(PARTS),
-        **_finite(parts),
-        "parameters": _finite(single),
+        **{part: norm if math.isfinite(norm) else None for part, norm in parts.items()},
+        "parameters": {name: norm if math.isfinite(norm) else None for name, norm in single.items()},
         "finite": all(math.isfinite(value) for value in (parts["query"], *single.values())),
         "vanished": [name for name, value in single.items() if value == 0],
     }
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

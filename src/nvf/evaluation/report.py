@@ -71,13 +71,18 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
 def remarks(results: Figures) -> list[str]:
     """Return a line, with a remedy, for each thing that went wrong; test figures decide nothing."""
     figures, lines = results["val"], []
-    if below := _below(figures, "pipeline", "attention"):
-        lines.append(f"{below}: try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention.")
-    if below := _below(figures, "attention", "exact"):
-        remedy = "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr"
-        if figures["oracle"] == figures["exact"]:
-            remedy = "exact search is the oracle of these queries, so no method can be better in expectation"
-        lines.append(f"{below}: {remedy}.")
+    remedies = {
+        (
+            "pipeline",
+            "attention",
+        ): "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention",
+        ("attention", "exact"): "try attention=linear or attention=residual, or a lower attention.lr",
+    }
+    for methods, remedy in remedies.items():
+        found, bound = (figures[method] and figures[method]["top1"] for method in methods)
+        if found is not None and found["high"] < bound["value"] and figures["oracle"] != figures[methods[1]]:
+            one, other = (f"{NAMES[method]} ({percent(figures[method]['top1']['value'])})" for method in methods)
+            lines.append(f"On validation queries, {one} is below {other}: {remedy}.")
     if (law := results.get("log")) and law["ignored"]:
         reason = "the log spreads queries over items more evenly than chance, so past counts say nothing of future ones"
         lines.append(f"The reranker ignores {', '.join(law['ignored'])}: {reason}.")
@@ -89,18 +94,9 @@ def remarks(results: Figures) -> list[str]:
                     share = f"{found['not_finite']} of {summary['steps']} steps"
                     lines.append(f"{stage}: the gradient on the {part} was not finite in {share}.")
         if names := ", ".join(gradients["vanished"]):
-            reason = (
-                "a layer behind is zero (as in an untrained start) or dead, or no answer depends on it (as with k=1)"
-            )
+            reason = "a layer behind is zero, as in an untrained start, or no answer depends on it, as with k=1"
             lines.append(f"No gradient reaches {names}: {reason}; a lower learning rate may help.")
     return lines
-
-
-def _below(figures: Figures, method: str, reference: str) -> str | None:
-    if figures[method] is None or figures[method]["top1"]["high"] >= figures[reference]["top1"]["value"]:
-        return None
-    one, other = (f"{NAMES[name]} ({percent(figures[name]['top1']['value'])})" for name in (method, reference))
-    return f"On validation queries, {one} is below {other}"
 
 
 def _won_and_lost(against: Figures) -> str:
