@@ -236,7 +236,7 @@ def test_rows_on_the_disk_that_change_in_a_run_cost_the_run_not_the_truth(tmp_pa
         memory.check_unchanged()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_deterministic_runs_find_the_same_on_any_number_of_threads(run: Run, tmp_path: Path, threads: int) -> None:
     words = [*SMALL, "data.rows=3000", "trainer=debug", "deterministic=true"]
     try:

@@ -22,7 +22,10 @@ from programs import Program, wait_for
 SMALL = ["data.rows=300", "data.dim=16", "queries.val_samples=500", "queries.test_samples=500"]
 FULL = os.environ.get("NVF_ATTACK") == "full"
 STEPS = {"attention": 150, "reranker": 60, "joint": 40} if FULL else {"attention": 20, "reranker": 15, "joint": 15}
-LONG = [word for stage, steps in STEPS.items() for word in (f"{stage}.epochs=6", f"{stage}.steps_per_epoch={steps}")]
+EPOCHS = 6 if FULL else 3
+LONG = [
+    word for stage, steps in STEPS.items() for word in (f"{stage}.epochs={EPOCHS}", f"{stage}.steps_per_epoch={steps}")
+]
 WORDS = ["threads=1", "trainer.enable_progress_bar=false", "dashboards=none", "cache=off", "save_every=7"]
 RECORDED = ["data=embeddings", "attention.lr=1e-2", "attention.epochs=20", "attention.patience=2"]
 STAGES = {

@@ -220,7 +220,7 @@ def test_intervals_hold_their_values(total: int, data: st.DataObject) -> None:
     assert 0 < mcnemar(wins, losses) <= 1 + 1e-12
     counts = np.array(data.draw(st.lists(st.integers(0, 50), min_size=11, max_size=11)))
     assume(counts.sum())
-    found = reciprocal_rank(counts, resamples=200)
+    found = reciprocal_rank(counts)
     assert 0 <= found["low"] <= found["high"] <= 1
     one, other = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=9, max_size=9))) for _ in range(2))
     there, back = against(one, other), against(other, one)

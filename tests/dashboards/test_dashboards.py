@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from conftest import SMALL, SMALL_STEPS
 from nvf.dashboards import figures
-from nvf.dashboards.show import SWITCHES, check_dashboards, exemplary, shortened, show, texts_of
+from nvf.dashboards.show import SWITCHES, check_dashboards, show, texts_of
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.evaluation.evaluate import Outcomes, evaluate
@@ -136,7 +136,6 @@ def test_the_custom_page_shows_the_curves_of_both_stages_and_their_ceilings(
     for title, metric in (("Top-1", "top1"), ("Top-5", "top5")):
         curves = {f"{stage}: val/{metric}" for stage in ("attention", "reranker")}
         assert drawn[title] == curves | {f".: {metric}/{name}" for name in ("exact", "oracle", "coverage")}
-    assert drawn["loss in training"] == {"attention: train/loss", "reranker: train/loss"}
     assert events(folder).Scalars("top1/exact")[-1].step == 6  # as long as the stages
 
 
@@ -167,7 +166,6 @@ def test_nothing_is_written_where_all_is_off(pipeline: Pipeline, batch: QueryBat
     [
         ({"ranks": "yes"}, "dashboards.ranks=yes is neither true nor false; false leaves it out"),
         ({"ranks": 1}, "dashboards.ranks=1 is neither true nor false"),
-        ({"rank": True}, "dashboards.rank=True is unknown; choose one of scalars_page, candidates"),
         ({"queries": 0}, "dashboards.queries=0 is not a whole number of at least 1 and below 41; 1 to 40"),
         ({"queries": True}, "dashboards.queries=True is not a whole number"),
         ({"projector_points": 3}, "dashboards.projector_points=3 is not a whole number of at least 4"),
@@ -183,11 +181,11 @@ def test_queries_won_come_first_then_those_lost_then_the_rest() -> None:
     before, after = torch.tensor([1, 2, 1, 2, 3, 1, 2, 1, 2, 1]), torch.tensor([1, 1, 2, 2, 1, 1, 1, 1, 1, 1])
     none = torch.zeros(10, 1, dtype=torch.long)
     seen = Outcomes(none, none, {"exact": after, "attention": before, "pipeline": after}, {}, {}, {}, {})
-    assert exemplary(seen, 6).tolist() == [1, 4, 6, 2, 0, 3]  # one was lost, and the others share the places left
-    assert exemplary(seen, 100).tolist() == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
-    assert exemplary(seen, 1).tolist() == [1]
+    assert figures.exemplary(seen, 6).tolist() == [1, 4, 2, 0, 3, 5]  # one was lost, and others fill the places left
+    assert figures.exemplary(seen, 100).tolist() == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
+    assert figures.exemplary(seen, 1).tolist() == [1]
     del seen.ranks["pipeline"]
-    assert exemplary(seen, 2).tolist() == [2, 1]  # stage 1 alone, against exact search
+    assert figures.exemplary(seen, 2).tolist() == [2, 1]  # stage 1 alone, against exact search
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 6, 40, 1000, 5000])
@@ -201,22 +199,9 @@ def test_the_bins_of_ranks_hold_every_rank_once(rows: int) -> None:
     assert names[0] == "1"
 
 
-def test_the_heat_maps_columns_are_targets_first_and_bounded() -> None:
-    rows, targets = np.array([[4, 5], [4, 6], [7, 8]]), np.array([[5, -1], [9, 2], [7, -1]])
-    assert figures.heat_map_columns(rows, targets, 3).tolist() == [5, 9, 7]
-    assert figures.heat_map_columns(rows, targets, 4).tolist() == [5, 4, 9, 7]
-    assert figures.heat_map_columns(rows, targets, 100).tolist() == [5, 4, 9, 6, 2, 7, 8]
-
-
-def test_a_crowded_panel_keeps_the_right_candidate_and_stage_ones_order() -> None:
-    before = np.linspace(1, 0, 20)
-    panel = figures.Panel("", [""] * 20, {"attention": before}, np.arange(20) == 19)
-    assert figures.shown_candidates(panel).tolist() == [0, 1, 2, 3, 4, 5, 6, 19]
-
-
 def test_texts_are_shortened_to_one_line() -> None:
-    assert shortened("a\n b\t c") == "a b c"
-    assert shortened("x" * 50, 10) == "x" * 9 + "\u2026"
+    assert figures.shortened("a\n b\t c") == "a b c"
+    assert figures.shortened("x" * 50, 10) == "x" * 9 + "\u2026"
 
 
 @pytest.mark.parametrize("limit", [4, 40, 4000])

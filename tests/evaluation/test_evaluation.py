@@ -344,12 +344,10 @@ def test_remarks_say_what_went_wrong() -> None:
     assert line.startswith("On validation queries, pipeline (55.0) is below stage 1 (60.0): try reranker=residual")
     (line,) = remarks(results(0.7, None, 0.6, 0.65, 0.9))
     assert line.startswith("On validation queries, stage 1 (60.0) is below exact search (70.0): try attention=linear")
-    (line,) = remarks(results(0.7, 0.7, 0.6, 0.65, 0.9))
-    assert line.endswith("no method can be better in expectation.")
+    assert remarks(results(0.7, 0.7, 0.6, 0.65, 0.9)) == []  # where exact search is the oracle, nothing is better
     assert remarks({**bad, "val": good["val"]}) == []  # test figures advise nothing
     assert remarks(results(0.61, 0.61, 0.6, 0.598, 0.9)) == []  # nor does noise
     law = {"dispersion": 0.2, "asked_again": 1.5, "ignored": ["log_count", "support"]}
     (line,) = remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": law})
-    assert "dispersion 0.20, asked again 1.50" in line
-    assert "log_count, support" in line
+    assert line.startswith("The reranker ignores log_count, support: ")
     assert remarks({**results(0.5, None, 0.6, 0.7, 0.9), "log": {**law, "ignored": []}}) == []

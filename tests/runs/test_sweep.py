@@ -22,7 +22,9 @@ from programs import Program, wait_for
 
 STEPS = [word for word in SMALL_STEPS if not word.startswith("reranker.epochs")]
 WORDS = [*SMALL, *STEPS, "dashboards=none"]
-FOUR = ["-m", *WORDS, "reranker.epochs=12", "reranker.lr=1e-3,3e-3", "reranker.seed=0,1", "hydra/launcher=parallel"]
+SWEEP = ["-m", *WORDS, "reranker.epochs=12", "hydra/launcher=parallel"]
+FOUR = [*SWEEP, "reranker.lr=1e-3,3e-3", "reranker.seed=0,1"]
+TWO = [*SWEEP, "reranker.lr=1e-3", "reranker.seed=0,1"]  # the first two jobs of FOUR
 
 
 def jobs(cwd: Path) -> dict[str, dict[str, Any]]:
@@ -95,31 +97,30 @@ def test_a_killed_job_fails_the_sweep_and_resume_completes_it(
     undisturbed: Path, tmp_path: Path, how: signal.Signals, attempt: int
 ) -> None:
     rng = random.Random(f"{attempt} {how}")
-    with Program(*FOUR, cwd=tmp_path) as process:
+    with Program(*TWO, cwd=tmp_path) as process:
         begun = "*/checkpoints/reranker/last.ckpt" if attempt == 0 else "train.log"
         wait_for(lambda: list(tmp_path.glob(f"outputs/multirun/*/*/{begun}")), unless=process.ended)
         time.sleep(rng.uniform(0.0, 15.0) if attempt else 0.0)
         if running := workers(process.pid):
             os.kill(rng.choice(running), how)
         status = process.wait()
-    unfinished = len(list(tmp_path.glob("outputs/multirun/*/*/*/results.json"))) < 4
+    unfinished = len(list(tmp_path.glob("outputs/multirun/*/*/*/results.json"))) < 2
     assert status != 0 if unfinished else status in (0, 1)
     (sweep,) = tmp_path.glob("outputs/multirun/*/*")
     done = command(f"resume={sweep}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected, found = jobs(undisturbed), jobs(tmp_path)
-    assert {job: without_time(result) for job, result in found.items()} == {
-        job: without_time(result) for job, result in expected.items()
-    }
+    assert list(found) == ["0", "1"]
+    assert all(without_time(result) == without_time(expected[job]) for job, result in found.items())
 
 
 def test_a_failing_job_leaves_its_reason_and_the_others_run(tmp_path: Path) -> None:
-    done = command("-m", *WORDS, "reranker.epochs=1", "k=5,0,3", "hydra/launcher=parallel", cwd=tmp_path)
+    done = command("-m", *WORDS, "reranker.epochs=1", "k=0,3", "hydra/launcher=parallel", cwd=tmp_path)
     assert done.returncode == 1
-    assert "1 of 3 jobs that began have no results (1)" in done.stderr
+    assert "1 of 2 jobs that began have no results (0)" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(jobs(tmp_path)) == ["0", "2"]
-    (log,) = tmp_path.glob("outputs/multirun/*/*/1/train.log")
+    assert sorted(jobs(tmp_path)) == ["1"]
+    (log,) = tmp_path.glob("outputs/multirun/*/*/0/train.log")
     assert "k=0 is not a whole number of at least 1" in log.read_text()
 
 

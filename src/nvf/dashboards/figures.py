@@ -1,9 +1,11 @@
-"""The figures that TensorBoard shows among its images, and what they count."""
+"""The figures that TensorBoard shows among its images."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -11,11 +13,15 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binned_statistic
 
+from nvf.data.queries import QueryBatch
+from nvf.evaluation.evaluate import BINS, Evaluation, Outcomes
 from nvf.evaluation.report import NAMES
+from nvf.models.attention import SoftAttention
+from nvf.models.pipeline import Pipeline
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"exact": "#9a9a9a", "attention": "#0072b2", "pipeline": "#e69f00"}
-RIGHT, FRAME = "#009e73", "#d55e00"
+RIGHT, TICK = "#009e73", "\u2713 "
 STYLE: Any = {  # large letters, for thumbnails
     "text.parse_math": False,  # a dollar in a user's text is no formula
     "figure.constrained_layout.use": True,
@@ -24,51 +30,126 @@ STYLE: Any = {  # large letters, for thumbnails
     "axes.titlesize": 13,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "grid.color": "#dddddd",
-    "legend.frameon": False,
 }
-LAST_RANKS = (1, 2, 3, 4, 5, 10, 20, 50, 100, 1000)  # of each bin of the histogram; a last bin holds the deeper ones
+FIRST_RANKS = (1, 2, 3, 4, 5, 6, 11, 21, 51, 101, 1001)  # of each bin of the histogram
 LEAST = 1e-3  # the probability at which the heat map's colours begin
 BARS = 8  # candidates that a query's panel has room for
+Name = Callable[[int], str]  # names a row
 
 
-class Panel(NamedTuple):
-    """One query's k candidates, in stage 1's order."""
+def draw(
+    model: SoftAttention | Pipeline,
+    batch: QueryBatch,
+    found: Evaluation,
+    settings: Mapping[str, Any],
+    texts: Sequence[str] | None,
+) -> Iterator[tuple[str, Figure]]:
+    """Yield each figure that the settings of conf/dashboards switch on, with its tag."""
+    chosen = exemplary(found.outcomes, settings["queries"])
 
-    title: str
-    names: Sequence[str]
-    probabilities: Mapping[str, np.ndarray]  # (k,) by method
-    right: np.ndarray  # (k,) bool
+    def name(row: int) -> str:
+        return f"row {row}" if texts is None else shortened(f"{row}: {texts[row]}")
 
-
-def rank_histogram(ranks: np.ndarray, rows: int) -> tuple[list[str], np.ndarray]:
-    """Count ranks, (B,), in bins: 1 to 5 one by one, then ever wider ones up to `rows`; returns names and counts."""
-    last = np.array([rank for rank in LAST_RANKS if rank < rows] + [rows])
-    first = np.append(1, last[:-1] + 1)
-    names = [f"{a}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(first, last, strict=True)]
-    return names, np.bincount(np.searchsorted(last, ranks), minlength=len(last))
-
-
-def heat_map_columns(candidates: np.ndarray, targets: np.ndarray, limit: int) -> np.ndarray:
-    """The rows that the heat map shows, (c,): targets, (n, m), before best candidates, (n, k), up to a limit.
-
-    They are ordered by the first query that names them, so that the map has a diagonal.
-    """
-    named = np.concatenate([targets[:, :1], candidates, targets[:, 1:]], axis=1)
-    rows = np.array([row for row in dict.fromkeys(named.T.flat) if row >= 0][:limit])
-    first = [(named == row).any(axis=1).argmax() for row in rows]
-    return rows[np.argsort(first, kind="stable")]
+    if settings["candidates"]:
+        yield "figures/1_candidates", _draw_candidates(found.outcomes, chosen, name)
+    if settings["heat_map"]:
+        yield "figures/2_attention", _draw_heat_map(model, batch.queries[chosen], found.outcomes, chosen, name)
+    if settings["ranks"]:
+        yield "figures/3_ranks", _draw_ranks(found.outcomes.ranks, len(model.memory))
+    if settings["reliability"]:
+        yield "figures/4_reliability", _draw_reliability(found)
 
 
-def draw_ranks(ranks: Mapping[str, np.ndarray], rows: int) -> Figure:
-    """Draw the share of queries whose target has each rank: bars, one colour for each method."""
+def exemplary(outcomes: Outcomes, count: int) -> np.ndarray:
+    """Choose at most `count` queries: up to a third that the last stage won, as many that it lost, then others."""
+    now, was = ((outcomes.ranks[method] == 1).numpy() for method in outcomes.compared)
+    third = -(-count // 3)
+    chosen = [*(now & ~was).nonzero()[0][:third], *(was & ~now).nonzero()[0][:third]]
+    return np.array([*dict.fromkeys([*chosen, *(now == was).nonzero()[0], *range(len(now))])][:count])
+
+
+def shortened(text: str, width: int = 26) -> str:
+    """Return a text as one line of at most `width` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else f"{line[: width - 1].rstrip()}\u2026"
+
+
+def _draw_candidates(outcomes: Outcomes, chosen: np.ndarray, name: Name) -> Figure:
+    """Draw a panel for each query: its candidates' probabilities before and after reranking, the right ones green."""
+    methods, columns = outcomes.probabilities, min(2, len(chosen))
+    lines = -(-len(chosen) // columns)
+    tall = 0.9 + min(BARS, outcomes.candidates.shape[1]) * (0.16 + 0.14 * len(methods))  # inches
+    figure = Figure((7.2 * columns, 0.6 + tall * lines))
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, query in zip(grid.flat, chosen.tolist(), strict=False):
+        _draw_panel(axes, outcomes, query, name)
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    handles = [Patch(color=COLOURS[method], label=NAMES[method]) for method in methods]
+    handles.append(Patch(color=RIGHT, label=f"{TICK}the right row"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _draw_panel(axes: Axes, outcomes: Outcomes, query: int, name: Name) -> None:
+    probabilities = {method: of[query].numpy() for method, of in outcomes.probabilities.items()}
+    right, rows = outcomes.right[query].numpy(), outcomes.candidates[query].tolist()
+    largest = np.max([*probabilities.values()], axis=0)
+    shown = np.sort(np.lexsort((-largest, ~right))[:BARS])  # the right ones, then the most probable
+    thick = 0.8 / len(probabilities)
+    for place, (method, values) in enumerate(probabilities.items()):
+        y = np.arange(len(shown)) - 0.4 + thick * (place + 0.5)
+        bars = axes.barh(y, values[shown], 0.92 * thick, color=COLOURS[method])
+        axes.bar_label(bars, [f"{v:.2f}" if v >= 0.005 else "" for v in values[shown]], padding=2, fontsize=9)
+    after, before = (int(outcomes.ranks[method][query]) for method in outcomes.compared)
+    verdict = ", won" if after == 1 < before else ", lost" if before == 1 < after else ""
+    axes.set_title(f"query {query}: rank {before:,} \u2192 {after:,}{verdict}", loc="right", fontsize=12)
+    axes.set(xlim=(0, 1.12), ylim=(len(shown) - 0.5, -0.5), xticks=[0, 0.5, 1])
+    axes.set_yticks(np.arange(len(shown)), [(TICK if right[i] else "") + name(rows[i]) for i in shown], fontsize=11)
+    for label, i in zip(axes.get_yticklabels(), shown, strict=True):
+        if right[i]:
+            label.set(color=RIGHT, fontweight="bold")
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_heat_map(
+    model: SoftAttention | Pipeline, queries: torch.Tensor, outcomes: Outcomes, chosen: np.ndarray, name: Name
+) -> Figure:
+    """Draw each stage's probabilities of the rows that are a query's first target or one of its first candidates."""
+    if isinstance(model, Pipeline):
+        answer = model(queries, answer=False)
+        logits = {"attention": answer.logits, "pipeline": answer.log_probs}
+    else:
+        logits = {"attention": model(queries)}
+    targets = outcomes.targets.numpy()[chosen]
+    named = np.concatenate([targets[:, :1], outcomes.candidates.numpy()[chosen]], axis=1)[:, : 40 // len(chosen)]
+    columns = np.array([row for row in dict.fromkeys(named.flat) if row >= 0])
+    right = (targets[:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
+    names = [name(row) for row in columns.tolist()]
+    figure = Figure((3 + max(5, 0.3 * len(columns)), (0.7 + 0.3 * len(chosen)) * len(logits) + 2))
+    grid = figure.subplots(len(logits), squeeze=False, sharex=True)[:, 0]
+    for axes, (method, of_rows) in zip(grid, logits.items(), strict=True):
+        values = of_rows.softmax(dim=-1).cpu().numpy()[:, columns]
+        image = axes.imshow(np.maximum(values, LEAST), cmap="Blues", norm=LogNorm(LEAST, 1), aspect="auto")
+        for y, x in np.argwhere(right):
+            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor="#d55e00", linewidth=2))
+        axes.set_xticks(np.arange(len(columns)), names, rotation=90, fontsize=11)
+        axes.set_yticks(np.arange(len(chosen)), [f"query {query}" for query in chosen], fontsize=11)
+        axes.set_title(f"{NAMES[method]}: probability of each row; the right ones are framed")
+        axes.grid(visible=False)
+    figure.colorbar(image, ax=grid, format="%g", label=f"probability; {LEAST:g} and less are white")
+    return figure
+
+
+def _draw_ranks(ranks: Mapping[str, torch.Tensor], rows: int) -> Figure:
+    """Draw the share of queries whose target has each rank, by every method but the oracle."""
     figure = Figure((13, 5.5))
     axes = figure.subplots()
-    width = 0.84 / len(ranks)
-    for place, (method, of_method) in enumerate(ranks.items()):
-        names, counts = rank_histogram(of_method, rows)
+    methods = [method for method in COLOURS if method in ranks]
+    width = 0.84 / len(methods)
+    for place, method in enumerate(methods):
+        names, counts = rank_histogram(ranks[method].numpy(), rows)
         shares = 100 * counts / counts.sum()
         x = np.arange(len(names)) - 0.42 + width * (place + 0.5)
         bars = axes.bar(x, shares, 0.94 * width, color=COLOURS[method], label=NAMES[method])
@@ -80,84 +161,27 @@ def draw_ranks(ranks: Mapping[str, np.ndarray], rows: int) -> Figure:
     return figure
 
 
-def draw_reliability(
-    confidences: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], errors: Mapping[str, float], bins: int
-) -> Figure:
-    """Draw accuracy over confidence, and below it how many queries each of the bins holds; a column for each method.
+def rank_histogram(ranks: np.ndarray, rows: int) -> tuple[list[str], np.ndarray]:
+    """Count ranks, (B,), in bins: 1 to 5 one by one, then ever wider ones up to `rows`; return names and counts."""
+    edges = [rank for rank in FIRST_RANKS if rank <= rows] + [rows + 1]
+    names = [f"{a}" if b == a + 1 else f"{a:,}\u2013{b - 1:,}" for a, b in pairwise(edges)]
+    return names, np.histogram(ranks, edges)[0]
 
-    Honest probabilities lie on the diagonal. Confidences and what they should be are (B,); the titles name the errors.
-    """
-    figure = Figure((5.6 * len(confidences), 6.6))
-    grid = figure.subplots(2, len(confidences), squeeze=False, sharex=True, height_ratios=(3, 1))
-    for method, (above, below) in zip(confidences, grid.T, strict=True):
-        values = [confidences[method], right[method]]
-        means = binned_statistic(confidences[method], values, bins=bins, range=(0, 1)).statistic  # (2, bins)
+
+def _draw_reliability(found: Evaluation) -> Figure:
+    """Draw accuracy over confidence, which agree on the diagonal, and the number of queries in each bin below."""
+    errors = found.figures["calibration_error"]
+    figure = Figure((5.6 * len(errors), 6.6))
+    grid = figure.subplots(2, len(errors), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for (method, error), (above, below) in zip(errors.items(), grid.T, strict=True):
+        confidences = found.outcomes.confidences[method].numpy()
+        values = [confidences, found.outcomes.share_right(method).numpy()]
+        means = binned_statistic(confidences, values, bins=BINS, range=(0, 1)).statistic  # (2, bins)
         above.plot([0, 1], [0, 1], "--", color="#777777")
         above.plot(*means[:, ~np.isnan(means[0])], "o-", color=COLOURS[method])
-        above.set(title=f"{NAMES[method]}: off by {100 * errors[method]:.1f} points on average")
+        above.set(title=f"{NAMES[method]}: off by {100 * error['value']:.1f} points on average")
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
-        below.hist(confidences[method], bins, range=(0, 1), color=COLOURS[method], ec="white")
+        below.hist(confidences, BINS, range=(0, 1), color=COLOURS[method], ec="white")
         below.set(xlabel="probability of the answer", ylabel="queries")
         below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    return figure
-
-
-def draw_candidates(panels: Sequence[Panel]) -> Figure:
-    """Draw a panel for each query: its candidates' probabilities before and after reranking, the right ones green."""
-    methods = panels[0].probabilities
-    shown = [shown_candidates(panel) for panel in panels]
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    tall = 0.9 + max(map(len, shown)) * (0.16 + 0.14 * len(methods))  # inches
-    figure = Figure((7.2 * columns, 0.6 + tall * lines))
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, panel, of_panel in zip(grid.flat, panels, shown, strict=False):
-        _draw_panel(axes, panel, of_panel)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    labels = {"attention": "before: attention", "pipeline": "after reranking"}
-    handles = [Patch(color=COLOURS[method], label=labels[method]) for method in methods]
-    handles.append(Patch(color=RIGHT, label="\u2713 the right row"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    return figure
-
-
-def shown_candidates(panel: Panel) -> np.ndarray:
-    """The candidates that a panel has room for, in stage 1's order: the right ones, then the most probable."""
-    largest = np.max([*panel.probabilities.values()], axis=0)
-    return np.sort(np.lexsort((-largest, ~panel.right))[:BARS])
-
-
-def _draw_panel(axes: Axes, panel: Panel, shown: np.ndarray) -> None:
-    thick = 0.8 / len(panel.probabilities)
-    for place, (method, probabilities) in enumerate(panel.probabilities.items()):
-        values, y = probabilities[shown], np.arange(len(shown)) - 0.4 + thick * (place + 0.5)
-        bars = axes.barh(y, values, 0.92 * thick, color=COLOURS[method])
-        axes.bar_label(bars, [f"{value:.2f}" if value >= 0.005 else "" for value in values], padding=2, fontsize=9)
-    axes.set(xlim=(0, 1.12), ylim=(len(shown) - 0.5, -0.5), xticks=[0, 0.5, 1])
-    axes.set_title(panel.title, loc="right", fontsize=12)
-    axes.set_yticks(
-        np.arange(len(shown)), [f"\u2713 {panel.names[i]}" if panel.right[i] else panel.names[i] for i in shown]
-    )
-    for label, i in zip(axes.get_yticklabels(), shown, strict=True):
-        label.set(fontsize=11, **({"color": RIGHT, "fontweight": "bold"} if panel.right[i] else {}))
-    axes.grid(axis="y", visible=False)
-
-
-def draw_heat_map(
-    maps: Mapping[str, np.ndarray], right: np.ndarray, queries: Sequence[str], rows: Sequence[str]
-) -> Figure:
-    """Draw a map for each method: n queries down, c rows across, the darker the more probable, right rows framed."""
-    n, c = right.shape
-    figure = Figure((3 + max(5, 0.3 * c), (0.7 + 0.3 * n) * len(maps) + 0.09 * max(map(len, rows))))
-    grid = figure.subplots(len(maps), squeeze=False, sharex=True)[:, 0]
-    for axes, (method, values) in zip(grid, maps.items(), strict=True):
-        image = axes.imshow(np.maximum(values, LEAST), cmap="Blues", norm=LogNorm(LEAST, 1), aspect="auto")
-        for y, x in np.argwhere(right):
-            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=FRAME, linewidth=2))
-        axes.set_xticks(np.arange(c), rows, rotation=90, fontsize=11)
-        axes.set_yticks(np.arange(n), queries, fontsize=11)
-        axes.set_title(f"{NAMES[method]}: probability of each row; the right ones are framed")
-        axes.grid(visible=False)
-    figure.colorbar(image, ax=grid, format="%g", label=f"probability; {LEAST:g} and less are white")
     return figure

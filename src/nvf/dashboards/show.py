@@ -4,37 +4,30 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from nvf.dashboards.projector import add_points
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number, one_line
-from nvf.evaluation.evaluate import BINS, METHODS, Evaluation, Outcomes
+from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
 SWITCHES = ("scalars_page", "candidates", "heat_map", "ranks", "reliability", "projector")
-NUMBERS = {"queries": (1, 40), "projector_points": (4, 20_000)}
-COLUMNS = 40  # of the heat map
-CHARACTERS = 26  # of a row's name in a figure
 CEILINGS = ("exact", "oracle", "coverage")
 PAGE = {
     "both stages and their ceilings, on validation queries": {
         title: ["Multiline", [f"val/{metric}$", *(f"{metric}/{name}$" for name in CEILINGS)]]
         for metric, title in (("top1", "Top-1"), ("top5", "Top-5"))
-    },
-    "each stage": {
-        "loss on validation queries": ["Multiline", ["val/loss$"]],
-        "loss in training": ["Multiline", ["train/loss$"]],
-        "norms of the gradients": ["Multiline", ["gradients/"]],
-    },
+    }
 }
 log = logging.getLogger("nvf")
 
@@ -44,39 +37,32 @@ def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
     figures = results["test"]
     metrics = {
         f"hp/{method}/{metric}": figures[method][metric]["value"]
-        for method in reversed(METHODS)  # the tab shows the first by itself
+        for method in reversed(METHODS)  # the tab shows only the first column at once
         if figures[method] is not None
         for metric in METRICS
     }
     metrics["hp/coverage"] = figures["coverage"]["value"]
     for method, error in figures["calibration_error"].items():
         metrics[f"hp/{method}/calibration_error"] = error["value"]
-    settings = _flat({name: results["config"][name] for name in SETTINGS})
+    settings: dict[str, bool | int | float | str] = {}
+    for group in SETTINGS:
+        value = results["config"][group]
+        named = (
+            {f"{group}.{name}": leaf for name, leaf in value.items()} if isinstance(value, Mapping) else {group: value}
+        )
+        settings |= {n: leaf if isinstance(leaf, bool | int | float | str) else str(leaf) for n, leaf in named.items()}
     with SummaryWriter(str(folder)) as writer:
         writer.add_hparams(settings, metrics, run_name=".")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
-
-
 def check_dashboards(settings: Mapping[str, Any]) -> None:
-    """Raise an InputError unless every setting is known, and a switch or a number within its limits."""
-    for name, value in settings.items():
-        if name in NUMBERS:
-            low, high = NUMBERS[name]
-            remedy = f"{low} to {high} are shown well"
-            check_number(f"dashboards.{name}", value, minimum=low, below=high + 1, whole=True, remedy=remedy)
-        elif name not in SWITCHES:
-            raise InputError(f"dashboards.{name}={value} is unknown; choose one of {', '.join((*SWITCHES, *NUMBERS))}")
-        elif not isinstance(value, bool):
-            raise InputError(f"dashboards.{name}={value} is neither true nor false; false leaves it out")
+    """Raise an InputError unless each switch is true or false, and each number within its limits."""
+    for name in SWITCHES:
+        if not isinstance(settings[name], bool):
+            raise InputError(f"dashboards.{name}={settings[name]} is neither true nor false; false leaves it out")
+    for name, low, high in (("queries", 1, 40), ("projector_points", 4, 20_000)):
+        remedy = f"{low} to {high} are shown well"
+        check_number(f"dashboards.{name}", settings[name], minimum=low, below=high + 1, whole=True, remedy=remedy)
 
 
 def texts_of(folder: str | Path | None, rows: int) -> list[str] | None:
@@ -97,6 +83,7 @@ def texts_of(folder: str | Path | None, rows: int) -> list[str] | None:
     return texts
 
 
+@torch.no_grad()
 def show(
     model: SoftAttention | Pipeline,
     batch: QueryBatch,
@@ -110,121 +97,61 @@ def show(
 ) -> None:
     """Write what TensorBoard shows of a fitted model: a page of scalars, images, and the projector's points.
 
-    Args:
-        model: stage 1 alone, or the pipeline.
-        batch: validation queries.
-        found: what the model reaches on them.
-        settings: of conf/dashboards.
-        folder: the run's; the folders in it hold the stages' curves.
-        steps: of the longest stage, as the width of level lines.
-        texts: of the N rows.
-        labels: the clusters of the N rows.
+    The evaluation `found` is of the same validation queries; the settings are those of conf/dashboards. The ceilings'
+    level lines are `steps` long. Texts and labels (clusters) are of the N rows.
     """
     if not any(settings[name] for name in SWITCHES):
         return
-    from matplotlib import rc_context  # which takes a second to import
+    from matplotlib import rc_context  # takes a second to import
 
-    from nvf.dashboards.figures import STYLE
+    from nvf.dashboards.figures import STYLE, draw
 
     with SummaryWriter(str(folder)) as writer, rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that the font lacks: a box stands for them
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font lacks
         if settings["scalars_page"]:
-            _add_scalars_page(writer, found.figures, steps)
-        _add_figures(writer, model.eval(), batch, found, settings, texts)
+            writer.add_custom_scalars(PAGE)
+            for name, metric in product(CEILINGS, ("top1", "top5")):
+                if (level := found.figures[name]) is not None:
+                    for step in (0, steps):
+                        value = level["value"] if name == "coverage" else level[metric]["value"]
+                        writer.add_scalar(f"{metric}/{name}", value, step)
+        for tag, figure in draw(model.eval(), batch, found, settings, texts):
+            writer.add_figure(tag, figure)
         if settings["projector"]:
             attention = model.attention if isinstance(model, Pipeline) else model
-            add_points(writer, attention, batch, settings["projector_points"], texts, labels)
+            _add_points(writer, attention, batch, settings["projector_points"], texts, labels)
 
 
-def _add_scalars_page(writer: SummaryWriter, figures: Mapping[str, Any], steps: int) -> None:
-    """Write the page, which shows the stages' own curves, and the ceilings as level lines."""
-    writer.add_custom_scalars(PAGE)
-    for metric in ("top1", "top5"):
-        for name in CEILINGS:
-            if figures[name] is not None:
-                ceiling = figures[name] if name == "coverage" else figures[name][metric]
-                for step in (0, steps):
-                    writer.add_scalar(f"{metric}/{name}", ceiling["value"], step)
-
-
-def _add_figures(
+def _add_points(
     writer: SummaryWriter,
-    model: SoftAttention | Pipeline,
+    attention: SoftAttention,
     batch: QueryBatch,
-    found: Evaluation,
-    settings: Mapping[str, Any],
+    limit: int,
     texts: Sequence[str] | None,
+    labels: Sequence[int] | None,
 ) -> None:
-    from nvf.dashboards import figures
+    """Write at most `limit` points, at least 4, each with its kind and the row that it is or is answered by.
 
-    outcomes = found.outcomes
-    chosen = exemplary(outcomes, settings["queries"])
-    if settings["candidates"]:
-        figure = figures.draw_candidates([_panel(outcomes, query, texts) for query in chosen.tolist()])
-        writer.add_figure("figures/1_candidates", figure)
-    if settings["heat_map"]:
-        candidates, targets = (part.numpy()[chosen] for part in (outcomes.candidates, outcomes.targets))
-        columns = figures.heat_map_columns(candidates, targets, COLUMNS)
-        maps = {name: part[:, columns] for name, part in _probabilities(model, batch.queries[chosen]).items()}
-        right = (targets[:, None, :] == columns[None, :, None]).any(axis=-1)  # (n, c)
-        names = [f"query {query}" for query in chosen], [_name(row, texts) for row in columns.tolist()]
-        writer.add_figure("figures/2_attention", figures.draw_heat_map(maps, right, *names))
-    if settings["ranks"]:
-        ranks = {name: part.numpy() for name, part in outcomes.ranks.items() if name != "oracle"}
-        writer.add_figure("figures/3_ranks", figures.draw_ranks(ranks, len(model.memory)))
-    if settings["reliability"]:
-        confidences = {name: part.numpy() for name, part in outcomes.confidences.items()}
-        right = {name: outcomes.share_right(name).numpy() for name in confidences}
-        errors = {name: found.figures["calibration_error"][name]["value"] for name in confidences}
-        writer.add_figure("figures/4_reliability", figures.draw_reliability(confidences, right, errors, BINS))
-
-
-def exemplary(outcomes: Outcomes, count: int) -> np.ndarray:
-    """Choose at most `count` queries: some that the last method won over the one before it, some it lost, and others.
-
-    Each kind has a third of the places, and those that another kind does not fill.
+    A quarter are queries, evenly spaced, a quarter the same queries transformed, and the rest are rows: the queries'
+    targets if there is room, then others, evenly spaced. Texts and labels (clusters) are of the N rows.
     """
-    now, was = ((outcomes.ranks[method] == 1).numpy() for method in outcomes.compared)
-    kinds = np.where(now == was, 2, np.where(now, 0, 1))  # won, lost, alike
-    turns = np.zeros(len(kinds), dtype=int)  # a query's place among those of its kind
-    for kind in range(3):
-        turns[kinds == kind] = np.arange((kinds == kind).sum())
-    chosen = np.lexsort((kinds, turns))[:count]
-    return chosen[kinds[chosen].argsort(kind="stable")]
-
-
-def _panel(outcomes: Outcomes, query: int, texts: Sequence[str] | None) -> Any:
-    from nvf.dashboards.figures import Panel
-
-    after, before = (int(outcomes.ranks[method][query]) for method in outcomes.compared)
-    verdicts = {(True, True): "right as before", (False, True): "won", (True, False): "lost"}
-    verdict = verdicts.get((before == 1, after == 1), "wrong still")
-    right = outcomes.right[query].numpy()
-    title = f"query {query}: {verdict}, rank {before:,} \u2192 {after:,}"
-    return Panel(
-        title if right.any() else f"{title}, target no candidate",
-        [_name(row, texts) for row in outcomes.candidates[query].tolist()],
-        {method: of[query].numpy() for method, of in outcomes.probabilities.items()},
-        right,
-    )
-
-
-def _name(row: int, texts: Sequence[str] | None) -> str:
-    return f"row {row}" if texts is None else shortened(f"{row}: {texts[row]}")
-
-
-def shortened(text: str, width: int = CHARACTERS) -> str:
-    """A text as one line of at most `width` characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= width else f"{line[: width - 1].rstrip()}\u2026"
-
-
-@torch.no_grad()
-def _probabilities(model: SoftAttention | Pipeline, queries: torch.Tensor) -> dict[str, np.ndarray]:
-    """Every row's probability for a few queries, (n, N), by method."""
-    if isinstance(model, Pipeline):
-        answer = model(queries, answer=False)
-        logs = {"attention": answer.logits, "pipeline": answer.log_probs}
-    else:
-        logs = {"attention": model(queries)}
-    return {method: of.softmax(dim=-1).cpu().numpy() for method, of in logs.items()}
+    first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # a query's first target; others may be padding
+    targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
+    queries = np.unique(np.linspace(0, len(targets) - 1, limit // 4, dtype=int))
+    room, memory = limit - 2 * len(queries), attention.memory
+    others = np.linspace(0, len(memory) - 1, room, dtype=int)
+    rows = np.sort([*dict.fromkeys([*targets[queries], *others])][:room])
+    raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
+    shown = memory.take(torch.from_numpy(rows).to(raw.device))
+    vectors = [shown, raw, F.normalize(attention.moved(raw), dim=-1)]
+    of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
+    kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
+    columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first column colours and names the points
+    if labels is not None:
+        columns["cluster"] = [int(labels[row]) for row in of]
+    if texts is not None:
+        columns["text"] = [" ".join(texts[row][:100].split()) for row in of]  # without tabs, which separate columns
+    columns["query"] = [""] * len(rows) + queries.tolist() * 2
+    points = torch.cat(vectors).double().cpu().numpy().round(6)  # the file is text, of fewer digits
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    writer.add_embedding(points, lines, metadata_header=list(columns), tag="rows and queries", global_step=0)

@@ -1,4 +1,4 @@
-"""What is fitted to validation queries after training: both temperatures, and a correction of stage 1's hubs."""
+"""What validation queries decide after training: both stages' temperatures, and a correction for stage 1's hubs."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,18 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 
-BETA_RANGE = (0.1, 1000.0)  # from no preference among unit vectors to the certainty of the best
-FACTOR_RANGE = (0.01, 100.0)
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SCORES = 2**26  # that a temperature is fitted to, 256 MB: 256 queries' up to 262,144 rows
-CLEAR = 2.0  # standard errors
+BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
+FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
 
 def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
-    """Set beta, within BETA_RANGE, to the minimum of the loss over held-out queries; the order of rows stays.
+    """Set beta to the minimum of the loss over held-out queries, of which the first suffice over a large memory.
 
-    Training stops where Top-1 is best, not where the probabilities are right. Of many queries over many rows, some are
-    used.
+    Training keeps the weights with the best Top-1, whose probabilities need not be right. The order of rows stays.
     """
     rows = len(attention.memory)
-    count = max(FEWEST_QUERIES, min(256, SCORES // rows), ALL_SCORES // rows)
+    count = max(FEWEST_QUERIES, min(256, 2**26 // rows), ALL_SCORES // rows)  # 2**26 scores are 256 MB of float32
     queries, targets = queries[:count], targets[:count]
     with torch.no_grad():
         logits, beta = attention(queries), float(attention.beta)  # (B, N)
@@ -38,9 +35,9 @@ def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) 
 
 @torch.no_grad()
 def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
-    """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; returns the factor.
+    """Scale the reranker's scores to the minimum of the pipeline's loss over held-out queries; return the factor.
 
-    This is temperature scaling (arXiv 1706.04599): no Top-1 changes. Only queries with a right candidate count.
+    This is temperature scaling (arXiv 1706.04599), which reorders nothing. Only queries with a right candidate count.
     """
     pipeline.eval()
     scores, labels = [], []
@@ -49,10 +46,10 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
         scores.append(pipeline.rerank(queries, top))
         labels.append(are_targets(top.rows, targets))
     of_all, right = torch.cat(scores), torch.cat(labels)
-    if not right.any():
+    covered = right.any(dim=-1)
+    if not covered.any():
         return 1.0
-    valid = right.any(dim=-1)
-    factor = _best_factor(of_all[valid], mean_of(of_all, right)[valid].unsqueeze(-1), FACTOR_RANGE)
+    factor = _best_factor(of_all[covered], mean_of(of_all, right)[covered].unsqueeze(-1), FACTOR_RANGE)
     pipeline.reranker.sharpen(factor)
     return factor
 
@@ -60,37 +57,25 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
 def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> float:
     """Find the factor f with the least loss, by bisection on the sign of the loss's slope in log f.
 
-    The loss is the sum over queries of logsumexp(f scores) - logsumexp(f right), plus (log f)^2 / 2, a normal prior on
-    log f. Without a prior, f would be infinite where all held-out queries are answered right (doi 10.1214/08-AOAS191).
-
-    Args:
-        scores: (B, n).
-        right: (B, m), those of the right ones, padded with -inf.
-        within: the least and the largest f.
+    The loss is the sum over queries of logsumexp(f scores) - f right, plus (log f)^2 / 2, a normal prior on log f.
+    Without a prior, f would be infinite where every query is answered right (doi 10.1214/08-AOAS191). The scores are
+    (B, n), and `right`, (B, 1), is the mean score of each query's right rows.
     """
-    largest = scores.amax(dim=-1, keepdim=True)  # taken off, or rounding would swallow the slope
-    scores, right = scores - largest, right - largest
+    largest = scores.amax(dim=-1, keepdim=True)  # subtracted, or rounding would swallow the slope
+    scores, right_sum = scores - largest, float((right - largest).sum(dtype=torch.float64))
     low, high = (math.log(end) for end in within)
     for _ in range(20):
         middle = (low + high) / 2
         factor = math.exp(middle)
-        slope = factor * (_expected(scores, factor) - _expected(right, factor)) + middle
+        expected = (factor * scores).softmax(dim=-1).mul_(scores).nan_to_num_(0.0).sum(dtype=torch.float64)
+        slope = factor * (float(expected) - right_sum) + middle
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp((low + high) / 2)
 
 
-def _expected(scores: Tensor, factor: float) -> float:
-    """The sum over queries of the scores' expectation under softmax(factor scores), in float64."""
-    weighed = (factor * scores).softmax(dim=-1).mul_(scores)
-    return float(weighed.nan_to_num_(0.0).sum(dtype=torch.float64))  # 0 * -inf is what padding has
-
-
 @torch.no_grad()
 def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None = None) -> Tensor:
-    """How well each query is answered, (B,): whether its list begins with a target, `top1`, or its nDCG@10, `ndcg10`.
-
-    Unless `by` names one of the two, `criterion` chooses.
-    """
+    """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
     by, parts = by or criterion(batch.targets), []
     for queries, targets in score_blocks(batch, len(model.memory)):
@@ -100,13 +85,13 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
 
 
 def clearly_above(quality: Tensor, reference: Tensor) -> bool:
-    """Whether a quality, (B,), exceeds that of a reference by CLEAR standard errors of the paired difference.
+    """Return whether a quality, (B,), exceeds a reference's by two standard errors of the paired difference.
 
-    If the two are equally good, each query's difference d is as likely to have the other sign, so the sum of all has
-    the variance sum d^2. For Top-1, that is the number of wins and losses.
+    If the two are equally good, each query's difference d is as likely to have the other sign, so the sum over queries
+    has the variance sum d^2. For Top-1, that is the number of wins and losses.
     """
     difference = quality.double() - reference.double()
-    return float(difference.sum()) > CLEAR * math.sqrt(float(difference.square().sum()))
+    return float(difference.sum()) > 2 * math.sqrt(float(difference.square().sum()))
 
 
 @torch.no_grad()
@@ -118,14 +103,10 @@ def fit_hub_correction(
     shares: Sequence[float] = SHARES,
     cautious: bool = False,
 ) -> float:
-    """Set the bias to the share of the rows' hubness whose subtraction validates best; returns the share.
+    """Subtract from stage 1's scores the share of the rows' hubness that validates best; return the share.
 
-    Args:
-        attention: a fitted stage 1; without a bias at a share of 0.
-        bank: the training queries, (n, D).
-        held_out: validation queries with their targets.
-        shares: to choose from; of equally good ones, the first is taken.
-        cautious: take the first unless another is clearly above it.
+    Hubness is measured on a bank, (n, D), of training queries. With `cautious`, the first share is kept unless another
+    is clearly above it.
     """
     attention.bias = None
     hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
@@ -133,7 +114,7 @@ def fit_hub_correction(
     for share in shares:
         attention.bias = -share * hubs if share else None
         qualities.append(quality(attention, held_out))
-    best = max(range(len(shares)), key=lambda place: float(qualities[place].double().sum()))  # the first of equals
+    best = max(range(len(shares)), key=lambda place: float(qualities[place].double().sum()))
     if cautious and not clearly_above(qualities[best], qualities[0]):
         best = 0
     attention.bias = -shares[best] * hubs if shares[best] else None

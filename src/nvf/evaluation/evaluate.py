@@ -1,4 +1,4 @@
-"""Every figure next to its baseline, its interval and its ceiling."""
+"""Every figure of a model next to its baseline, its interval and its ceiling."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,11 @@ from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, recipro
 
 METHODS = ("exact", "oracle", "attention", "pipeline")
 BINS = 15  # of confidence, equally wide
-CALIBRATION_RESAMPLES = 200
-ROUNDING = 1e-5  # cosines that differ by less are equal
+ROUNDING = 1e-5  # cosines that differ by less count as equal
 
 
 class Outcomes(NamedTuple):
-    """What each method answers to each of B queries; dictionaries are by method, of those of METHODS that there are."""
+    """What each method answers to each of B queries; the dictionaries' keys are those of METHODS that there are."""
 
     targets: Tensor  # (B, m) rows, padded with -1
     candidates: Tensor  # (B, k) rows, in stage 1's order
@@ -43,11 +42,11 @@ class Outcomes(NamedTuple):
 
     @property
     def compared(self) -> tuple[str, str]:
-        """The last method, and the one that it is held against."""
+        """The model's last stage, and the method before it."""
         return ("pipeline", "attention") if "pipeline" in self.ranks else ("attention", "exact")
 
     def share_right(self, method: str) -> Tensor:
-        """Of each query 1 / m where the first answer is one of its m targets, else 0, (B,)."""
+        """For each query, (B,), 1 / m if the first answer is one of its m targets, else 0."""
         return (self.ranks[method] == 1) / (self.targets >= 0).sum(dim=-1)
 
 
@@ -60,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def answered(self) -> Tensor:
-        """The queries whose target the model ranks first, (B,) bool."""
+        """Whether the model ranks a target of each query first, (B,) bool."""
         return self.outcomes.ranks[self.outcomes.compared[0]] == 1
 
 
@@ -76,13 +75,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute the figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
-    Args:
-        model: stage 1 alone, or the pipeline.
-        batch: the queries and targets to report on.
-        k: the number of candidates that coverage and recall count.
-        oracle: the rows (N, D) that an informed search would use; None where nobody knows them.
-        seen: which rows answer a training query, (N,) bool; None where no row is known to.
-        title: of the progress bar.
+    Coverage and recall count the first k candidates. The oracle is the rows, (N, D), that an informed search would use,
+    None if they are unknown; `seen`, (N,) bool, says which rows answer a training query, None if that is unknown.
     """
     model.eval()
     blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
@@ -90,11 +84,12 @@ def evaluate(
     outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
     answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
     last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
-    right, count, reranked = int((answered[last] & covered).sum()), int(covered.sum()), last == "pipeline"
+    count, right, reranked = int(covered.sum()), int((answered[last] & covered).sum()), last == "pipeline"
     figures: dict[str, Any] = {method: _figures(outcomes, method) for method in METHODS}
-    known = None if seen is None else ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
-    figures["seen_rows"] = None if known is None else _top1_of(known, answered)
-    figures["unseen_rows"] = None if known is None else _top1_of(~known, answered)
+    figures["seen_rows"] = figures["unseen_rows"] = None
+    if seen is not None:
+        known = ((batch.targets >= 0) & seen[batch.targets]).any(dim=-1).cpu()
+        figures["seen_rows"], figures["unseen_rows"] = _top1_of(known, answered), _top1_of(~known, answered)
     figures["coverage"] = wilson(count, len(covered))
     figures["rerank_given_coverage"] = wilson(right, count) if reranked and count else None
     bound = {**answered, "coverage": covered}[ceiling(figures)[0]]
@@ -108,7 +103,6 @@ def evaluate(
 
 
 def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: Tensor | None) -> Outcomes:
-    """Answer queries whose scores can be held at once."""
     queries, targets = batch
     rows = model.memory.rows
     scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
@@ -129,21 +123,19 @@ def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracl
     if oracle is rows:
         for measure in (ranks, gains, recalls):
             measure["oracle"] = measure["exact"]
-    totals = {method: of_rows.logsumexp(dim=-1, keepdim=True) for method, of_rows in logits.items()}
-    confidences = {m: (of_rows.amax(dim=-1) - totals[m].squeeze(-1)).exp() for m, of_rows in logits.items()}
-    probabilities = {m: (of_rows.gather(-1, candidates) - totals[m]).exp() for m, of_rows in logits.items()}
+    log_probs = {method: of_rows - of_rows.logsumexp(dim=-1, keepdim=True) for method, of_rows in logits.items()}
+    confidences = {method: of_rows.amax(dim=-1).exp() for method, of_rows in log_probs.items()}
+    probabilities = {method: of_rows.gather(-1, candidates).exp() for method, of_rows in log_probs.items()}
     return Outcomes(targets, candidates, ranks, gains, recalls, confidences, probabilities)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Tensors, or dictionaries of them, of all blocks as one, on the CPU."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts)).cpu()
     return {method: _joined([part[method] for part in parts]) for method in parts[0]}
 
 
 def _figures(outcomes: Outcomes, method: str) -> dict[str, Interval] | None:
-    """Every metric of a method with its interval; None if there is no such method."""
     if method not in outcomes.ranks:
         return None
     ranks = outcomes.ranks[method]
@@ -158,7 +150,6 @@ def _figures(outcomes: Outcomes, method: str) -> dict[str, Interval] | None:
 
 
 def _mean(values: Tensor) -> Interval:
-    """The mean of values in 0..1, (B,), with its interval."""
     count, values = len(values), values.double()
     mean = values.sum() / count
     variance = (values.square().sum() / count - mean.square()).clamp(min=0)
@@ -166,7 +157,6 @@ def _mean(values: Tensor) -> Interval:
 
 
 def _top1_of(group: Tensor, answered: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Every method's Top-1 on a group of the queries, (B,) bool; None if it is empty."""
     count = int(group.sum())
     return {
         method: {"queries": count, "top1": wilson(int(right[group].sum()), count)} if count else None
@@ -175,38 +165,30 @@ def _top1_of(group: Tensor, answered: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Queries that a method answers and a reference does not, the reverse, and McNemar's p; both (B,) bool."""
+    """Count the queries that only the method answers, and those that only the reference does; both (B,) bool."""
     wins, losses = wins_and_losses(answered, reference)
     return {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
 
 
 @torch.no_grad()
 def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict[str, Any]:
-    """What a pipeline's index costs and saves, next to exact search: the block `index` of results.json.
+    """Compare a pipeline's index with exact search: the block `index` of results.json.
 
-    `recall` is the share of the exact candidates, or of rows as near as these, that are candidates with the index.
-
-    Args:
-        pipeline: one that has an index; it keeps it.
-        queries: (B, D) unit rows.
-        targets: (B, m) rows, padded with -1.
+    Recall is the share of the index's candidates that are as near as the k-th exact one. Queries, (B, D), are unit
+    vectors; targets, (B, m), are padded with -1.
     """
-    index, keys, k = pipeline.index, pipeline.attention.keys(), pipeline.k
+    index, keys, k, shares = pipeline.index, pipeline.attention.keys(), pipeline.k, []
     assert index is not None
-    shares = []
     for block in queries.split(QUERY_BLOCK):
         projected = pipeline.attention.project(block)
         found = approximate_topk(index, projected, keys, k).scores
         worst = blockwise_topk(projected, keys, k).scores[:, -1:]
-        alike = ROUNDING * projected.norm(dim=-1, keepdim=True)
-        shares.append((found >= worst - alike).float().mean(dim=-1))
+        shares.append((found >= worst - ROUNDING * projected.norm(dim=-1, keepdim=True)).float().mean(dim=-1))
     rows, rate = _timed_search(pipeline, queries)
     right = int((pipeline.memory.rows_of(rows) == targets).any(dim=-1).sum())
     pipeline.index = None
-    try:
-        exact_rate = _timed_search(pipeline, queries)[1]
-    finally:
-        pipeline.index = index
+    exact_rate = _timed_search(pipeline, queries)[1]
+    pipeline.index = index
     return {
         "kind": index.kind,
         "settings": index.settings,
@@ -217,35 +199,34 @@ def evaluate_index(pipeline: Pipeline, queries: Tensor, targets: Tensor) -> dict
 
 
 def _timed_search(pipeline: Pipeline, queries: Tensor) -> tuple[Tensor, float]:
-    """The most probable row of each query, (B, 1), and how many a second were answered."""
-    pipeline.search(queries[:1])  # what is computed once is none of a query's time
+    """Return the most probable row of each query, (B, 1), and the number of queries answered per second."""
+    pipeline.search(queries[:1])  # warms up, so that what is computed only once is not timed
     start = time.perf_counter()
     rows = pipeline.search(queries).rows
     return rows[:, :1], len(queries) / (time.perf_counter() - start)
 
 
 def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
-    """The expected calibration error of the first answers (arXiv 1706.04599), its error by the bootstrap over queries.
+    """Return the expected calibration error (arXiv 1706.04599), with its interval from a bootstrap over queries.
 
-    Args:
-        confidences: (B,), the probability of each query's most probable row.
-        right: (B,), what that should be: 1 / m if it is one of the query's m right rows, which share the mass, else 0.
+    Confidences, (B,), are the probabilities of each query's most probable row; `right`, (B,), is 1 / m if that row is
+    one of the query's m right rows, which share the probability, else 0.
     """
     confidences = confidences.nan_to_num(0).cpu()
     excess = confidences.double() - right.cpu().double()
-    bins = (confidences * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # that hold their upper ends
+    bins = (confidences * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # a bin includes its upper end
 
     def error(drawn: Tensor) -> Tensor:
         return excess.new_zeros(BINS).index_add(0, bins[drawn], excess[drawn]).abs().sum() / len(drawn)
 
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(CALIBRATION_RESAMPLES)]
+    draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(200)]
     spread = float(torch.stack([error(drawn) for drawn in draws]).std())
     return mean_interval(float(error(torch.arange(len(right)))), spread, count=len(right))
 
 
 def ceiling(figures: Mapping[str, Any]) -> tuple[str, float]:
-    """What bounds the pipeline's Top-1: coverage, or the oracle's Top-1 where that is lower."""
+    """Return the name and value of what bounds the pipeline's Top-1: coverage, or the oracle's Top-1 if lower."""
     coverage, oracle = figures["coverage"]["value"], figures["oracle"]
     if oracle is not None and oracle["top1"]["value"] < coverage:
         return "oracle", oracle["top1"]["value"]

@@ -1,7 +1,7 @@
-"""The norms of the gradients on the query and on each part of the model, which say whether every part is trained."""
+"""The norms of the gradients on the query and on each part of the model, which show whether every part is trained."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,30 +15,24 @@ PARTS = ("query", "transform", "temperature", "keys", "reranker")
 AUDITED = 256  # queries
 
 
-def part_of(name: str) -> str:
-    """The part that a tensor belongs to; its name is a parameter's, or `query`."""
-    *modules, last = name.split(".")
-    if "reranker" in modules:
-        return "reranker"
-    return {"log_beta": "temperature", "delta": "keys", "query": "query"}.get(last, "transform")
-
-
 def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
-    """The norm of the gradient on each part that has one, from the gradients of named tensors; stays on the device."""
+    """Return the norm of the gradient on each part that has one, on the device, from named tensors' gradients."""
+    parts = {"log_beta": "temperature", "delta": "keys", "query": "query"}  # by a parameter's last name
     squares: dict[str, Tensor] = {}
     for name, gradient in gradients:
         if gradient is not None:
-            part, square = part_of(name), gradient.detach().float().square().sum()
+            *modules, last = name.split(".")
+            part = "reranker" if "reranker" in modules else parts.get(last, "transform")
+            square = gradient.detach().float().square().sum()
             squares[part] = squares[part] + square if part in squares else square
     return {part: squares[part].sqrt() for part in PARTS if part in squares}
 
 
 def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[str, Any]:
-    """Norms of the gradient of the model's loss on the first queries of a batch, frozen parameters included.
+    """Return norms of the gradient of the model's loss on the first AUDITED queries, frozen parameters included.
 
-    Returns:
-        One norm for each of PARTS, None where the model has no such part or the norm is not finite; under `parameters`
-        one for each parameter; `finite`, whether all are; `vanished`, the names of parameters whose norm is zero.
+    There is one norm for each of PARTS, None if the model lacks the part or the norm is not finite; under `parameters`
+    one for each parameter; `finite`, whether all are; `vanished`, the names of parameters whose norm is zero.
     """
     model.eval()
     queries = batch.queries[:AUDITED].clone().requires_grad_(True)
@@ -53,31 +47,10 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
         parameter.requires_grad_(False)
     parts = {part: float(norm) for part, norm in norms(gradients.items()).items()}
     single = {name: float(gradient.norm()) for name, gradient in gradients.items() if name != "query"}
-
-    def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
     return {
         **dict.fromkeys(PARTS),
-        **finite(parts),
-        "parameters": finite(single),
+        **{part: norm if math.isfinite(norm) else None for part, norm in parts.items()},
+        "parameters": {name: norm if math.isfinite(norm) else None for name, norm in single.items()},
         "finite": all(math.isfinite(value) for value in (parts["query"], *single.values())),
         "vanished": [name for name, value in single.items() if value == 0],
     }
-
-
-def failures(training: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each part whose gradient in training was not finite, or zero in the end.
-
-    Args:
-        training: for each stage the number of steps, and the counts and norms of each part.
-    """
-    lines = []
-    for stage, summary in training.items():
-        for part in (part for part in PARTS if part in summary):
-            told = f"{stage}: the gradient on the {part} was {{}} of {summary['steps']} steps"
-            if lost := summary[part]["not_finite"]:
-                lines.append(told.format(f"not finite in {lost}"))
-            if summary[part]["last"] == 0:  # in the first step it may well be: some last layers start at zero
-                lines.append(told.format(f"zero in {summary[part]['zero']}") + ", the last among them")
-    return lines

@@ -1,10 +1,9 @@
-"""What a run prints: the table, and a plain line for each thing that is not as it should be."""
+"""What a run prints: the table, and a warning with a remedy for each thing that went wrong."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvf.evaluation.evaluate import ceiling
-from nvf.evaluation.gradients import failures, part_of
 from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
@@ -12,26 +11,19 @@ Figures = Mapping[str, Any]
 
 
 def table(results: Figures, queries: int) -> str:
-    """A row for each method, in percent with 95% intervals, and below it what bounds the pipeline and where it is from.
-
-    Args:
-        results: as results.json has them.
-        queries: the number of test queries.
-    """
+    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name."""
     titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
-    rows = [("", [*titles.values()])]
-    rows += [
-        (name, [in_percent(results["test"][method][metric]) for metric in METRICS])
-        for method, name in NAMES.items()
-        if results["test"][method] is not None
-    ]
-    lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows]
-    entries = [name.ljust(26) + text for entries in (_figures, _origin) for name, text in entries(results)]
+    rows = {"": list(titles.values())}
+    for method, name in NAMES.items():
+        if (figures := results["test"][method]) is not None:
+            rows[name] = [in_percent(figures[metric]) for metric in METRICS]
+    lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows.items()]
+    entries = [name.ljust(26) + text for part in (_figures, _origin) for name, text in part(results)]
     return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines, *entries])
 
 
 def _figures(results: Figures) -> Iterator[tuple[str, str]]:
-    """Yield the figures that are no method's own, each with its name."""
+    """Yield the figures that belong to no single method, each with its name."""
     figures, errors = results["test"], results["test"]["calibration_error"]
     if (distance := results.get("collection_distance")) is not None:
         yield "exact search", f"by cosine, which is not what the collection does: it searches by {distance}"
@@ -45,11 +37,10 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
     yield "against exact search", _won_and_lost(results["against_exact"])
     yield "calibration error", ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     if (index := results.get("index")) is not None:
+        k, rates = results["config"]["k"], index["queries_per_second"]
         recall, top1 = (in_percent(index[name]).strip() for name in ("recall", "top1"))
-        rates = {name: two_digits(rate) for name, rate in index["queries_per_second"].items()}
-        told = f"recall of the exact {results['config']['k']} candidates {recall}, pipeline Top-1 {top1}"
-        yield f"index {index['kind']}", told
-        yield "", f"{rates['index']} queries/s, searched exactly {rates['exact']}"
+        yield f"index {index['kind']}", f"recall of the exact {k} candidates {recall}, pipeline Top-1 {top1}"
+        yield "", f"{two_digits(rates['index'])} queries/s, searched exactly {two_digits(rates['exact'])}"
     if (joint := results.get("joint")) is not None:
         before, kept = joint["before"], joint["kept"]
         coverage, error = (percent(of["value"]) for of in (before["coverage"], before["calibration_error"]["pipeline"]))
@@ -63,14 +54,14 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
 
 
 def _origin(results: Figures) -> Iterator[tuple[str, str]]:
-    """Yield what limits have cut, where stage 1 is from, and what it was chosen among."""
+    """Yield what limits have cut, where stage 1 comes from, and what it was chosen among."""
     for stage, cut in results.get("cut", {}).items():
         yield f"{'stage 1' if stage == 'attention' else 'joint training'} was cut", f"to {cut_in_words(cut)}"
     if (by := results.get("attention_fitted_by")) is not None:
         yield "stage 1", f"reused, as {by['folder']} fitted it in {by['seconds']:.0f} s"
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
-        score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]  # what chose
+        score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]
         told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
         told = told if variant["epochs"] else "exact search"
         told += f", {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else ""
@@ -78,42 +69,34 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
 
 
 def remarks(results: Figures) -> list[str]:
-    """One plain line for each thing that is not as it should be, with a remedy; test figures decide none."""
+    """Return a line, with a remedy, for each thing that went wrong; test figures decide nothing."""
     figures, lines = results["val"], []
-    if below := _below(figures, "pipeline", "attention"):
-        lines.append(f"{below}: try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention.")
-    if below := _below(figures, "attention", "exact"):
-        remedy = (
-            "exact search is the oracle of these queries, so no method can be better in expectation."
-            if figures["oracle"] == figures["exact"]
-            else "try attention=linear or attention=residual, which start at exact search, or a lower attention.lr."
-        )
-        lines.append(f"{below}: {remedy}")
+    remedies = {
+        (
+            "pipeline",
+            "attention",
+        ): "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention",
+        ("attention", "exact"): "try attention=linear or attention=residual, or a lower attention.lr",
+    }
+    for methods, remedy in remedies.items():
+        found, bound = (figures[method] and figures[method]["top1"] for method in methods)
+        if found is not None and found["high"] < bound["value"] and figures["oracle"] != figures[methods[1]]:
+            one, other = (f"{NAMES[method]} ({percent(figures[method]['top1']['value'])})" for method in methods)
+            lines.append(f"On validation queries, {one} is below {other}: {remedy}.")
     if (law := results.get("log")) and law["ignored"]:
-        lines.append(
-            "Queries are spread over items more evenly than by chance, which has 1 or more (dispersion "
-            f"{law['dispersion']:.2f}, asked again {law['asked_again']:.2f}): how often an item is in the log tells "
-            f"how the queries were dealt, not what will be asked. The reranker ignores {', '.join(law['ignored'])}."
-        )
+        reason = "the log spreads queries over items more evenly than chance, so past counts say nothing of future ones"
+        lines.append(f"The reranker ignores {', '.join(law['ignored'])}: {reason}.")
     if gradients := results.get("gradients"):
         lines += [] if gradients["finite"] else ["A gradient is not finite: lower the learning rates."]
-        lines += failures(gradients["training"])
-        reasons = {
-            True: "no audited answer depends on it, as with k=1, or all are certain to float32's last digit",
-            False: "the layer behind is zero, as in an untrained start, or the units died; try a lower learning rate",
-        }
-        for idle, reason in reasons.items():  # where all of a part has no gradient, no layer of its own blocks it
-            if names := [name for name in gradients["vanished"] if (gradients[part_of(name)] == 0) == idle]:
-                lines.append(f"No gradient reaches {', '.join(names)}: {reason}.")
+        for stage, summary in gradients["training"].items():
+            for part, found in summary.items():
+                if part != "steps" and found["not_finite"]:
+                    share = f"{found['not_finite']} of {summary['steps']} steps"
+                    lines.append(f"{stage}: the gradient on the {part} was not finite in {share}.")
+        if names := ", ".join(gradients["vanished"]):
+            reason = "a layer behind is zero, as in an untrained start, or no answer depends on it, as with k=1"
+            lines.append(f"No gradient reaches {names}: {reason}; a lower learning rate may help.")
     return lines
-
-
-def _below(figures: Figures, method: str, reference: str) -> str | None:
-    """That a method's validation Top-1 is below another's; None unless all of its interval is."""
-    if figures[method] is None or figures[method]["top1"]["high"] >= figures[reference]["top1"]["value"]:
-        return None
-    one, other = (f"{NAMES[name]} ({percent(figures[name]['top1']['value'])})" for name in (method, reference))
-    return f"On validation queries, {one} is below {other}"
 
 
 def _won_and_lost(against: Figures) -> str:
@@ -126,6 +109,6 @@ def _top1(figures: Figures) -> str:
 
 
 def cut_in_words(cut: Figures) -> str:
-    """What a limit has cut, in words."""
+    """Return what a limit has cut, in words."""
     parts = [f"{cut['kept'][what] or 'no'} of {asked} {what}" for what, asked in cut["asked"].items() if asked]
     return f"{', '.join(parts)}, by {cut['by']}"

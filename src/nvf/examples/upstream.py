@@ -1,14 +1,11 @@
-"""An encoder in front of a frozen memory is trained through it, by a loss behind it.
+"""Train an encoder in front of a frozen pipeline, by a loss behind it.
 
     python -m nvf.examples.upstream
 
-Each of 500 rows of a memory has a payload of 8 numbers behind a frozen head. An encoder sees observations, each of them
-a hidden map of one row plus noise, and is told neither the row nor the map: only how far the head's output is from that
-row's payload. Through the pipeline's soft answer this loss reaches the encoder; through the row that is ranked first no
-gradient does.
+Each of 500 rows of a memory has a payload of 8 numbers, which a frozen head computes. The encoder sees each row only
+through a hidden map, with noise. Its loss is how far the head's output for the retrieved vector is from the payload.
+Through the pipeline's soft answer a gradient reaches the encoder; through the row ranked first, none does.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,66 +14,45 @@ from torch import Tensor, nn
 from nvf import Pipeline, Reranker, SoftAttention, VectorMemory
 
 ROWS, DIM, OBSERVED, PAYLOAD = 500, 32, 48, 8
-NOISE = 0.1
-STEPS, BATCH, LR = 1500, 256, 3e-3
 
 
-class World:
-    """What is observed of each row, and the payload that it should lead to."""
-
-    def __init__(self, memory: VectorMemory) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-        self.memory = memory
-        self.hidden = torch.randn(DIM, OBSERVED, generator=self.generator)
-        self.head = torch.randn(DIM, PAYLOAD, generator=self.generator)
-
-    def observe(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draw observations, (count, OBSERVED), and the rows that they are of, (count,)."""
-        rows = torch.randint(len(self.memory), (count,), generator=self.generator)
-        noise = torch.randn(count, OBSERVED, generator=self.generator)
-        return torch.tanh(self.memory.rows[rows] @ self.hidden) + NOISE * noise, rows
-
-
-def soft(pipeline: Pipeline, queries: Tensor) -> Tensor:
-    """The soft-retrieved vectors, (B, DIM)."""
-    return pipeline(queries).answer
-
-
-def hard(pipeline: Pipeline, queries: Tensor) -> Tensor:
-    """The rows that are ranked first, (B, DIM)."""
-    return pipeline.memory.rows[pipeline(queries).log_probs.argmax(dim=-1)]
-
-
-def fit(retrieve: Callable[[Pipeline, Tensor], Tensor], pipeline: Pipeline, world: World, steps: int) -> nn.Module:
-    """Train an encoder of observations through what is retrieved; it stays untrained if no gradient comes through."""
+def fit(pipeline: Pipeline, answer: str, steps: int) -> float:
+    """Train an encoder through the `soft` or the `hard` answer; return the share of right rows that it then finds."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = pipeline.memory.rows
+    hidden = torch.randn(DIM, OBSERVED, generator=generator)
+    head = torch.randn(DIM, PAYLOAD, generator=generator)
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(OBSERVED, 128), nn.ReLU(), nn.Linear(128, DIM))
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=LR)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-3)
+
+    def observe(count: int) -> tuple[Tensor, Tensor]:  # (count, OBSERVED), and the rows, (count,)
+        rows = torch.randint(ROWS, (count,), generator=generator)
+        noise = torch.randn(count, OBSERVED, generator=generator)
+        return torch.tanh(vectors[rows] @ hidden) + 0.1 * noise, rows
+
     for _ in range(steps):
-        observations, rows = world.observe(BATCH)
-        answers = retrieve(pipeline, encoder(observations))
-        loss = F.mse_loss(answers @ world.head, world.memory.rows[rows] @ world.head)
+        observations, rows = observe(256)
+        found = pipeline(encoder(observations))
+        retrieved = found.answer if answer == "soft" else vectors[found.log_probs.argmax(dim=-1)]  # (B, DIM)
+        loss = F.mse_loss(retrieved @ head, vectors[rows] @ head)
         if not loss.requires_grad:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return encoder
+    observations, rows = observe(4000)
+    right = pipeline.search(encoder(observations).detach(), k=1).rows[:, 0] == rows
+    return float(right.float().mean())
 
 
-def main(steps: int = STEPS) -> dict[str, float]:
-    """Train both ways, print the share of right rows that each finds, and return it."""
-    memory = VectorMemory.synthetic(rows=ROWS, dim=DIM, seed=0)
-    attention = SoftAttention(memory, transform="identity", beta=10.0)
+def main(steps: int = 1500) -> dict[str, float]:
+    """Train through either answer, print the share of right rows that each leads to, and return both."""
+    attention = SoftAttention(VectorMemory.synthetic(rows=ROWS, dim=DIM, seed=0), transform="identity", beta=10.0)
     pipeline = Pipeline(attention, Reranker(DIM, kind="residual")).requires_grad_(False).eval()
-    shares = {}
-    for retrieve in (hard, soft):
-        world = World(memory)
-        encoder = fit(retrieve, pipeline, world, steps)
-        observations, rows = world.observe(4000)
-        right = pipeline.search(encoder(observations).detach(), k=1).rows[:, 0] == rows
-        shares[retrieve.__name__] = float(right.float().mean())
-        print(f"trained through the {retrieve.__name__} answer: right row first {shares[retrieve.__name__]:6.1%}")
+    shares = {answer: fit(pipeline, answer, steps) for answer in ("hard", "soft")}
+    for answer, share in shares.items():
+        print(f"trained through the {answer} answer: right row first {share:6.1%}")
     print(f"by chance: {1 / ROWS:.1%}")
     return shares
 
