@@ -129,12 +129,17 @@ def finish() -> None:
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return
-    from nvf.runs.comparison.figure import summarize  # matplotlib takes a while, and no single run needs it
+    from nvf.runs.comparison.figure import write  # matplotlib takes a while, and no single run needs it
+    from nvf.runs.comparison.table import compare
 
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
     missing = sorted(path.name for path in jobs if not (path / "results.json").is_file())
-    if (summary := summarize(folder)) is not None:
-        print(f"\n{summary}")
+    if len(missing) < len(jobs):
+        try:
+            comparison = compare([folder])
+            print(f"\n{comparison.text()}\n{write(comparison, folder)}")
+        except InputError as error:
+            print(f"\n{error}")
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "
