@@ -317,7 +317,10 @@ def test_the_command_needs_no_torch_and_prints_the_table_alone(tmp_path: Path) -
     assert "k=2/worse/results.json is left out" in done.stderr
     assert len(list((tmp_path / "made" / "here").iterdir())) == 5
 
-    for wrong, message in (("fromat=csv", "'fromat' is not an option"), ("format=xml", "give one of text, markdown")):
+    for wrong, message in (
+        ("fromat=csv", "'fromat=csv' is not name=value"),
+        ("format=xml", "give one of text, markdown"),
+    ):
         done = command("k=1", wrong, cwd=tmp_path, module="nvf.compare", PYTHONPATH=str(tmp_path))
         assert (done.returncode, done.stdout) == (1, "")
         assert message in done.stderr

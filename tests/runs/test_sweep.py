@@ -191,7 +191,7 @@ def test_a_sweep_is_resumed_by_its_folder_with_the_words_that_it_recorded(
     for others in (["k=3"], ["-m"]):
         with pytest.raises(InputError, match=f"leave out {others[0]}"):
             words_of(["resume=s", *others])
-    with pytest.raises(InputError, match="is a sweep's, for the command line"):
+    with pytest.raises(InputError, match="is for the command line"):
         composed(["resume=s"])
 
 

@@ -1,8 +1,7 @@
-"""What makes a sweep of many runs hold together: its record, what is done already, its share of threads, its end."""
+"""What a sweep adds to its runs: a record of its words, skipping of finished jobs, a share of threads, a table."""
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,27 +20,25 @@ from nvf.runs.signals import command_to_resume
 
 RECORD = "sweep.json"  # in a sweep's folder: the words that asked for it
 LAUNCHER = re.compile(r"hydra/launcher=\w+|hydra\.launcher\.[a-z]\w*=[\w:-]+")  # words of Hydra's that are recorded
-SETTING = re.compile(r"[+~]{0,2}(?!hydra\b)(?!.*_target_)\w+(\.\w+)*(=.*)?", re.DOTALL)  # it has nothing built
-KEPT = (".hydra", "train.log", "results.before.json")  # of an unfinished job that starts anew
+SETTING = re.compile(r"[+~]{0,2}(?!hydra\b)(?!.*_target_)\w+(\.\w+)*(=.*)?", re.DOTALL)  # words that build nothing
 
 
 class Sweep(Callback):
     """Hydra calls it once a sweep, in the process that launches the jobs."""
 
-    # Of the class, for Hydra sends the instance to the jobs.
+    # These belong to the class, because Hydra sends the instance to the jobs.
     folder: ClassVar[Path | None] = None  # of the sweep that this process runs
-    lock: ClassVar[FileLock | None] = None  # on that folder, while this process lives
+    lock: ClassVar[FileLock | None] = None  # on that folder, until the process ends
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the sweep's folder ours, and record what was asked for."""
+        """Lock the sweep's folder, and record the words that asked for the sweep."""
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         Sweep.lock = FileLock(folder / ".lock")
         try:
             Sweep.lock.acquire(timeout=0)
         except Timeout:
-            print(f"error: the sweep in {folder} is still running; wait for it, or stop it", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"error: the sweep in {folder} is still running; wait for it, or stop it")
         asked = [word for word in config.hydra.overrides.task if not word.startswith("resume=")]
         asked += [word for word in config.hydra.overrides.hydra if LAUNCHER.fullmatch(word)]
         write_record(folder / RECORD, sealed({"overrides": asked}))
@@ -49,10 +46,10 @@ class Sweep(Callback):
 
 
 def words(folder: Path) -> list[str]:
-    """The words that asked for the sweep in a folder.
+    """Return the words that asked for the sweep in a folder.
 
     Raises:
-        InputError: its record is damaged, or would have something built.
+        InputError: its record is damaged, or a word would build something.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = (record := read_record(folder / RECORD))["overrides"]
@@ -62,7 +59,7 @@ def words(folder: Path) -> list[str]:
 
 
 def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
-    """The objective of a run that is done, if its results are complete and of these settings; else None."""
+    """Return the objective of a run if its results are complete and belong to these settings, else None."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         results = read_record(folder / "results.json")
         complete = {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys()
@@ -72,45 +69,33 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
 
 
 def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether an unfinished job of these settings can resume in its folder; if not, the folder is cleared.
-
-    Figures of other settings are kept under another name; curves of two tries do not mix.
-    """
+    """Tell whether an unfinished job of these settings began in a folder; results of other settings are renamed."""
     if (folder / "results.json").exists():
         os.replace(folder / "results.json", folder / "results.before.json")
     with suppress(InputError):
-        if key(material(recorded(folder))) == key(material(config)):
-            return True
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and path.name not in KEPT:
-            shutil.rmtree(path)
-        elif path.name not in KEPT:
-            path.unlink()
+        return key(material(recorded(folder))) == key(material(config))
     return False
 
 
 def in_turn(launcher: Mapping[str, Any]) -> bool:
-    """Whether the jobs run in the sweep's own process, one after the other."""
+    """Tell whether the jobs run one after the other in the sweep's own process."""
     return str(launcher["_target_"]).endswith("BasicLauncher")
 
 
 def threads(launcher: Mapping[str, Any]) -> int | None:
-    """How many CPU threads are a job's share, so that N jobs on N cores do not fight; None for all there are."""
+    """Return how many CPU threads each job gets, so that jobs share the cores; None for all."""
     target = str(launcher["_target_"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "Joblib" in target:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = int(launcher["n_jobs"])
         return max(1, cores // (jobs if jobs > 0 else max(1, cores + 1 + jobs)))
-    if "LocalLauncher" in target:  # it starts all jobs at once
-        return int(launcher["cpus_per_task"] or 1)
-    return None
+    return int(launcher["cpus_per_task"] or 1) if "LocalLauncher" in target else None  # which starts all jobs at once
 
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
-    """Refuse several processes in a sweep: Lightning would start each with the words of the whole command line.
+    """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them.
 
-    Raises:
-        InputError: a run of the sweep or of the program wants several processes, and no cluster starts them.
+    Lightning would start each with the words of the whole command line.
     """
     trainer = config["trainer"]
     devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
@@ -125,7 +110,7 @@ def refuse_local_ddp(config: Mapping[str, Any]) -> None:
 
 
 def finish() -> None:
-    """End a sweep on its table, and on what is missing from it, if this process ran one."""
+    """Print the table of the sweep that this process ran, if any, and which jobs have no results."""
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return

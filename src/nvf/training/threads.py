@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nvf.errors import InputError, check_number
-from nvf.runs.versions import versions
+from nvf.runs.resume import versions
 
 log = logging.getLogger("nvf")
 ALL = torch.get_num_threads()  # the process's own number, before a run sets another
