@@ -10,7 +10,7 @@ from nvf.options import Option, path, run
 from nvf.runs.comparison.table import compare
 from nvf.statistics import METRICS
 
-FORMATS = ("text", "markdown", "csv", "json")
+FORMATS = ("text", "csv", "json")
 OPTIONS = (
     Option("format", f"what is printed: {', '.join(FORMATS)}", "text"),
     Option("metric", f"what is compared: {', '.join(METRICS)}", "top1"),
@@ -22,8 +22,8 @@ def _show(folders: Sequence[Path], *, format: str, metric: str, output: Path | N
     if format not in FORMATS:
         raise InputError(f"format={format} is not known; give one of {', '.join(FORMATS)}")
     comparison = compare(folders, metric)
-    for note in comparison.notes if format in ("csv", "json") else ():  # the other formats include them
-        print(note, file=sys.stderr)
+    if format != "text":  # which includes them
+        print(*comparison.notes, sep="\n", file=sys.stderr)
     if output is not None:
         from nvf.runs.comparison.figure import write  # matplotlib is slow to import
 
@@ -32,7 +32,7 @@ def _show(folders: Sequence[Path], *, format: str, metric: str, output: Path | N
 
 
 if __name__ == "__main__":
-    # Folders come first in usage but anywhere in the words; those that Hydra makes may have = in their names.
+    # Folders may stand anywhere, and those that Hydra makes may have = in their names.
     given = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
     summary = (__doc__ or "").partition(": ")[2]

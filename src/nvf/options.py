@@ -35,11 +35,7 @@ def whole(text: str) -> int | str:
 
 
 def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]:
-    """Return the value of every option, given or default.
-
-    Raises:
-        InputError: an argument that is not name=value, an unknown name, a missing value.
-    """
+    """Return the value of every option, given or default; an unknown or missing one is an InputError."""
     known = {option.name: option for option in options}
     values = {option.name: option.default for option in options}
     for argument in arguments:

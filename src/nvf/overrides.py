@@ -37,11 +37,7 @@ COMPOSING = threading.Lock()  # Hydra composes in one thread at a time
 
 
 def words_of(words: Sequence[str]) -> list[str]:
-    """Return the words of the command line as Hydra gets them.
-
-    Raises:
-        InputError: a setting that nothing reads, nothing to resume, or a place that cannot be written.
-    """
+    """Return the words of the command line as Hydra gets them, or raise an InputError that says what is wrong."""
     place = _value(words, "hydra.run.dir") or _value(words, "hydra.sweep.dir")
     several = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words)
     if any(word.startswith("-") and word not in ("-m", "--multirun") for word in words) or follows():
@@ -57,8 +53,7 @@ def words_of(words: Sequence[str]) -> list[str]:
 def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
     """Return the settings that the words of `nvf.train.run` choose, the run's folder, and whether it is resumed.
 
-    Raises:
-        InputError: the words are wrong, or ask for what only the command line can do.
+    Wrong words, and those that only the command line can follow, are an InputError.
     """
     if flags := [word for word in words if word.startswith("-")]:
         raise InputError(f"{' '.join(flags)} is for the command line, python -m nvf.train; give name=value")
@@ -86,8 +81,7 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
 def spelled(words: Sequence[str]) -> list[str]:
     """Return the words with every text quoted for Hydra, which would take 1e3 for a number.
 
-    Raises:
-        InputError: a word adds a setting that nothing reads, or removes one.
+    A word that adds a setting which nothing reads, or removes one, is an InputError.
     """
     found = []
     for word in words:
@@ -104,12 +98,9 @@ def spelled(words: Sequence[str]) -> list[str]:
 
 
 def resumed(folder: str, words: Sequence[str]) -> list[str]:
-    """Return the words that resume the run or the sweep in a folder.
+    """Return the words that resume the run or the sweep in a folder, or raise an InputError.
 
-    A sweep's own words are in its record; words of Hydra's, such as hydra/launcher=parallel, may be added.
-
-    Raises:
-        InputError: there is nothing to resume, or the words choose other settings.
+    The settings are the run's or the sweep's own; words of Hydra's, such as hydra/launcher=parallel, may be added.
     """
     hydras = [word for word in words if word.startswith("hydra")]
     named = [word for word in words if "_target_" in word]
@@ -129,10 +120,9 @@ def resumed(folder: str, words: Sequence[str]) -> list[str]:
 
 
 def resumed_settings(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of the run in a folder.
+    """Return the settings of the run in a folder, or raise an InputError if there is none, or its record is damaged.
 
-    Raises:
-        InputError: there is no run, its record is damaged, or it names a `_target_` that neither conf/ nor a word does.
+    Each `_target_` in them must be named in conf/ or in the words.
     """
     config = recorded(folder)
     named = "\n".join([*words, *(path.read_text(encoding="utf-8") for path in CONF.glob("*/*.yaml"))])
@@ -157,14 +147,6 @@ def settled(config: DictConfig, start: str = "") -> dict[str, Any]:
             OmegaConf.update(config, name, os.path.join(start, os.path.expanduser(str(value))))
     found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return found
-
-
-def check_folder(config: dict[str, Any]) -> None:
-    """Raise an InputError if the settings want the user's data and name no folder that holds them."""
-    data = config["data"]
-    wanted = "dir" in data and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded")
-    if wanted and not (data["dir"] and Path(str(data["dir"])).is_dir()):
-        raise InputError(f"data.dir={data['dir']} is no folder; name the one that holds your vectors: data.dir=path")
 
 
 def quoted(text: str) -> str:

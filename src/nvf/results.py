@@ -30,27 +30,17 @@ log = logging.getLogger("nvf")
 
 @dataclass
 class Fitted:
-    """A run, and what it has fitted so far.
-
-    Args:
-        config: the run's settings, plain and resolved.
-        started: the `time.perf_counter()` from which the total seconds count.
-        chosen: stage 1.
-        model: what was fitted last.
-        joint: the result of joint training, and `before`, the figures on test without it.
-        gradients: their norms in the training of each stage.
-        seconds: how long each part took.
-    """
+    """A run, and what it has fitted so far."""
 
     config: dict[str, Any]
     built: Built
     folder: Path
-    started: float
-    chosen: Chosen = field(init=False)
-    model: SoftAttention | Pipeline = field(init=False)
+    started: float  # a `time.perf_counter()`
+    chosen: Chosen = field(init=False)  # stage 1
+    model: SoftAttention | Pipeline = field(init=False)  # what was fitted last
     joint: FittedJointly | None = None
-    before: Evaluation | None = None
-    gradients: dict[str, Any] = field(default_factory=dict)
+    before: Evaluation | None = None  # on test, without joint training
+    gradients: dict[str, Any] = field(default_factory=dict)  # their norms in the training of each stage
     seconds: dict[str, float | None] = field(default_factory=lambda: {"attention": None, "reranker": None})
 
     @contextmanager
@@ -67,11 +57,7 @@ class Fitted:
 
 
 def save(run: Fitted) -> float:
-    """Save the pipeline, evaluate, and write and print the results.
-
-    Returns:
-        The objective for sweepers.
-    """
+    """Save the pipeline, evaluate, write and print the results, and return the objective for sweepers."""
     model, source, index = run.model, run.built.source, None
     if isinstance(model, Pipeline):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from nvf.console import ending_in_words, follows, logged, mend_streams, quiet
 from nvf.errors import InputError
 from nvf.files.records import read_record
-from nvf.overrides import CONF, check_folder, composed, resumed_settings, settled, words_of
+from nvf.overrides import CONF, composed, resumed_settings, settled, words_of
 from nvf.runs import sweep as sweeps
 from nvf.runs.resume import remove_traces
 from nvf.runs.signals import Stopped, handlers_kept, restarted, stop_when_asked
@@ -28,18 +28,17 @@ log = logging.getLogger("nvf")
 
 
 def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool = False) -> float:
-    """Make one run, from plain settings to a complete run folder.
+    """Make one run, from resolved settings in plain containers to a complete run folder, which must exist.
 
-    Args:
-        config: the composed configuration, resolved, as plain containers.
-        folder: the run's, which exists.
-        started: the `time.perf_counter()` from which the run's total seconds count.
-        goes_on: whether to resume what a stopped run of these settings left in the folder.
+    Its total seconds count from `started`, a `time.perf_counter()`. If it `goes_on`, it resumes what a stopped run of
+    these settings left in the folder.
 
     Returns:
         The objective for sweepers, on validation: Top-1, or nDCG@10 where queries have several right rows.
     """
-    check_folder(config)
+    data = config["data"]
+    if not data.get("dir", True) and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded"):
+        raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     if follows():
         os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
     # Imported here so that --help and a config error answer without importing torch.
@@ -97,7 +96,8 @@ def job(cfg: DictConfig) -> float:
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config = settled(cfg, settings.runtime.cwd if settings.job.chdir else "")
     again, started = bool(config["resume"]), time.perf_counter() if sweep else START
-    with ending_in_words(folder, sweep=sweep, began=again, in_turn=sweeps.in_turn(settings.launcher)):
+    in_turn = settings.launcher._target_.endswith("BasicLauncher")  # one job after the other, in this process
+    with ending_in_words(folder, sweep=sweep, began=again, in_turn=in_turn):
         if sweep:
             sweeps.refuse_local_ddp(config)
             config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
@@ -131,12 +131,9 @@ def main() -> None:
 
 
 def run(*words: str) -> dict[str, Any]:
-    """Make one run from Python, `nvf.train.run("data=clustered", "seed=1")`, in a notebook or a thread too.
+    """Make one run from Python, `nvf.train.run("data=clustered", "seed=1")`, and return its results.json.
 
-    What it says is printed if the program shows no log of its own.
-
-    Returns:
-        The content of the run's results.json; its seconds count from this call.
+    It works in notebooks and threads too. What it says is printed if the program shows no log of its own.
 
     Raises:
         InputError: the words, the settings or the user's files are wrong.

@@ -34,16 +34,11 @@ def versions() -> dict[str, str]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder.
-
-    Raises:
-        InputError: the folder holds no run, or its record is damaged.
-    """
+    """Return the settings of the run in a folder; no run, or a damaged record, is an InputError."""
     path = folder / RECORD
     if not path.is_file():
         raise InputError(
-            f"resume={folder}: there is no {path}; name the folder of a run, resume=outputs/<date>/<time>, or of a "
-            "sweep, resume=outputs/multirun/<date>/<time>"
+            f"resume={folder}: there is no {path}; name the folder of a run or sweep, resume=outputs/<date>/<time>"
         )
     record = _read(path)
     if not isinstance(record.get("config"), dict) or not is_whole(record):
@@ -55,12 +50,10 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     """Write the record of a run that begins, or check that the data of a resumed one are still the same.
 
     The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures depend on.
+    Changed data, and another process in the folder, are an InputError.
 
     Returns:
         The lock that keeps other processes from the folder; the system releases it when the process ends.
-
-    Raises:
-        InputError: another process runs in the folder, or the data have changed.
     """
     lock = _locked(folder)
     if lock is None:
@@ -111,17 +104,10 @@ def requeued(place: str | None = None) -> Path | None:
 
 
 def remove_traces(folder: Path) -> None:
-    """Remove the folder of a run that never began to fit, and its parent if that is then empty.
-
-    A folder that holds anything else, or that another process uses, stays.
-    """
-    if not {path.name for path in folder.iterdir()} <= TRACES or _locked(folder) is None:
-        return
-    if any(path.is_file() for path in folder.glob("checkpoints/**/*")):
-        return
-    shutil.rmtree(folder)
-    if not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+    """Remove the folder of a run that never began to fit, unless it holds anything else or another process uses it."""
+    saved = any(path.is_file() for path in folder.glob("checkpoints/**/*"))
+    if not saved and {path.name for path in folder.iterdir()} <= TRACES and _locked(folder) is not None:
+        shutil.rmtree(folder)
 
 
 def _locked(folder: Path) -> FileLock | None:

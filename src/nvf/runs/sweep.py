@@ -46,11 +46,7 @@ class Sweep(Callback):
 
 
 def words(folder: Path) -> list[str]:
-    """Return the words that asked for the sweep in a folder.
-
-    Raises:
-        InputError: its record is damaged, or a word would build something.
-    """
+    """Return the words that asked for the sweep in a folder; a damaged record, or one that builds, is an InputError."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = (record := read_record(folder / RECORD))["overrides"]
         if is_whole(record) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
@@ -77,11 +73,6 @@ def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def in_turn(launcher: Mapping[str, Any]) -> bool:
-    """Tell whether the jobs run one after the other in the sweep's own process."""
-    return str(launcher["_target_"]).endswith("BasicLauncher")
-
-
 def threads(launcher: Mapping[str, Any]) -> int | None:
     """Return how many CPU threads each job gets, so that jobs share the cores; None for all."""
     target = str(launcher["_target_"])
@@ -93,19 +84,15 @@ def threads(launcher: Mapping[str, Any]) -> int | None:
 
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
-    """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them.
-
-    Lightning would start each with the words of the whole command line.
-    """
+    """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them."""
     trainer = config["trainer"]
     devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
     one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
     one |= devices in ("auto", -1, "-1", None) and trainer.get("accelerator") == "cpu"
     if not (one and nodes == 1) and "SLURM_NTASKS" not in os.environ:
         raise InputError(
-            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process of a run would repeat the "
-            "whole sweep, or the program that calls nvf.train.run; give trainer.devices=1 trainer.num_nodes=1 and run "
-            "jobs side by side, hydra/launcher=parallel, or sweep with hydra/launcher=slurm"
+            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process would repeat the sweep "
+            "or the program; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm"
         )
 
 

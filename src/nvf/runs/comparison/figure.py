@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nvf.errors import InputError
 from nvf.files.atomic import written_whole
 from nvf.runs.comparison.runs import Row
 from nvf.runs.comparison.table import Comparison, shown
@@ -39,15 +38,9 @@ LINES: dict[str, dict[str, Any]] = {
 
 
 def write(comparison: Comparison, folder: Path) -> str:
-    """Write comparison.md, .csv, .json, .png and .svg into a folder, which is made; returns a line that says so.
-
-    The same comparison gives the same bytes.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise InputError(f"{folder} cannot be made a folder ({fault.strerror}); give another output") from None
-    for ending, text in {"md": comparison.markdown, "csv": comparison.csv, "json": comparison.json}.items():
+    """Write the files of a comparison, the same bytes each time, into a folder, and return a line that says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, text in {"md": comparison.text, "csv": comparison.csv, "json": comparison.json}.items():
         with written_whole(folder / f"comparison.{ending}") as partial:
             partial.write_text(text() + "\n", encoding="utf-8")
     with matplotlib.rc_context(STYLE):

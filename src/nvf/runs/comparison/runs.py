@@ -32,17 +32,20 @@ class Run:
     fitted: str  # the model that was fitted last: pipeline or attention
     figures: dict[str, Interval | None]  # validation and test of that model, stage1, coverage, exact, oracle
     data: tuple[str, str] | None  # the hashes of memory and test queries, if the file has both
-    top1: float  # on test
 
     def answered(self) -> np.ndarray | None:
-        """Return which test queries the model ranks first, (B,) bool; None if that was not saved or is damaged."""
+        """Return which test queries the model ranks first, (B,) bool; None if that was not saved or is damaged.
+
+        The run must have been read with the metric top1.
+        """
         try:
             found = np.load(self.path.with_name("answered.npy"), mmap_mode="r", allow_pickle=False)  # never oversized
         except Exception:  # a damaged header makes numpy raise errors of many types
             return None
-        if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != bool or not len(found):
+        test = self.figures["test"]
+        if not (test and isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype == bool and len(found)):
             return None
-        fits = found.view(np.uint8).max() <= 1 and abs(found.sum() - self.top1 * len(found)) < HALF_A_QUERY
+        fits = found.view(np.uint8).max() <= 1 and abs(found.sum() - test["value"] * len(found)) < HALF_A_QUERY
         return np.array(found) if fits else None
 
 
@@ -129,6 +132,8 @@ def read_run(path: Path, metric: str) -> Run:
         "coverage": test["coverage"],
         **{name: test[name] and test[name][metric] for name in ("exact", "oracle")},
     }
+    if not shares["validation"] or not shares["test"]:
+        raise ValueError(f"it has no {metric} of its {fitted}")
     # Where a clock cuts a run short, the same settings have another effect.
     flat = {plain(name): plain(value) for name, value in flatten({**found["config"], "cut": cut}).items()}
     flat = {name: value for name, value in flat.items() if matters(name)}
@@ -144,7 +149,6 @@ def read_run(path: Path, metric: str) -> Run:
         fitted=fitted,
         figures={name: share and _interval(share) for name, share in shares.items()},
         data=hashes if all(isinstance(each, str) for each in hashes) else None,
-        top1=_interval(test[fitted]["top1"])["value"],
     )
 
 

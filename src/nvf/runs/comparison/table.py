@@ -1,4 +1,4 @@
-"""A comparison of runs as a table: text, Markdown, CSV and JSON."""
+"""A comparison of runs as a table: Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -28,18 +28,17 @@ class Comparison:
     notes: tuple[str, ...]  # a line for each file that was left out
 
     def text(self) -> str:
-        """Return an aligned table for the terminal, in percent, and the lines that explain it."""
-        cells = self._cells()
+        """Return an aligned Markdown table, in percent, and the lines that explain it.
+
+        No setting ends a cell, or makes a link, a picture or a tag.
+        """
+        cells = [[re.sub(r"([\\|<\[`])", r"\\\1", cell) for cell in row] for row in self._cells()]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        texts = len(self.columns) + 1  # columns; the others are numbers
+        cells.insert(1, ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
         for row in cells:
             for i, width in enumerate(widths):
-                row[i] = row[i].ljust(width) if i <= len(self.columns) else row[i].rjust(width)
-        return "\n".join([*("  ".join(row).rstrip() for row in cells), "", *self._lines()])
-
-    def markdown(self) -> str:
-        """Return the same as Markdown; no setting ends a cell, or makes a link, a picture or a tag."""
-        cells = [[re.sub(r"([\\|<\[`])", r"\\\1", cell) for cell in row] for row in self._cells()]
-        cells.insert(1, ["---" if i <= len(self.columns) else "---:" for i in range(len(cells[0]))])
+                row[i] = row[i].ljust(width) if i < texts else row[i].rjust(width)
         lines = [re.sub(r"([*<\[`])", r"\\\1", line) for line in self._lines()]
         return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *(f"- {line}" for line in lines)])
 
@@ -105,20 +104,14 @@ class Comparison:
 def compare(folders: Sequence[Path], metric: str = "top1") -> Comparison:
     """Compare every run whose results.json is under the folders; runs that differ in seeds alone are one setting.
 
-    Raises:
-        InputError: no such metric, no such folder, or no results.json that can be read.
+    An unknown metric, and folders without a results.json that can be read, are an InputError.
     """
     if metric not in METRICS:
         raise InputError(f"metric={metric} is not known; give one of {', '.join(METRICS)}")
-    if not folders:
-        raise InputError("no folder is given; give those of runs or sweeps, such as outputs")
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; give those of runs or sweeps, such as outputs")
     rows, notes = gather(folders, metric)
     if not rows:
-        where = ", ".join(map(str, folders))
-        raise InputError("\n".join([f"no run's results.json under {where}; give the folder of a run or sweep", *notes]))
+        where = ", ".join(map(str, folders)) or "no folder"
+        raise InputError("\n".join([f"{where}: no results.json of a run; give folders, such as outputs", *notes]))
     rows = sorted(rows, key=lambda row: -row.share("validation"))
     tested = [rows[0], *(row.tested_against(rows[0], metric) for row in rows[1:])]
     return Comparison(metric, tuple(columns(rows)), tuple(tested), tuple(notes))
