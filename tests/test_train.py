@@ -459,7 +459,7 @@ def test_a_stream_that_is_no_file_is_written_to(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: data.dir is not set")
 
 
-def test_a_run_in_a_folder_of_its_own_finds_its_data_and_says_so_in_ascii(tmp_path: Path) -> None:
+def test_a_run_in_a_folder_of_its_own_finds_its_data(tmp_path: Path) -> None:
     write_folder(tmp_path / "café")
     words = [
         "data=embeddings",
@@ -470,8 +470,7 @@ def test_a_run_in_a_folder_of_its_own_finds_its_data_and_says_so_in_ascii(tmp_pa
         "stage=attention",
     ]
     words += ["trainer=debug", "hydra.job.chdir=true", "hydra.run.dir=ré=1"]
-    done = command(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert r"everything is in" in done.stdout
-    assert r"r\xe9=1" in done.stdout
+    assert "everything is in" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"café", "rows", "kept", "ré=1"}

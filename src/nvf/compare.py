@@ -10,11 +10,11 @@ from nvf.options import Option, path, run
 from nvf.runs.comparison.table import compare
 from nvf.statistics import METRICS
 
-FORMATS = ("text", "csv", "json")
+FORMATS = ("text", "csv")
 OPTIONS = (
     Option("format", f"what is printed: {', '.join(FORMATS)}", "text"),
     Option("metric", f"what is compared: {', '.join(METRICS)}", "top1"),
-    Option("output", "a folder for comparison.md, .csv, .json, .png and .svg; null: none of them", None, path),
+    Option("output", "a folder for comparison.md, .csv, .png and .svg; null: none of them", None, path),
 )
 
 

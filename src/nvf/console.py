@@ -16,13 +16,6 @@ from nvf.runs.signals import Stopped, command_to_resume
 log = logging.getLogger("nvf")
 
 
-def mend_streams() -> None:
-    """Escape the characters that the encoding of a standard stream lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Write the log of a run to a file, and to the screen unless the program has a log of its own."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nvf.console import mend_streams
 from nvf.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,14 +51,13 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]
 def usage(program: str, summary: str, options: Sequence[Option]) -> str:
     """Return what `--help` prints: the command, and a line for each option with its default."""
     shown = {f"{option.name}={'null' if option.default is None else option.default}": option for option in options}
-    required = [text for text, option in shown.items() if option.default is REQUIRED]
+    required = "".join(f" {text}" for text, option in shown.items() if option.default is REQUIRED)
     lines = [f"  {text:{max(map(len, shown))}}  {option.meaning}" for text, option in shown.items()]
-    return "\n".join([" ".join(["python -m", program, *required]), "", summary, "", *lines])
+    return "\n".join([f"python -m {program}{required}", "", summary, "", *lines])
 
 
 def run(command: Callable[..., str], *, program: str, summary: str, options: Sequence[Option]) -> None:
     """Run a command on the words of the command line, and print the line that it returns, or what went wrong."""
-    mend_streams()
     if {"-h", "--help"} & set(sys.argv):
         print(usage(program, summary, options))
         return

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from nvf.console import ending_in_words, follows, logged, mend_streams, quiet
+from nvf.console import ending_in_words, follows, logged, quiet
 from nvf.errors import InputError
 from nvf.files.records import read_record
 from nvf.overrides import CONF, composed, resumed_settings, settled, words_of
@@ -112,8 +112,7 @@ def job(cfg: DictConfig) -> float:
 
 
 def main() -> None:
-    """Run the command line: help, a run, or a sweep with its table; the exit status is 0 if all went well."""
-    mend_streams()
+    """Run the command line: help, a run, or a sweep with its table."""
     stop_when_asked()
     faulthandler.enable(2)  # says where the process was when the system killed it, as for a mapped file cut short
     logging.raiseExceptions = False  # a log that cannot be written needs no traceback for each line

@@ -101,7 +101,7 @@ def test_equal_differences_prove_nothing_and_certain_shares_have_no_nan(tmp_path
     found = compare([tmp_path])
     assert [row.p for row in found.rows] == [None, None, None]
     assert found.rows[0].figures["test"]["high"] == 1.0  # type: ignore[index]
-    assert "NaN" not in found.json()
+    assert "nan" not in found.csv()
 
 
 @pytest.mark.filterwarnings("error")
@@ -170,9 +170,6 @@ def test_what_was_fitted_last_is_compared_and_shown(tmp_path: Path) -> None:
     assert [row["stage.name"] for row in table] == ["reranker", "attention"]
     assert (float(table[0]["test_value"]), float(table[0]["test_low"]), table[0]["best"]) == (0.75, 0.73, "true")
     assert (table[1]["oracle_value"], table[1]["p"], table[1]["n"]) == ("", "", "1")
-    entry = json.loads(found.json())["rows"][1]
-    assert entry["test"] == share(0.6)
-    assert entry["runs"] == [{"folder": str(tmp_path / "a"), "seeds": {"seed": 0}}]
 
 
 LINEAR, MLP = ({"transform": name, "hidden": width} for name, width in (("linear", None), ("mlp", 64)))
@@ -281,9 +278,9 @@ def test_every_sweep_has_its_files(tmp_path: Path, sweep: str) -> None:
         for seed in range(2):
             put(tmp_path / f"{i}-{seed}", {"seed": seed, **settings}, val=0.9 - 0.01 * i + 0.004 * seed)
     comparison = compare([tmp_path])
-    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .json, .png, .svg"
+    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .png, .svg"
     files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "json", "png", "svg")}
+    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "png", "svg")}
     assert "\x1b" not in comparison.text()
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.size[0] >= 1000
@@ -311,7 +308,7 @@ def test_the_command_needs_no_torch_and_prints_the_table_alone(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert [row["k"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["2", "1"]
     assert "k=2/worse/results.json is left out" in done.stderr
-    assert len(list((tmp_path / "made" / "here").iterdir())) == 5
+    assert len(list((tmp_path / "made" / "here").iterdir())) == 4
 
     for wrong, message in (
         ("fromat=csv", "'fromat=csv' is not name=value"),
@@ -328,7 +325,7 @@ def test_what_a_setting_holds_does_not_reach_the_terminal(tmp_path: Path) -> Non
         put(tmp_path / name, {"seed": 0, "k\x1b": value}, val=0.5)
     found = compare([tmp_path])
     assert found.text().count("\\|") == 1
-    for text in (found.text(), found.csv(), found.json()):
+    for text in (found.text(), found.csv()):
         assert "red" in text
         assert not {"\x1b", "\u202e"} & set(text)
 
@@ -341,5 +338,5 @@ def test_deep_settings_are_compared_or_left_out(tmp_path: Path, depth: int) -> N
         deep.write_text(deep.read_text().replace('"HERE"', depth * left + "1" + depth * right))
         found = compare([tmp_path])
         assert len(found.rows) + len(found.notes) == 2
-        assert all([found.text(), found.csv(), found.json()])
+        assert all([found.text(), found.csv()])
         put(tmp_path / "deep", {"seed": 0, "k": "HERE"}, val=0.5)

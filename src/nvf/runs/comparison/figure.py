@@ -40,7 +40,7 @@ LINES: dict[str, dict[str, Any]] = {
 def write(comparison: Comparison, folder: Path) -> str:
     """Write the files of a comparison, the same bytes each time, into a folder, and return a line that says so."""
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, text in {"md": comparison.text, "csv": comparison.csv, "json": comparison.json}.items():
+    for ending, text in {"md": comparison.text, "csv": comparison.csv}.items():
         with written_whole(folder / f"comparison.{ending}") as partial:
             partial.write_text(text() + "\n", encoding="utf-8")
     with matplotlib.rc_context(STYLE):
@@ -48,16 +48,14 @@ def write(comparison: Comparison, folder: Path) -> str:
         for ending, metadata in (("png", None), ("svg", {"Date": None})):
             with written_whole(folder / f"comparison.{ending}") as partial:
                 figure.savefig(partial, format=ending, metadata=metadata)
-    return f"written to {folder}: comparison.md, .csv, .json, .png, .svg"
+    return f"written to {folder}: comparison.md, .csv, .png, .svg"
 
 
 def draw(comparison: Comparison) -> Figure:
     """Draw a panel for each of the first settings that differ; without any, one of the seeds."""
     rows, columns = list(comparison.rows), list(comparison.columns)
     if not columns:
-        rows = [Row.of([run]) for run in rows[0].runs]
-        seeds = sorted(rows[0].runs[0].seeds, key=len)
-        columns = [next((name for name in seeds if len({row.value(name) for row in rows}) > 1), "seed")]
+        rows, columns = [Row.of([run]) for run in rows[0].runs], ["seed"]
     panels = columns[:MOST_PANELS]
     across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
@@ -77,7 +75,7 @@ def draw(comparison: Comparison) -> Figure:
 def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     """Draw each row as a point over its value of a setting, and lines through the means at each value."""
     values = sorted({canonical(row.value(column)): row.value(column) for row in rows}.values(), key=_order)
-    seeds = column in rows[0].runs[0].seeds  # none of them is the best, and their order says nothing
+    seeds = column == "seed"  # none of them is the best, and their order says nothing
     numeric = not seeds and all(map(is_number, values))
     place = {canonical(value): float(value) if numeric else float(i) for i, value in enumerate(values)}
     x = np.array([place[canonical(row.value(column))] for row in rows])

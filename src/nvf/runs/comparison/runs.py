@@ -17,7 +17,6 @@ from nvf.statistics import Interval, mcnemar, over_seeds, paired_t, wins_and_los
 
 T_TEST, MCNEMAR = "paired t-test", "exact McNemar"
 FEWEST_SEEDS = 3  # for a t-test
-HALF_A_QUERY = 0.5  # a Top-1 may be a rounded float32, but times the number of queries it is an integer
 NAMED = re.compile(r"""^- ['"]?[+~]*([\w./@]+)=([^'"\n]*)""", re.MULTILINE)  # in Hydra's overrides.yaml
 
 
@@ -34,10 +33,7 @@ class Run:
     data: tuple[str, str] | None  # the hashes of memory and test queries, if the file has both
 
     def answered(self) -> np.ndarray | None:
-        """Return which test queries the model ranks first, (B,) bool; None if that was not saved or is damaged.
-
-        The run must have been read with the metric top1.
-        """
+        """Return which test queries the model ranks first, (B,) bool, or None; the metric must be top1."""
         try:
             found = np.load(self.path.with_name("answered.npy"), mmap_mode="r", allow_pickle=False)  # never oversized
         except Exception:  # a damaged header makes numpy raise errors of many types
@@ -45,8 +41,8 @@ class Run:
         test = self.figures["test"]
         if not (test and isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype == bool and len(found)):
             return None
-        fits = found.view(np.uint8).max() <= 1 and abs(found.sum() - test["value"] * len(found)) < HALF_A_QUERY
-        return np.array(found) if fits else None
+        bits, right = found.view(np.uint8), test["value"] * len(found)  # an integer, but for a float32's rounding
+        return np.array(found) if bits.max() <= 1 and abs(bits.sum() - right) < 0.5 else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
             notes.append(plain(f"{path} is left out ({one_line(fault)}): delete it, or run its setting again"))
             continue
-        same = settings.setdefault((run.fitted, key(run.settings)), {})
+        same = settings.setdefault(key(run.settings), {})
         older += key(run.seeds) in same
         same[key(run.seeds)] = run
     if older:

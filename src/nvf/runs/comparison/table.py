@@ -1,4 +1,4 @@
-"""A comparison of runs as a table: Markdown, CSV and JSON."""
+"""A comparison of runs as a table: Markdown and CSV."""
 
 import csv
 import io
@@ -28,10 +28,7 @@ class Comparison:
     notes: tuple[str, ...]  # a line for each file that was left out
 
     def text(self) -> str:
-        """Return an aligned Markdown table, in percent, and the lines that explain it.
-
-        No setting ends a cell, or makes a link, a picture or a tag.
-        """
+        """Return a Markdown table, in percent, and the lines that explain it; texts are escaped."""
         cells = [[re.sub(r"([\\|<\[`])", r"\\\1", cell) for cell in row] for row in self._cells()]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         texts = len(self.columns) + 1  # columns; the others are numbers
@@ -54,23 +51,6 @@ class Comparison:
             best = written(row is self.rows[0])
             out.writerow([*settings, best, len(row.runs), row.runs[0].fitted, *shares, row.p, row.p_test])
         return file.getvalue().rstrip("\n")
-
-    def json(self) -> str:
-        """Return everything, with the runs of each setting."""
-        rows = [
-            {
-                "best": row is self.rows[0],
-                "settings": {name: row.value(name) for name in self.columns},
-                "n": len(row.runs),
-                "fitted": row.runs[0].fitted,
-                **row.figures,
-                "p": row.p,
-                "p_test": row.p_test,
-                "runs": [{"folder": str(run.path.parent), "seeds": run.seeds} for run in row.runs],
-            }
-            for row in self.rows
-        ]
-        return json.dumps({**vars(self), "rows": rows}, indent=2, allow_nan=False)
 
     def _cells(self) -> list[list[str]]:
         title = METRICS[self.metric]
@@ -102,10 +82,7 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path], metric: str = "top1") -> Comparison:
-    """Compare every run whose results.json is under the folders; runs that differ in seeds alone are one setting.
-
-    An unknown metric, and folders without a results.json that can be read, are an InputError.
-    """
+    """Compare every run whose results.json is under the folders; an unknown metric and no runs are an InputError."""
     if metric not in METRICS:
         raise InputError(f"metric={metric} is not known; give one of {', '.join(METRICS)}")
     rows, notes = gather(folders, metric)
