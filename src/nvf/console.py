@@ -19,19 +19,18 @@ log = logging.getLogger("nvf")
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Write the log of a run to a file, and to the screen unless the program has a log of its own."""
-    shown = [] if log.hasHandlers() else [logging.StreamHandler(sys.stdout)]
-    handlers = [logging.FileHandler(path, encoding="utf-8", delay=True), *shown]
-    level = log.level
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8", delay=True)]
+    if not log.hasHandlers():
+        handlers.append(logging.StreamHandler(sys.stdout))
+    level, before = log.level, [*log.handlers]
     log.setLevel(logging.INFO)
-    for handler in handlers:
-        log.addHandler(handler)
+    log.handlers += handlers
     try:
         yield
     finally:
         log.setLevel(level)
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
+        log.handlers = before
+        handlers[0].close()
 
 
 def follows() -> bool:

@@ -51,12 +51,7 @@ def words_of(words: Sequence[str]) -> list[str]:
 
 
 def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
-    """Return the settings that the words of `nvf.train.run` choose, the run's folder, and whether it is resumed.
-
-    Wrong words, and those that only the command line can follow, are an InputError.
-    """
-    if flags := [word for word in words if word.startswith("-")]:
-        raise InputError(f"{' '.join(flags)} is for the command line, python -m nvf.train; give name=value")
+    """Return the settings that the words of `nvf.train.run` choose, the run's folder, and whether it is resumed."""
     resume = _value(words, "resume")
     words = resumed(resume, spelled(words)) if resume else spelled(words)
     sweep = InputError("a sweep is for the command line, python -m nvf.train; run makes one run")
@@ -79,10 +74,7 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], Path, bool]:
 
 
 def spelled(words: Sequence[str]) -> list[str]:
-    """Return the words with every text quoted for Hydra, which would take 1e3 for a number.
-
-    A word that adds a setting which nothing reads, or removes one, is an InputError.
-    """
+    """Return the words with every text quoted, for Hydra takes 1e3 for a number; added settings are an InputError."""
     found = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -105,9 +97,7 @@ def resumed(folder: str, words: Sequence[str]) -> list[str]:
     hydras = [word for word in words if word.startswith("hydra")]
     named = [word for word in words if "_target_" in word]
     if others := [word for word in words if not word.startswith("resume=") and word not in [*hydras, *named]]:
-        raise InputError(
-            f"resume={folder} takes the settings of the run in it; leave out {' '.join(others)}, or start anew"
-        )
+        raise InputError(f"resume={folder} takes the settings of the run in it; leave out {' '.join(others)}")
     place = quoted(folder)
     if (Path(folder) / sweeps.RECORD).is_file():
         own = sweeps.words(Path(folder))
@@ -129,10 +119,8 @@ def resumed_settings(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     allowed = re.findall(r"_target_[=:]\s*([\w.]+)", named)
     for target in re.findall(r'"_target_": "?([^",}]*)', json.dumps(config)):
         if target not in allowed:
-            raise InputError(
-                f"{folder / RECORD} wants {target} built, which conf/ does not name; if it is yours, repeat the word "
-                f"that sets _target_={target} beside resume="
-            )
+            remedy = f"if it is yours, repeat the word that sets _target_={target} beside resume="
+            raise InputError(f"{folder / RECORD} wants {target} built, which conf/ does not name; {remedy}")
     return config
 
 

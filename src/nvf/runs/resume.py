@@ -1,8 +1,6 @@
 """What lets a run resume: the record of its settings and data, what it decided by the clock, a lock on its folder.
 
-A run's folder holds run.json, written before the first stage is fitted; each stage's last.ckpt, see
-`nvf.training.callbacks`; and decisions.json, if a time limit is set. What is computed between two fits, such as the
-calibration, is not saved: a resumed run computes it again.
+What is computed between two fits, such as the calibration, is not saved: a resumed run computes it again.
 """
 
 import logging
@@ -55,10 +53,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     Returns:
         The lock that keeps other processes from the folder; the system releases it when the process ends.
     """
-    lock = _locked(folder)
-    if lock is None:
-        raise InputError(f"the run in {folder} is still running; wait for it, or stop it")
-    curves = "events.out.tfevents.*"
+    lock, curves = locked(folder), "events.out.tfevents.*"
     if not goes_on:
         checkpoints = (folder / "checkpoints").rglob("last.ckpt")
         for left in (*checkpoints, *folder.glob(DECISIONS), *folder.glob(curves), *folder.glob(f"*/{curves}")):
@@ -106,17 +101,19 @@ def requeued(place: str | None = None) -> Path | None:
 def remove_traces(folder: Path) -> None:
     """Remove the folder of a run that never began to fit, unless it holds anything else or another process uses it."""
     saved = any(path.is_file() for path in folder.glob("checkpoints/**/*"))
-    if not saved and {path.name for path in folder.iterdir()} <= TRACES and _locked(folder) is not None:
-        shutil.rmtree(folder)
+    if not saved and {path.name for path in folder.iterdir()} <= TRACES:
+        with suppress(InputError):
+            locked(folder)
+            shutil.rmtree(folder)
 
 
-def _locked(folder: Path) -> FileLock | None:
-    """Lock a folder, which one process may do several times; None if another process has locked it."""
+def locked(folder: Path) -> FileLock:
+    """Lock a folder, which one process may do several times; a folder that another has locked is an InputError."""
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return None
+        raise InputError(f"what runs in {folder} is still running; wait for it, or stop it") from None
     return lock
 
 

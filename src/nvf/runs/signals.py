@@ -56,7 +56,7 @@ def command_to_resume(folder: object) -> str:
 class Deferred:
     """While a stage is fitted, a signal waits for the end of its step; the same signal again stops the run at once.
 
-    SIGUSR1 asks a Slurm job to make room. Lightning's plugin answers it by having the job requeued.
+    On SIGUSR1, Lightning's plugin has a Slurm job requeued.
     """
 
     def __init__(self) -> None:
@@ -68,10 +68,7 @@ class Deferred:
         _handle(signal.SIGUSR1, signal.SIG_DFL)
 
     def install(self) -> None:
-        """Replace Lightning's handlers, which it installs for each fit and validation.
-
-        Its answer to SIGTERM waits for ever where there are several processes.
-        """
+        """Replace Lightning's handlers; with several processes, its answer to SIGTERM waits for ever."""
         for number in ASKS_TO_STOP:
             _handle(number, self._note)
         if callable(theirs := signal.getsignal(signal.SIGUSR1)) and theirs != self._note:

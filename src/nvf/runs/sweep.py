@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
 from nvf.files.records import is_whole, read_record, sealed, write_record
-from nvf.runs.resume import recorded
+from nvf.runs.resume import locked, recorded
 from nvf.runs.settings import key, material
 from nvf.runs.signals import command_to_resume
 
@@ -34,11 +34,10 @@ class Sweep(Callback):
         """Lock the sweep's folder, and record the words that asked for the sweep."""
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        Sweep.lock = FileLock(folder / ".lock")
         try:
-            Sweep.lock.acquire(timeout=0)
-        except Timeout:
-            sys.exit(f"error: the sweep in {folder} is still running; wait for it, or stop it")
+            Sweep.lock = locked(folder)
+        except InputError as error:  # which Hydra would turn into a warning
+            sys.exit(f"error: {error}")
         asked = [word for word in config.hydra.overrides.task if not word.startswith("resume=")]
         asked += [word for word in config.hydra.overrides.hydra if LAUNCHER.fullmatch(word)]
         write_record(folder / RECORD, sealed({"overrides": asked}))
@@ -107,11 +106,8 @@ def finish() -> None:
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
     missing = sorted(path.name for path in jobs if not (path / "results.json").is_file())
     if len(missing) < len(jobs):
-        try:
-            comparison = compare([folder])
-            print(f"\n{comparison.text()}\n{write(comparison, folder)}")
-        except InputError as error:
-            print(f"\n{error}")
+        comparison = compare([folder])
+        print(f"\n{comparison.text()}\n{write(comparison, folder)}")
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "

@@ -74,7 +74,8 @@ def draw(comparison: Comparison) -> Figure:
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     """Draw each row as a point over its value of a setting, and lines through the means at each value."""
-    values = sorted({canonical(row.value(column)): row.value(column) for row in rows}.values(), key=_order)
+    found = {canonical(value): value for value in (row.value(column) for row in rows)}
+    values = sorted(found.values(), key=lambda v: (not is_number(v), v if is_number(v) else canonical(v)))
     seeds = column == "seed"  # none of them is the best, and their order says nothing
     numeric = not seeds and all(map(is_number, values))
     place = {canonical(value): float(value) if numeric else float(i) for i, value in enumerate(values)}
@@ -101,8 +102,3 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
         labels = [shown(value, LABEL).replace("$", r"\$") for value in values]  # which would begin a formula
         axes.set_xticks([*place.values()], labels, rotation=25 * (not numeric and sum(map(len, labels)) > 50))
         axes.minorticks_off()
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    """Sorts numbers by size, and behind them anything else by name."""
-    return (False, float(value), "") if is_number(value) else (True, 0.0, canonical(value))

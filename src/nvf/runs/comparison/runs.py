@@ -12,10 +12,9 @@ import numpy as np
 
 from nvf.errors import one_line
 from nvf.files.records import LARGEST, own_file, read_record
-from nvf.runs.settings import canonical, flatten, key, matters
+from nvf.runs.settings import canonical, key, material, matters
 from nvf.statistics import Interval, mcnemar, over_seeds, paired_t, wins_and_losses
 
-T_TEST, MCNEMAR = "paired t-test", "exact McNemar"
 FEWEST_SEEDS = 3  # for a t-test
 NAMED = re.compile(r"""^- ['"]?[+~]*([\w./@]+)=([^'"\n]*)""", re.MULTILINE)  # in Hydra's overrides.yaml
 
@@ -56,7 +55,6 @@ class Row:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> "Row":
-        """Return the row of these runs."""
         names = runs[0].figures
         return cls(tuple(runs), {name: over_seeds([run.figures[name] for run in runs]) for name in names})
 
@@ -76,9 +74,9 @@ class Row:
         if len(pairs) >= FEWEST_SEEDS:
             tests = np.array([[run.figures["test"]["value"] for run in pair if run.figures["test"]] for pair in pairs])
             if (p := paired_t(*tests.T)) is not None:
-                return replace(self, p=p, p_test=T_TEST)
+                return replace(self, p=p, p_test="paired t-test")
         if pairs and metric == "top1" and (p := _mcnemar(pairs)) is not None:
-            return replace(self, p=p, p_test=MCNEMAR)
+            return replace(self, p=p, p_test="exact McNemar")
         return self
 
 
@@ -106,7 +104,7 @@ def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Return the settings that tell the rows apart: those that the commands named, or, if they do not, all."""
+    """Return the settings that tell the rows apart: those that the commands named, or all if those do not."""
     runs = [row.runs[0] for row in rows]
     names = sorted({name for run in runs for name in (*run.settings, *run.named)})
     values = {name: [canonical(row.value(name)) for row in rows] for name in names}
@@ -131,17 +129,16 @@ def read_run(path: Path, metric: str) -> Run:
     if not shares["validation"] or not shares["test"]:
         raise ValueError(f"it has no {metric} of its {fitted}")
     # Where a clock cuts a run short, the same settings have another effect.
-    flat = {plain(name): plain(value) for name, value in flatten({**found["config"], "cut": cut}).items()}
-    flat = {name: value for name, value in flat.items() if matters(name)}
+    flat = {plain(name): plain(value) for name, value in material({**found["config"], "cut": cut}).items()}
     overrides, named = path.parent / ".hydra" / "overrides.yaml", []
     if own_file(overrides) and overrides.stat().st_size <= LARGEST:
         named = NAMED.findall(overrides.read_text(encoding="utf-8", errors="replace"))
     hashes = found.get("memory"), found.get("queries")
     return Run(
         path=path,
-        settings={name: value for name, value in flat.items() if not _is_seed(name)},
-        seeds={name: value for name, value in flat.items() if _is_seed(name)},
-        named={name: plain(value) for name, value in named if matters(name) and not _is_seed(name)},
+        settings={name: value for name, value in flat.items() if name.split(".")[-1] != "seed"},
+        seeds={name: value for name, value in flat.items() if name.split(".")[-1] == "seed"},
+        named={name: plain(value) for name, value in named if matters(name) and name.split(".")[-1] != "seed"},
         fitted=fitted,
         figures={name: share and _interval(share) for name, share in shares.items()},
         data=hashes if all(isinstance(each, str) for each in hashes) else None,
@@ -153,10 +150,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return json.dumps(value)
     return "".join(c if c.isprintable() else " " for c in value) if isinstance(value, str) else value
-
-
-def _is_seed(name: str) -> bool:
-    return name.rpartition(".")[2] == "seed"
 
 
 def _interval(share: dict[str, Any]) -> Interval:

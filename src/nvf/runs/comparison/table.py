@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nvf.errors import InputError
-from nvf.runs.comparison.runs import MCNEMAR, T_TEST, Row, columns, gather
+from nvf.runs.comparison.runs import Row, columns, gather
 from nvf.statistics import METRICS, Interval, in_percent, percent
 
 FIGURES = ("validation", "test", "stage1", "coverage", "exact", "oracle")
@@ -66,17 +66,12 @@ class Comparison:
         return cells
 
     def _lines(self) -> list[str]:
-        tests = {
-            T_TEST: "a paired t-test over the seeds that both have",
-            MCNEMAR: "McNemar's exact test over the same test queries",
-        }
-        used = [text for test, text in tests.items() if any(row.p_test == test for row in self.rows)]
+        tests = "p vs best: paired t-test over common seeds, or exact McNemar test over the same queries; not corrected"
         return [
-            f"percent; test {METRICS[self.metric]} is of the model fitted last, pipeline or stage 1, and has its 95% "
-            "interval over seeds, or over the test queries where one seed ran or all agree",
-            "exact search is the baseline; coverage and the oracle are ceilings",
+            f"percent; test {METRICS[self.metric]} is of the model fitted last, with its 95% interval over seeds, or "
+            "over test queries where one seed ran or all agree; coverage and the oracle are ceilings",
             "* the best on validation, by which the rows are sorted; the test figures chose nothing",
-            *[f"p vs best: {', or '.join(used)}; not corrected for the number of rows"][: len(used)],
+            *([tests] if any(row.p is not None for row in self.rows) else []),
             *self.notes,
         ]
 
