@@ -35,6 +35,5 @@ if __name__ == "__main__":
     # Folders may stand anywhere, and those that Hydra makes may have = in their names.
     given = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
-    summary = (__doc__ or "").partition(": ")[2]
-    show = partial(_show, [path(word) for word in given])
+    show, summary = partial(_show, [path(word) for word in given]), (__doc__ or "").partition(": ")[2]
     run(show, program="nvf.compare FOLDER [FOLDER ...]", summary=summary, options=OPTIONS)

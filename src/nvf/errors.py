@@ -74,8 +74,7 @@ def check_place(folder: Path) -> None:
     """Raise an InputError unless a folder can be written, or made; nothing is written."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        why = "is not writable" if nearest.is_dir() else "is no folder"
-        raise InputError(f"{folder} cannot be written: {nearest} {why}; fix that, or give hydra.run.dir=path")
+        raise InputError(f"{folder} cannot be written: {nearest} is no writable folder; give hydra.run.dir=path")
 
 
 @contextmanager

@@ -4,12 +4,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nvf.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 REQUIRED: Any = "..."  # the default of an option that must be given
 
@@ -71,8 +68,8 @@ def run(command: Callable[..., str], *, program: str, summary: str, options: Seq
         sys.exit(130)
 
 
-def find_device(name: str) -> "torch.device":
-    """Return the device of that name, or raise an InputError; `auto` is the GPU where there is one, else the CPU."""
+def find_device(name: str) -> Any:
+    """Return the `torch.device` of that name, or raise an InputError; `auto` is the GPU, if any, else the CPU."""
     import torch  # the slowest import of all, after bad options are refused
 
     if name == "auto":

@@ -20,12 +20,11 @@ from nvf.errors import InputError, check_place
 from nvf.runs import sweep as sweeps
 from nvf.runs.resume import RECORD, recorded, requeued
 
-HERE = Path(__file__).resolve()
-CONF = HERE.parent / "conf"  # in a wheel
-CONF = CONF if CONF.is_dir() else HERE.parents[2] / "conf"
+HERE = Path(__file__).resolve().parent
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"  # in a wheel, or in the repository
 PATHS = ("data.dir", "data.mapped", "data.path", "cache", "attention_checkpoint", "reranker_checkpoint")
 PLACES = ("resume", "hydra.run.dir", "hydra.sweep.dir")
-COLUMNS = tuple(f"data.columns.{column}" for column in ("id", "vector", "targets", "time"))
+COLUMNS = ("data.columns.id", "data.columns.vector", "data.columns.targets", "data.columns.time")
 TEXTS = (*PATHS, *PLACES, *COLUMNS, "data.url", "data.collection", "data.vector", "hydra.sweep.subdir")
 PARTS = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,])+""")  # between the commas of a sweep
 MEANT = re.compile(r"""$|null$|false$|['"]|.*\$\{|(choice|glob|shuffle|sort|tag)\(""", re.DOTALL)  # is Hydra's to read

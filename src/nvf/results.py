@@ -18,7 +18,6 @@ from nvf.evaluation.report import remarks, table
 from nvf.files.atomic import written_whole
 from nvf.files.records import write_record
 from nvf.models.ann_index import build_index
-from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.ops.ranks import criterion
 from nvf.runs.resume import versions
@@ -37,7 +36,7 @@ class Fitted:
     folder: Path
     started: float  # a `time.perf_counter()`
     chosen: Chosen = field(init=False)  # stage 1
-    model: SoftAttention | Pipeline = field(init=False)  # what was fitted last
+    model: Any = field(init=False)  # what was fitted last: a SoftAttention or a Pipeline
     joint: FittedJointly | None = None
     before: Evaluation | None = None  # on test, without joint training
     gradients: dict[str, Any] = field(default_factory=dict)  # their norms in the training of each stage

@@ -95,14 +95,13 @@ def job(cfg: DictConfig) -> float:
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config = settled(cfg, settings.runtime.cwd if settings.job.chdir else "")
-    again, started = bool(config["resume"]), time.perf_counter() if sweep else START
+    again, started = bool(config["resume"]) or (sweep and restarted()), time.perf_counter() if sweep else START
     in_turn = settings.launcher._target_.endswith("BasicLauncher")  # one job after the other, in this process
     with ending_in_words(folder, sweep=sweep, began=again, in_turn=in_turn):
         if sweep:
             sweeps.refuse_local_ddp(config)
             config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
-            again = again or restarted()
         elif again:
             config = resumed_settings(folder, settings.overrides.task)
         if again and (objective := sweeps.finished(folder, config)) is not None:

@@ -203,7 +203,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
     done = command(*WORDS, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "error: outputs cannot be written: outputs is no folder; fix that, or give hydra.run.dir=path"
+        "error: outputs cannot be written: outputs is no writable folder; give hydra.run.dir=path"
     )
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}

@@ -16,19 +16,18 @@ from nvf.runs.comparison.table import Comparison, shown
 from nvf.runs.settings import canonical, is_number
 from nvf.statistics import METRICS
 
-MOST_PANELS, MOST_TICKS = 6, 12
+MOST_PANELS = 6
 LABEL = 24  # characters
 LOG_FROM = 30  # an axis is logarithmic if its largest value is more than so many times its smallest
 # Okabe and Ito's palette, which the colour-blind tell apart, without the grey and black of the references.
 COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00", "#5b3a8e")
 INK = "#222222"
 STYLE: Any = {
-    **{"font.size": 9, "axes.labelcolor": INK, "axes.titlesize": 8, "axes.titlecolor": "#666666"},
+    **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 160},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
-    **{"lines.markersize": 5, "svg.hashsalt": "nvf", "savefig.facecolor": "white", "savefig.dpi": 160},
+    **{"lines.markersize": 5, "svg.hashsalt": "nvf"},
 }
-NOTHING = dict.fromkeys(("value", "low", "high"), math.nan)
 LINES: dict[str, dict[str, Any]] = {
     "test": {"label": "mean of the settings", "color": COLOURS[1]},
     "exact": {"label": "exact search", "color": "#8a8a8a"},
@@ -60,13 +59,12 @@ def draw(comparison: Comparison) -> Figure:
     across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(max(5.4 * across, 6.4), 3.7 * down + 1.1), layout="constrained")
-    axes = None
+    axes: Any = None
     for i, column in enumerate(panels):
         axes = figure.add_subplot(down, across, i + 1, sharey=axes)
         _draw_panel(axes, rows, column)
     left_out = f"; {MOST_PANELS} of {len(columns)} settings that differ" * (len(columns) > MOST_PANELS)
     figure.suptitle(f"Test {METRICS[comparison.metric]}, %, with 95% intervals{left_out}", fontsize=11)
-    assert axes is not None
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     return figure
@@ -90,7 +88,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
         else:
             at = np.arange(len(values))
             axes.hlines(means, at - 0.36, at + 0.36, **style)
-    test, low, high = 100 * np.array([[*(row.figures["test"] or NOTHING).values()] for row in rows]).T
+    tests = [row.figures["test"] for row in rows]
+    test, low, high = 100 * np.array([[*figures.values()] for figures in tests if figures is not None]).T
     bars = [(test - low).clip(0), (high - test).clip(0)]  # damaged intervals may not hold their value
     axes.errorbar(x, test, yerr=bars, fmt="o", color=COLOURS[1], label="a setting")
     if not seeds:
@@ -98,7 +97,6 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     axes.set_xlabel(column)
     if numeric and min(x) > 0 and max(x) > LOG_FROM * min(x):
         axes.set_xscale("log")
-    if not numeric or len(values) <= MOST_TICKS:
+    if not numeric:
         labels = [shown(value, LABEL).replace("$", r"\$") for value in values]  # which would begin a formula
-        axes.set_xticks([*place.values()], labels, rotation=25 * (not numeric and sum(map(len, labels)) > 50))
-        axes.minorticks_off()
+        axes.set_xticks([*place.values()], labels, rotation=25 * (sum(map(len, labels)) > 50))

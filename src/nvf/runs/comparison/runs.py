@@ -130,15 +130,16 @@ def read_run(path: Path, metric: str) -> Run:
         raise ValueError(f"it has no {metric} of its {fitted}")
     # Where a clock cuts a run short, the same settings have another effect.
     flat = {plain(name): plain(value) for name, value in material({**found["config"], "cut": cut}).items()}
+    seeds = {name: value for name, value in flat.items() if name.split(".")[-1] == "seed"}
     overrides, named = path.parent / ".hydra" / "overrides.yaml", []
     if own_file(overrides) and overrides.stat().st_size <= LARGEST:
         named = NAMED.findall(overrides.read_text(encoding="utf-8", errors="replace"))
-    hashes = found.get("memory"), found.get("queries")
+    hashes: Any = found.get("memory"), found.get("queries")
     return Run(
         path=path,
-        settings={name: value for name, value in flat.items() if name.split(".")[-1] != "seed"},
-        seeds={name: value for name, value in flat.items() if name.split(".")[-1] == "seed"},
-        named={name: plain(value) for name, value in named if matters(name) and name.split(".")[-1] != "seed"},
+        settings={name: value for name, value in flat.items() if name not in seeds},
+        seeds=seeds,
+        named={name: plain(value) for name, value in named if matters(name) and name not in seeds},
         fitted=fitted,
         figures={name: share and _interval(share) for name, share in shares.items()},
         data=hashes if all(isinstance(each, str) for each in hashes) else None,
@@ -153,10 +154,10 @@ def plain(value: Any) -> Any:
 
 
 def _interval(share: dict[str, Any]) -> Interval:
-    found = Interval(value=float(share["value"]), low=float(share["low"]), high=float(share["high"]))
-    if not 0 <= min(found.values()) <= max(found.values()) <= 1:
+    value, low, high = (float(share[end]) for end in ("value", "low", "high"))
+    if not 0 <= min(value, low, high) <= max(value, low, high) <= 1:
         raise ValueError("it holds a share outside 0..1")
-    return found
+    return Interval(value=value, low=low, high=high)
 
 
 def _pairs(row: Row, best: Row) -> list[tuple[Run, Run]]:

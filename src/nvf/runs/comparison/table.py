@@ -46,9 +46,9 @@ class Comparison:
         ends = [f"{figure}_{end}" for figure in FIGURES for end in ENDS]
         out.writerow([*self.columns, "best", "n", "fitted", *ends, "p", "p_test"])
         for row in self.rows:
-            settings = [written(row.value(name)) for name in self.columns]
+            settings = [row.value(name) for name in self.columns]
             shares = [end for figure in FIGURES for end in (row.figures[figure] or dict.fromkeys(ENDS)).values()]
-            best = written(row is self.rows[0])
+            best = str(row is self.rows[0]).lower()
             out.writerow([*settings, best, len(row.runs), row.runs[0].fitted, *shares, row.p, row.p_test])
         return file.getvalue().rstrip("\n")
 
@@ -89,12 +89,7 @@ def compare(folders: Sequence[Path], metric: str = "top1") -> Comparison:
     return Comparison(metric, tuple(columns(rows)), tuple(tested), tuple(notes))
 
 
-def written(value: Any) -> str:
-    """Return a setting's value in full."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def shown(value: Any, longest: int = LONGEST) -> str:
     """Return a setting's value for people: a number in four digits, of a long text the end, which tells paths apart."""
-    text = f"{value:.4g}" if isinstance(value, float) else written(value)
+    text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= longest else f"...{text[3 - longest :]}"
