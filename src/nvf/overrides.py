@@ -19,6 +19,7 @@ from nvf.console import follows
 from nvf.errors import InputError, check_place
 from nvf.runs import sweep as sweeps
 from nvf.runs.resume import RECORD, recorded, requeued
+from nvf.runs.signals import restarted
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"  # in a wheel, or in the repository
@@ -43,7 +44,7 @@ def words_of(words: Sequence[str]) -> list[str]:
         return spelled(words)  # Hydra is asked for something else, or the first process has done what follows
     if resume := _value(words, "resume"):
         return resumed(resume, spelled(words))
-    if not several and (folder := requeued(place)) is not None:
+    if restarted() and not several and (folder := requeued(place)) is not None:
         return resumed(str(folder), [])
     check_place(Path(place) if place and "${" not in place else Path("outputs"))
     return spelled(words)

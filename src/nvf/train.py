@@ -31,10 +31,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     """Make one run, from resolved settings in plain containers to a complete run folder, which must exist.
 
     Its total seconds count from `started`, a `time.perf_counter()`. If it `goes_on`, it resumes what a stopped run of
-    these settings left in the folder.
-
-    Returns:
-        The objective for sweepers, on validation: Top-1, or nDCG@10 where queries have several right rows.
+    these settings left in the folder. It returns the objective for sweepers, on validation: Top-1, or nDCG@10 where
+    queries have several right rows.
     """
     data = config["data"]
     if not data.get("dir", True) and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded"):

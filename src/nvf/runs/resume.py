@@ -17,18 +17,17 @@ from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
 from nvf.files.records import is_whole, read_record, sealed, write_record
-from nvf.runs.signals import restarted
 
 RECORD, DECISIONS, LOCK = "run.json", "decisions.json", ".lock"
 TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that was refused before a fit
-PACKAGES = ("nvf", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy")
 T = TypeVar("T")
 log = logging.getLogger("nvf")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run's figures depend on."""
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    packages = ("nvf", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -45,13 +44,10 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock:
-    """Write the record of a run that begins, or check that the data of a resumed one are still the same.
+    """Lock a run's folder, and write the record of the run or check that the data of a resumed one are the same.
 
     The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures depend on.
-    Changed data, and another process in the folder, are an InputError.
-
-    Returns:
-        The lock that keeps other processes from the folder; the system releases it when the process ends.
+    Changed data, and another process in the folder, are an InputError. The lock ends with the process.
     """
     lock, curves = locked(folder), "events.out.tfevents.*"
     if not goes_on:
@@ -88,8 +84,6 @@ def decided(folder: Path, name: str, decide: Callable[[], T], *, writes: bool = 
 
 def requeued(place: str | None = None) -> Path | None:
     """Return the folder of the run that this Slurm job began before it was requeued, in `place` or in outputs/."""
-    if not restarted():
-        return None
     records = sorted(Path("outputs").glob(f"*/*/{RECORD}"), reverse=True) if place is None else [Path(place) / RECORD]
     for path in records:
         with suppress(InputError):

@@ -17,7 +17,6 @@ from nvf.runs.settings import canonical, is_number
 from nvf.statistics import METRICS
 
 MOST_PANELS = 6
-LABEL = 24  # characters
 LOG_FROM = 30  # an axis is logarithmic if its largest value is more than so many times its smallest
 # Okabe and Ito's palette, which the colour-blind tell apart, without the grey and black of the references.
 COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00", "#5b3a8e")
@@ -98,5 +97,5 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     if numeric and min(x) > 0 and max(x) > LOG_FROM * min(x):
         axes.set_xscale("log")
     if not numeric:
-        labels = [shown(value, LABEL).replace("$", r"\$") for value in values]  # which would begin a formula
+        labels = [shown(value, 24).replace("$", r"\$") for value in values]  # which would begin a formula
         axes.set_xticks([*place.values()], labels, rotation=25 * (sum(map(len, labels)) > 50))

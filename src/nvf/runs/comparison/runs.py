@@ -81,10 +81,7 @@ class Row:
 
 
 def gather(folders: Sequence[Path], metric: str) -> tuple[list[Row], list[str]]:
-    """Return a row for each setting under the folders, and a line for each file that is left out.
-
-    Of runs with equal settings and seeds, the newest counts.
-    """
+    """Return a row for each setting under the folders, and notes of files left out; of equal runs the newest counts."""
     found = {path.resolve(): path for folder in folders for path in folder.rglob("results.json") if path.is_file()}
     settings: dict[Any, dict[Any, Run]] = {}
     notes, older = [], 0
