@@ -26,10 +26,9 @@ from omegaconf import OmegaConf
 import nvf.train
 from conftest import SMALL, SMALL_STEPS, command, compose_config, to_collection, write_folder
 from nvf import InputError, Pipeline
-from nvf.overrides import COLUMNS, PATHS, TEXTS, settings, settled, spelled
+from nvf.overrides import PATHS, TEXTS, settled, spelled
 from nvf.train import CONF
 from nvf.training.build import build
-from programs import PATIENCE
 
 Run = Callable[..., dict[str, Any]]
 CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
@@ -221,9 +220,8 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path: Path, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("+attention.dropot=0.5", "did you mean reranker.dropout?"),
+        ("+attention.dropot=0.5", "a run reads the settings in conf/ and no others"),
         ("data=moon", "'data/moon'"),
-        ("data=embeddings data.dir=none", "data.dir=none is no folder"),
     ],
 )
 def test_what_is_not_there_is_refused_before_torch_is_imported(tmp_path: Path, arguments: str, message: str) -> None:
@@ -255,12 +253,11 @@ TYPED = [
 NAMES = sorted(set(TEXTS) - {"resume", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"})
 
 
-@pytest.mark.parametrize("text", [*TYPED, "null"])
+@pytest.mark.parametrize("text", TYPED)
 def test_text_stays_the_text_that_was_typed(text: str) -> None:
-    names = [name for name in NAMES if text != "null" or name in COLUMNS]
-    config = compose_config("data=qdrant", *spelled([f"{name}={text}" for name in names]))
-    found = {name: functools.reduce(dict.__getitem__, name.split("."), config) for name in names}
-    assert found == dict.fromkeys(names, text)
+    config = compose_config("data=qdrant", *spelled([f"{name}={text}" for name in NAMES]))
+    found = {name: functools.reduce(dict.__getitem__, name.split("."), config) for name in NAMES}
+    assert found == dict.fromkeys(NAMES, text)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,16 +269,10 @@ def test_texts_of_a_sweep_stay_the_texts_that_were_typed(name: str) -> None:
 
 
 def test_words_that_mean_something_keep_their_meaning() -> None:
-    meant = ["data.dir=null", "cache=false", "cache=off", "resume=null", "data.dir='1e3'", "data.dir=a,b"]
-    meant += [
-        "hydra.run.dir=runs/${now:%Y}",
-        "data.dir=choice(1,2)",
-        "-m",
-        "experiment=k_sweep",
-        "+trainer.max_steps=2",
-    ]
+    meant = ["data.dir=null", "cache=false", "resume=null", "data.dir='1e3'", "data.dir='a','b'", "-m", "k=1,2"]
+    meant += ["hydra.run.dir=runs/${now:%Y}", "data.dir=choice(1,2)", "experiment=k_sweep", "+trainer.max_steps=2"]
     assert spelled(meant) == meant
-    assert spelled(["hydra.run.dir=~/a"]) == [f"hydra.run.dir='{Path.home()}/a'"]
+    assert spelled(["hydra.run.dir=~/a", "data.dir=a,b"]) == [f"hydra.run.dir='{Path.home()}/a'", "data.dir='a','b'"]
 
 
 @pytest.mark.parametrize("start", ["", "/where/it/was/typed"])
@@ -303,20 +294,19 @@ def test_paths_start_where_the_command_was_typed(start: str) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("+foo=1", "no setting foo"),
-        ("++foo=1", "no setting foo"),
-        ("atention=mlp", "did you mean attention?"),
-        ("++attention={dropot: 1}", None),
-        ("lr=1", r"did you mean .*attention\.lr"),
-        ("+queries.sigma=0.1", r"queries.sigma is a setting in conf/.*; leave out \+"),
-        ("++queries.sigma=0.1", None),
-        ("~attention.lr", "nor to be taken away"),
-        ("+recipe.k=3", "no setting recipe.k"),
-        ("queries.sigma=0.1=2", "queries.sigma='...'"),
+        ("+foo=1", "leave out the sign"),
+        ("++foo=1", "leave out the sign"),
+        ("foo=1", "foo"),
+        ("atention=mlp", "atention"),
+        ("++attention={dropot: 1}", "leave out the sign"),
+        ("queries.sigma=0.1", "sigma"),
+        ("+queries.sigma=0.1", "leave out the sign"),
+        ("~attention.lr", "leave out the sign"),
+        ("queries.sigma=0.1=2", "mismatched input"),
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused_by_name(
-    word: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
@@ -331,7 +321,6 @@ def test_every_documented_setting_is_known() -> None:
     assert len(commands) > 20
     for words in commands:
         spelled(shlex.split(words.rstrip(" :;")))
-    assert spelled([f"{name}=1" for name in settings() if not (CONF / name).is_dir()])
 
 
 def test_help_names_every_choice_and_setting_without_torch(tmp_path: Path) -> None:
@@ -446,23 +435,6 @@ def test_what_cannot_be_one_run_is_refused_in_python(
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_a_notebooks_command_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "outputs").touch()  # so that the run ends before it begins
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
-    with pytest.raises(InputError, match="outputs is no folder"):
-        nvf.train.main()
-
-
-def test_a_run_needs_no_streams(tmp_path: Path) -> None:
-    words = " ".join([*DEBUG, "hydra.run.dir=run"])
-    done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m nvf.train {words} <&- >&- 2>&-"], cwd=tmp_path, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0
-    assert (tmp_path / "run/results.json").is_file()
-
-
 def test_a_stream_that_is_no_file_is_written_to(tmp_path: Path) -> None:
     script = "import contextlib, io, nvf.train\nwith contextlib.redirect_stderr(io.StringIO()):\n    nvf.train.main()\n"
     done = subprocess.run(
@@ -472,7 +444,7 @@ def test_a_stream_that_is_no_file_is_written_to(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: data.dir is not set")
 
 
-def test_a_run_in_a_folder_of_its_own_finds_its_data_and_says_so_in_ascii(tmp_path: Path) -> None:
+def test_a_run_in_a_folder_of_its_own_finds_its_data(tmp_path: Path) -> None:
     write_folder(tmp_path / "café")
     words = [
         "data=embeddings",
@@ -483,8 +455,7 @@ def test_a_run_in_a_folder_of_its_own_finds_its_data_and_says_so_in_ascii(tmp_pa
         "stage=attention",
     ]
     words += ["trainer=debug", "hydra.job.chdir=true", "hydra.run.dir=ré=1"]
-    done = command(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert r"everything is in" in done.stdout
-    assert r"r\xe9=1" in done.stdout
+    assert "everything is in" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"café", "rows", "kept", "ré=1"}

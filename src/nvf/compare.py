@@ -10,36 +10,30 @@ from nvf.options import Option, path, run
 from nvf.runs.comparison.table import compare
 from nvf.statistics import METRICS
 
-FORMATS = ("text", "markdown", "csv", "json")
+FORMATS = ("text", "csv")
 OPTIONS = (
     Option("format", f"what is printed: {', '.join(FORMATS)}", "text"),
     Option("metric", f"what is compared: {', '.join(METRICS)}", "top1"),
-    Option("output", "a folder for comparison.md, .csv, .json, .png and .svg; null: none of them", None, path),
+    Option("output", "a folder for comparison.md, .csv, .png and .svg; null: none of them", None, path),
 )
 
 
 def _show(folders: Sequence[Path], *, format: str, metric: str, output: Path | None) -> str:
-    """What the command prints: the comparison in the format."""
     if format not in FORMATS:
         raise InputError(f"format={format} is not known; give one of {', '.join(FORMATS)}")
     comparison = compare(folders, metric)
-    remarks = [*comparison.notes] if format in ("csv", "json") else []  # the others hold them
+    if format != "text":  # which includes them
+        print(*comparison.notes, sep="\n", file=sys.stderr)
     if output is not None:
         from nvf.runs.comparison.figure import write  # matplotlib is slow to import
 
-        remarks.append(write(comparison, output))
-    for line in remarks:
-        print(line, file=sys.stderr)  # so that what is printed stays the table alone
+        print(write(comparison, output), file=sys.stderr)
     return str(getattr(comparison, format)())
 
 
 if __name__ == "__main__":
-    # Hydra's folders may have = in their names.
+    # Folders may stand anywhere, and those that Hydra makes may have = in their names.
     given = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
-    run(
-        partial(_show, list(map(path, given))),
-        program="nvf.compare FOLDER [FOLDER ...]",
-        summary=(__doc__ or "").partition(": ")[2],
-        options=OPTIONS,
-    )
+    show, summary = partial(_show, [path(word) for word in given]), (__doc__ or "").partition(": ")[2]
+    run(show, program="nvf.compare FOLDER [FOLDER ...]", summary=summary, options=OPTIONS)

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read, the check of numbers, and words for faults of the machine."""
+"""The error that users read, the check of numbers, and words for faults of the machine."""
 
 import errno
 import os
@@ -9,14 +9,13 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-LARGEST = sys.float_info.max  # Python's integers go beyond it
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-SAID_BY_OTHERS = ("No space left on device", "os error 28", "Disk quota exceeded")  # Rust's and C++'s libraries
+FULL_IN_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")  # of libraries in Rust and C++
 
 
 class InputError(ValueError):
-    """Bad input: the message names the value, the limit and the remedy; the entry prints it without a traceback."""
+    """Bad input: the message names the value, the limit and the remedy; commands print it without a traceback."""
 
 
 def check_number(
@@ -34,7 +33,7 @@ def check_number(
     fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if fits and not isinstance(value, int):
         value = int(value) if whole else float(value)  # numpy's float32 would turn the limits into its own type
-    fits = fits and abs(value) <= LARGEST  # NaN is not
+    fits = fits and abs(value) <= sys.float_info.max  # false for NaN, and for Python's largest integers
     fits = fits and (minimum is None or value >= minimum)
     if not (fits and (above is None or value > above) and (below is None or value < below)):
         bounds = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
@@ -43,49 +42,44 @@ def check_number(
 
 
 def one_line(fault: BaseException) -> str:
-    """What another library's exception says, on one line of bounded length, for an InputError to quote."""
+    """Return what another library's exception says, on one line of bounded length."""
     text = " ".join(str(fault).split())
     return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__
 
 
 def disk_is_full(fault: BaseException) -> bool:
-    """Whether something could not be written for want of room."""
-    return getattr(fault, "errno", None) in FULL or any(said in str(fault) for said in SAID_BY_OTHERS)
+    """Tell whether a write failed for want of room."""
+    return getattr(fault, "errno", None) in FULL or any(words in str(fault) for words in FULL_IN_WORDS)
 
 
 def out_of_memory(fault: BaseException) -> bool:
-    """Whether an allocation failed: Python's, torch's on a CPU, which is a RuntimeError, or a GPU's."""
+    """Tell whether an allocation failed: Python's, or one of torch's, which raises a RuntimeError."""
     said = str(fault).lower() if isinstance(fault, RuntimeError) else ""
     return isinstance(fault, MemoryError) or "can't allocate memory" in said or "out of memory" in said
 
 
 def explain(fault: BaseException, folder: Path) -> str | None:
-    """Words for a fault of the machine in the middle of a run, in the folder if it names no file; None for others."""
+    """Return words for a fault of the machine, in the folder unless it names a file; None for other faults."""
     place = getattr(fault, "filename", None) or folder
     if disk_is_full(fault):
-        return f"the disk of {place} is full ({one_line(fault)}); what was saved before is whole: make room"
+        return f"the disk of {place} is full ({one_line(fault)}); make room"
     if isinstance(fault, OSError) and fault.errno in FORBIDDEN:
-        return f"{place} cannot be written ({one_line(fault)}); mend its permissions"
+        return f"{place} cannot be written ({one_line(fault)}); fix its permissions"
     if out_of_memory(fault):
-        return (
-            f"out of memory ({one_line(fault)}); keep the rows in half the room, data.dtype=float16, or on the disk, "
-            "data.mapped=outputs/rows"
-        )
+        return f"out of memory ({one_line(fault)}); set data.dtype=float16, or data.mapped=outputs/rows"
     return None
 
 
 def check_place(folder: Path) -> None:
-    """Raise an InputError unless a folder is there to write into, or can be made; nothing is written."""
+    """Raise an InputError unless a folder can be written, or made; nothing is written."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
-        return
-    why = "is not to be written into" if nearest.is_dir() else "is no folder"
-    raise InputError(f"{folder} cannot be written: {nearest} {why}; mend that, or give a place: hydra.run.dir=path")
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise InputError(f"{folder} cannot be written: {nearest} is no writable folder; give hydra.run.dir=path")
 
 
 @contextmanager
 def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
-    """Turn a failed allocation in the fit of a stage into an InputError that says what to do."""
+    """Turn a failed allocation in the fit of a stage into an InputError with remedies."""
     try:
         yield
     except (MemoryError, RuntimeError) as fault:

@@ -15,11 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from nvf.console import follows, logged, mend_streams, quiet
+from nvf.console import ending_in_words, follows, logged, quiet
 from nvf.errors import InputError
-from nvf.exits import ending_in_words
 from nvf.files.records import read_record
-from nvf.overrides import CONF, check_folder, composed, resumed_settings, settled, words_of
+from nvf.overrides import CONF, composed, resumed_settings, settled, words_of
 from nvf.runs import sweep as sweeps
 from nvf.runs.resume import remove_traces
 from nvf.runs.signals import Stopped, handlers_kept, restarted, stop_when_asked
@@ -29,24 +28,21 @@ log = logging.getLogger("nvf")
 
 
 def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool = False) -> float:
-    """One run, from plain settings to a complete run folder.
+    """Make one run, from resolved settings in plain containers to a complete run folder, which must exist.
 
-    Args:
-        config: the composed configuration, resolved, as plain containers.
-        folder: of the run; exists.
-        started: the `time.perf_counter()` from which the run's total seconds count.
-        goes_on: with what a run of these settings left in the folder when it was stopped, however that was.
-
-    Returns:
-        The objective for sweepers, on validation of what was fitted last: Top-1, or nDCG@10 of several right rows.
+    Its total seconds count from `started`, a `time.perf_counter()`. If it `goes_on`, it resumes what a stopped run of
+    these settings left in the folder. It returns the objective for sweepers, on validation: Top-1, or nDCG@10 where
+    queries have several right rows.
     """
-    check_folder(config)
+    data = config["data"]
+    if not data.get("dir", True) and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded"):
+        raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     if follows():
-        os.environ["TQDM_DISABLE"] = "1"  # which is read when it is imported
+        os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
     # Imported here so that --help and a config error answer without importing torch.
     from nvf.dashboards.show import check_dashboards
     from nvf.models.ann_index import check_index
-    from nvf.results import Stopwatch, evaluated, save
+    from nvf.results import Fitted, save
     from nvf.runs.resume import begin
     from nvf.training.build import build
     from nvf.training.cache import circumstances
@@ -61,30 +57,29 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     rank, own = start_processes(config["trainer"], threads=config["threads"]), folder
     folder = agreed(folder)  # a cluster gives each process one of its own
     if rank:
-        log.setLevel(logging.ERROR)  # the first process says it all
+        log.setLevel(logging.ERROR)  # the first process does the talking
         if own != folder:
             remove_traces(own)
     lock = None if rank else begin(folder, {"config": config, **circumstances(built.source)}, goes_on=goes_on)
 
-    watch = Stopwatch(started)
-    with watch("attention"):
-        chosen = fit_attention(built, folder)
-    fitted: dict[str, Any] = {"attention": chosen.gradients}
-    model: Any = chosen.attention  # or a pipeline
-    before = joint = None
+    run = Fitted(config, built, folder, started)
+    with run.timed("attention"):
+        run.chosen = fit_attention(built, folder)
+    run.model, run.gradients["attention"] = run.chosen.attention, run.chosen.gradients
     if built.reranker is not None:
-        with watch("reranker"):
-            model, fitted["reranker"] = fit_reranker(built, chosen, folder)
+        with run.timed("reranker"):
+            run.model, run.gradients["reranker"] = fit_reranker(built, run.chosen, folder)
     if built.joint is not None:
-        with watch("evaluation"):
-            before = None if rank else evaluated(built, model, built.queries("test"), title="before joint training")
-        with watch("joint"):
-            joint = fit_joint(built, model, folder)
-            fitted["joint"] = joint.gradients
+        if not rank:
+            with run.timed("evaluation"):
+                run.before = run.evaluated(built.queries("test"), title="before joint training")
+        with run.timed("joint"):
+            run.joint = fit_joint(built, run.model, folder)
+        run.gradients["joint"] = run.joint.gradients
     part_processes()
     if rank:
-        return math.nan  # the first process evaluates and saves what all of them have fitted
-    objective = save(config, built, model, chosen, joint, before, fitted, watch, folder)
+        return math.nan  # the first process evaluates and saves
+    objective = save(run)
     shutil.rmtree(folder / "checkpoints" / FOLDS, ignore_errors=True)
     if lock is not None:
         lock.release()
@@ -93,39 +88,30 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> float:
-    """A run, or a job of a sweep, from Hydra's configuration; what goes wrong becomes words and an exit status."""
+    """Make a run, or a job of a sweep, from Hydra's configuration."""
     settings = HydraConfig.get()
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config = settled(cfg, settings.runtime.cwd if settings.job.chdir else "")
-    goes_on, started = bool(config["resume"]) and not sweep, time.perf_counter() if sweep else START
-    with ending_in_words(folder, sweep=sweep, began=goes_on, in_turn=sweeps.in_turn(settings.launcher)):
+    again, started = bool(config["resume"]) or (sweep and restarted()), time.perf_counter() if sweep else START
+    in_turn = settings.launcher._target_.endswith("BasicLauncher")  # one job after the other, in this process
+    with ending_in_words(folder, sweep=sweep, began=again, in_turn=in_turn):
         if sweep:
-            config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
-            again = config["resume"] or restarted()
-            if again and (objective := sweeps.finished(folder, config)) is not None:
-                log.info("done already: %s", folder)
-                return objective
             sweeps.refuse_local_ddp(config)
+            config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
-            if again:
-                goes_on = sweeps.resumes(folder, config)
-        elif goes_on:
+        elif again:
             config = resumed_settings(folder, settings.overrides.task)
-            if sweeps.finished(folder, config) is not None:
-                log.info("done already: %s", folder)
-                return math.nan
-        return train(config, folder, started, goes_on=goes_on)
+        if again and (objective := sweeps.finished(folder, config)) is not None:
+            log.info("done already: %s", folder)
+            return objective
+        return train(config, folder, started, goes_on=again and (not sweep or sweeps.resumes(folder, config)))
 
 
 def main() -> None:
-    """The command line: help, a run, or a sweep, which ends on its table; the exit status is 0 if all went well."""
-    if "kernel_launcher" in sys.argv[0]:  # a notebook's command line is not ours
-        run()
-        return
-    mend_streams()
+    """Run the command line: help, a run, or a sweep with its table."""
     stop_when_asked()
-    faulthandler.enable(2)  # what kills the process from within says where, such as a mapped file that is truncated
-    logging.raiseExceptions = False  # a log that cannot be written is not worth a screen of tracebacks a line
+    faulthandler.enable(2)  # says where the process was when the system killed it, as for a mapped file cut short
+    logging.raiseExceptions = False  # a log that cannot be written needs no traceback for each line
     try:
         sys.argv[1:] = words_of(sys.argv[1:])
     except InputError as error:
@@ -140,17 +126,13 @@ def main() -> None:
 
 
 def run(*words: str) -> dict[str, Any]:
-    """One run from Python, `nvf.train.run("data=clustered", "seed=1")`; its seconds count from here.
+    """Make one run from Python, `nvf.train.run("data=clustered", "seed=1")`, and return its results.json.
 
-    It may be called again and again, in a notebook or a thread too. What it says is printed where the program shows no
-    log of its own.
-
-    Returns:
-        What is in the run's results.json.
+    It works in notebooks and threads too. What it says is printed if the program shows no log of its own.
 
     Raises:
-        InputError: whatever is wrong with the words, the settings or the user's files.
-        KeyboardInterrupt: it was stopped, and can be resumed.
+        InputError: the words, the settings or the user's files are wrong.
+        KeyboardInterrupt: the run was stopped, and can be resumed.
     """
     started = time.perf_counter()
     config, folder, goes_on = composed(words)
@@ -167,11 +149,11 @@ def run(*words: str) -> dict[str, Any]:
     except Stopped as stop:
         if stop.name != "SIGINT":
             raise
-        raise KeyboardInterrupt(f'to go on: nvf.train.run("resume={folder}")') from None
+        raise KeyboardInterrupt(f'to resume: nvf.train.run("resume={folder}")') from None
     return read_record(folder / "results.json")
 
 
 if __name__ == "__main__":
-    from nvf.train import main  # under its name, so that other processes find what they are sent
+    from nvf.train import main  # under its full name, so that other processes can import what they are sent
 
     main()

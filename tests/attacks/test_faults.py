@@ -17,7 +17,7 @@ from conftest import command, compose_config, write_folder
 from nvf.errors import InputError
 from nvf.files.records import sealed
 from nvf.models.memory import VectorMemory
-from nvf.overrides import words_of
+from nvf.overrides import resumed_settings, words_of
 from nvf.runs.resume import begin, recorded
 from nvf.train import train
 from nvf.training.build import build_source
@@ -54,7 +54,7 @@ def test_a_signal_stops_a_run_that_goes_on_as_if_nothing_had_happened(
         assert process.wait() == status, process.stderr
         said = process.stdout + process.stderr
     resume = f"-m nvf.train resume={tmp_path / 'run'}"
-    assert f"stopped by {how.name}; to go on: " in said
+    assert f"stopped by {how.name}; to resume: " in said
     assert resume in said
     assert not (tmp_path / "run/results.json").exists()
     saved = torch.load(tmp_path / LAST, weights_only=True)["global_step"]
@@ -97,8 +97,8 @@ def test_slurm_has_a_run_requeued_by_lightning_and_it_goes_on(tmp_path: Path, un
 def test_resume_takes_the_runs_own_settings_alone(tmp_path: Path) -> None:
     for words, message in (
         (["resume=run"], "resume=run: there is no run/run.json"),
-        (["resume=run", "k=3"], "resume=run goes on with the run's own settings; leave out k=3"),
-        (["resume=run", "-m"], "resume=run goes on with the run's own settings; leave out -m"),
+        (["resume=run", "k=3"], "resume=run takes the settings of the run in it; leave out k=3"),
+        (["resume=run", "-m"], "resume=run takes the settings of the run in it; leave out -m"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             words_of(words)
@@ -117,8 +117,8 @@ def test_a_record_that_was_changed_builds_nothing(run: Run, tmp_path: Path) -> N
         recorded(tmp_path / "run")
     del record["digest"]
     path.write_text(json.dumps(sealed(record)))
-    with pytest.raises(InputError, match=r"wants 'os.system' built; settings may name what is in nvf\., torch\."):
-        recorded(tmp_path / "run")
+    with pytest.raises(InputError, match=r"wants os.system built, which conf/ does not name"):
+        resumed_settings(tmp_path / "run", [])
 
 
 def test_data_that_changed_are_refused(tmp_path: Path, folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_data_that_changed_are_refused(tmp_path: Path, folder: Path) -> None:
     run.mkdir()
     train(config, run, started=0.0)
     write_folder(folder, seed=1)
-    with pytest.raises(InputError, match=r"its memory are no longer those that it began with; bring them back"):
+    with pytest.raises(InputError, match=r"the memory changed since the run began; restore them"):
         train(config, run, started=0.0, goes_on=True)
 
 
@@ -200,7 +200,9 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
     (tmp_path / "outputs").touch()
     done = command(*WORDS, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: outputs cannot be written: outputs is no folder; mend that, or give a place")
+    assert done.stderr.startswith(
+        "error: outputs cannot be written: outputs is no writable folder; give hydra.run.dir=path"
+    )
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
 

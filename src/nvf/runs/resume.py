@@ -1,15 +1,15 @@
-"""What lets a run resume where it stopped: its settings, what it decided by the clock, and a lock on its folder.
+"""What lets a run resume: the record of its settings and data, what it decided by the clock, a lock on its folder.
 
-A run's folder holds run.json, written before the first stage is fitted; each stage's last.ckpt, see
-`nvf.training.callbacks`; and decisions.json, where a time limit is set. What lies between two fits, such as
-calibration, is computed again.
+What is computed between two fits, such as the calibration, is not saved: a resumed run computes it again.
 """
 
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,79 +17,59 @@ from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
-from nvf.runs.signals import restarted
 
 RECORD, DECISIONS, LOCK = "run.json", "decisions.json", ".lock"
-TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that never began to fit
-MAY_BE_BUILT = ("nvf.", "torch.", "lightning.")
+TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that was refused before a fit
 T = TypeVar("T")
 log = logging.getLogger("nvf")
 
 
-def recorded(folder: Path, targets: Container[str] | None = None) -> dict[str, Any]:
-    """The settings of the run in a folder.
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run's figures depend on."""
+    packages = ("nvf", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
-    Args:
-        folder: the run's.
-        targets: each `_target_` that the settings may name; None allows for those in the packages `MAY_BE_BUILT`.
 
-    Raises:
-        InputError: the folder holds no run, its record is damaged, or it names another `_target_`.
-    """
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder; no run, or a damaged record, is an InputError."""
     path = folder / RECORD
     if not path.is_file():
         raise InputError(
-            f"resume={folder}: there is no {path}; name the folder of a run, resume=outputs/<date>/<time>, or of a "
-            "sweep, resume=outputs/multirun/<date>/<time>"
+            f"resume={folder}: there is no {path}; name the folder of a run or sweep, resume=outputs/<date>/<time>"
         )
     record = _read(path)
-    config = record.get("config")
-    if not isinstance(config, dict) or not is_unchanged(record):
+    if not isinstance(record.get("config"), dict) or not is_unchanged(record):
         raise InputError(f"{path} is damaged; start the run anew")
-    if (foreign := _foreign(config, targets)) is not None:
-        raise InputError(
-            f"{path} wants {foreign!r} built; settings may name what is in {', '.join(MAY_BE_BUILT)}, or what you name "
-            f"again beside resume=: the word with _target_={foreign}"
-        )
-    return config
+    return record["config"]
 
 
 def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock:
-    """Write the record of a run that begins, or check that the data of one that resumes are still the same.
+    """Lock a run's folder, and write the record of the run or check that the data of a resumed one are the same.
 
-    The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures rest on.
-
-    Returns:
-        The lock that keeps other processes from the folder; it is the kernel's, and goes with the process.
-
-    Raises:
-        InputError: another process is at this run, or the data have changed.
+    The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures depend on.
+    Changed data, and another process in the folder, are an InputError. The lock ends with the process.
     """
-    lock = _locked(folder)
-    if lock is None:
-        raise InputError(f"the run in {folder} is still running; wait for it, or stop it")
-    path = folder / RECORD
+    lock, curves = locked(folder), "events.out.tfevents.*"
     if not goes_on:
-        for left in (*(folder / "checkpoints").rglob("last.ckpt"), *folder.glob(DECISIONS)):
-            left.unlink()  # of an earlier run in the same folder
-        write_record(path, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
+        checkpoints = (folder / "checkpoints").rglob("last.ckpt")
+        for left in (*checkpoints, *folder.glob(DECISIONS), *folder.glob(curves), *folder.glob(f"*/{curves}")):
+            left.unlink()  # from an earlier run in the same folder
+        write_record(folder / RECORD, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
-    before = _read(path)
-    for what in (what for what in record if what != "config" and before.get(what) != record[what]):
-        if what in ("memory", "queries"):
-            raise InputError(
-                f"resume={folder}: its {what} are no longer those that it began with; bring them back, or start anew"
-            )
-        log.warning("%s has other %s than the run began with: its figures may differ in the end", folder, what)
-    for left in folder.glob("events.out.tfevents.*"):  # written at the end of a run, and again
+    before = _read(folder / RECORD)
+    for name in (name for name in record if name != "config" and before.get(name) != record[name]):
+        if name in ("memory", "queries"):
+            raise InputError(f"resume={folder}: the {name} changed since the run began; restore them, or start anew")
+        log.warning("%s: %s changed since the run began; its figures may differ in the last digits", folder, name)
+    for left in folder.glob(curves):  # are written again at the end of the run
         left.unlink()
     return lock
 
 
 def decided(folder: Path, name: str, decide: Callable[[], T], *, writes: bool = True) -> T:
-    """What was decided by the clock, a JSON value: a run that resumes does not decide it again.
+    """Return what `decide` finds, a JSON value, or what it found before the run was resumed.
 
-    Of several processes only one writes; all of them must then take its value.
+    Of several processes only one `writes`; the others must then take its value.
     """
     path = folder / DECISIONS
     decisions = _read(path) if path.exists() else {}
@@ -103,9 +83,7 @@ def decided(folder: Path, name: str, decide: Callable[[], T], *, writes: bool = 
 
 
 def requeued(place: str | None = None) -> Path | None:
-    """The run that this Slurm job was at when it was requeued, in outputs/ or the place it was given; None if none."""
-    if not restarted():
-        return None
+    """Return the folder of the run that this Slurm job began before it was requeued, in `place` or in outputs/."""
     records = sorted(Path("outputs").glob(f"*/*/{RECORD}"), reverse=True) if place is None else [Path(place) / RECORD]
     for path in records:
         with suppress(InputError):
@@ -115,26 +93,21 @@ def requeued(place: str | None = None) -> Path | None:
 
 
 def remove_traces(folder: Path) -> None:
-    """Remove the folder of a run that never began to fit, and its parent if that is then empty.
-
-    A folder that holds anything else stays, and so does one that another process is at.
-    """
-    if not {path.name for path in folder.iterdir()} <= TRACES or _locked(folder) is None:
-        return
-    if any(path.is_file() for path in folder.glob("checkpoints/**/*")):
-        return
-    shutil.rmtree(folder)
-    if not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+    """Remove the folder of a run that never began to fit, unless it holds anything else or another process uses it."""
+    saved = any(path.is_file() for path in folder.glob("checkpoints/**/*"))
+    if not saved and {path.name for path in folder.iterdir()} <= TRACES:
+        with suppress(InputError):
+            locked(folder)
+            shutil.rmtree(folder)
 
 
-def _locked(folder: Path) -> FileLock | None:
-    """The lock on a folder, which a process can take more than once; None while another process holds it."""
+def locked(folder: Path) -> FileLock:
+    """Lock a folder, which one process may do several times; a folder that another has locked is an InputError."""
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return None
+        raise InputError(f"what runs in {folder} is still running; wait for it, or stop it") from None
     return lock
 
 
@@ -143,16 +116,3 @@ def _read(path: Path) -> dict[str, Any]:
         return read_record(path)
     except (OSError, ValueError) as fault:
         raise InputError(f"{path} is damaged ({one_line(fault)}); start the run anew") from None
-
-
-def _foreign(tree: Any, targets: Container[str] | None) -> str | None:
-    """The first `_target_` that may not be built, at any depth."""
-    if isinstance(tree, dict):
-        target = tree.get("_target_")
-        ours = str(target).startswith(MAY_BE_BUILT) if targets is None else target in targets
-        if target is not None and not ours:
-            return str(target)
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        return next((found for part in tree if (found := _foreign(part, targets)) is not None), None)
-    return None

@@ -1,4 +1,4 @@
-"""Signals: how SIGINT, SIGTERM and a cluster's request to make room end a run, within a step and with nothing lost."""
+"""How SIGINT, SIGTERM and Slurm's SIGUSR1 end a run: between two steps, once the stage is saved."""
 
 import os
 import signal
@@ -26,53 +26,54 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def stop_when_asked() -> None:
-    """From now on SIGINT and SIGTERM raise `Stopped`; a request to make room is left to the next stage's fit."""
+    """Raise `Stopped` on SIGINT and SIGTERM from now on; on Slurm, ignore SIGUSR1, which would kill the process."""
     for number in ASKS_TO_STOP:
         _handle(number, _stop)
-    _handle_request(signal.SIG_IGN)  # it would kill the process
+    _handle(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Give a program that is not ours its own handlers back when the block ends."""
-    theirs = {number: signal.getsignal(number) for number in (*ASKS_TO_STOP, signal.SIGUSR1)}
+    """Restore the signal handlers of the program that called us when the block ends."""
+    before = {number: signal.getsignal(number) for number in (*ASKS_TO_STOP, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in theirs.items():
+        for number, handler in before.items():
             _handle(number, signal.SIG_DFL if handler is None else handler)
 
 
 def restarted() -> bool:
-    """Whether this process belongs to a Slurm job that was requeued."""
+    """Tell whether this process belongs to a Slurm job that was requeued."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-class Deferred:
-    """While a stage is fitted, signals wait for the end of its step. A second one does not.
+def command_to_resume(folder: object) -> str:
+    """Return what to type to resume a run or a sweep."""
+    return f"{os.path.basename(sys.executable)} -m nvf.train resume={folder}"
 
-    Slurm's request to make room, SIGUSR1, is answered by Lightning's own plugin, which requeues the job; but it comes
-    in the middle of a step, and is passed on between two.
+
+class Deferred:
+    """While a stage is fitted, a signal waits for the end of its step; the same signal again stops the run at once.
+
+    On SIGUSR1, Lightning's plugin has a Slurm job requeued.
     """
 
     def __init__(self) -> None:
-        self.asked = 0  # the signal's number
+        self.asked = 0  # the number of the signal that waits
         self._requeue: Handler = None
 
     def await_lightning(self) -> None:
-        """Leave the request to make room to Lightning's plugin, which takes it only where nobody else does."""
-        _handle_request(signal.SIG_DFL)
+        """Leave SIGUSR1 to Lightning, which installs its handler only where there is none."""
+        _handle(signal.SIGUSR1, signal.SIG_DFL)
 
     def install(self) -> None:
-        """Put ours before Lightning's handlers, which it installs anew for each fit and validation.
-
-        With several processes its answer to SIGTERM waits for ever.
-        """
+        """Replace Lightning's handlers; with several processes, its answer to SIGTERM waits for ever."""
         for number in ASKS_TO_STOP:
             _handle(number, self._note)
         if callable(theirs := signal.getsignal(signal.SIGUSR1)) and theirs != self._note:
             self._requeue = theirs
-            _handle_request(self._note)
+            _handle(signal.SIGUSR1, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked == number and number in ASKS_TO_STOP:
@@ -80,7 +81,7 @@ class Deferred:
         self.asked = number
 
     def answer(self, asked: int) -> None:
-        """Stop, or have the job requeued and go on until Slurm ends it; the stage is saved."""
+        """Stop, or have the job requeued and train on until Slurm ends it; the stage has been saved."""
         if asked in ASKS_TO_STOP:
             _stop(asked, None)
         self.asked = 0
@@ -88,22 +89,14 @@ class Deferred:
             self._requeue(signal.SIGUSR1, None)
 
     def answer_late(self) -> None:
-        """Stop if that was asked for after the last step; from now on signals are not deferred."""
+        """Stop if that was asked for after the last step, and defer no signal from now on."""
         stop_when_asked()
         if self.asked in ASKS_TO_STOP:
             _stop(self.asked, None)
 
 
 def _handle(number: int, handler: Handler) -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+    """Set a handler where Python allows it, in the main thread; that of SIGUSR1 on Slurm alone."""
+    ours = number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ
+    if ours and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler)
-
-
-def _handle_request(handler: Handler) -> None:
-    if "SLURM_JOB_ID" in os.environ:
-        _handle(signal.SIGUSR1, handler)
-
-
-def command_to_resume(folder: object) -> str:
-    """What to type to go on with a run or a sweep."""
-    return f"{os.path.basename(sys.executable)} -m nvf.train resume={folder}"

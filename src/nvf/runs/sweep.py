@@ -1,47 +1,43 @@
-"""What makes a sweep of many runs hold together: its record, what is done already, its share of threads, its end."""
+"""What a sweep adds to its runs: a record of its words, skipping of finished jobs, a share of threads, a table."""
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from nvf.errors import InputError
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
-from nvf.runs.resume import recorded
+from nvf.runs.resume import locked, recorded
 from nvf.runs.settings import key, material
 from nvf.runs.signals import command_to_resume
 
 RECORD = "sweep.json"  # in a sweep's folder: the words that asked for it
 LAUNCHER = re.compile(r"hydra/launcher=\w+|hydra\.launcher\.[a-z]\w*=[\w:-]+")  # words of Hydra's that are recorded
-SETTING = re.compile(r"[+~]{0,2}(?!hydra\b)(?!.*_target_)\w+(\.\w+)*(=.*)?", re.DOTALL)  # it has nothing built
-KEPT = (".hydra", "train.log", "results.before.json")  # of an unfinished job that starts anew
+SETTING = re.compile(r"[+~]{0,2}(?!hydra\b)(?!.*_target_)\w+(\.\w+)*(=.*)?", re.DOTALL)  # words that build nothing
 
 
 class Sweep(Callback):
     """Hydra calls it once a sweep, in the process that launches the jobs."""
 
-    # Of the class, for Hydra sends the instance to the jobs.
+    # These belong to the class, because Hydra sends the instance to the jobs.
     folder: ClassVar[Path | None] = None  # of the sweep that this process runs
-    lock: ClassVar[FileLock | None] = None  # on that folder, while this process lives
+    lock: ClassVar[FileLock | None] = None  # on that folder, until the process ends
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the sweep's folder ours, and record what was asked for."""
+        """Lock the sweep's folder, and record the words that asked for the sweep."""
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        Sweep.lock = FileLock(folder / ".lock")
         try:
-            Sweep.lock.acquire(timeout=0)
-        except Timeout:
-            print(f"error: the sweep in {folder} is still running; wait for it, or stop it", file=sys.stderr)
-            sys.exit(1)
+            Sweep.lock = locked(folder)
+        except InputError as error:  # which Hydra would turn into a warning
+            sys.exit(f"error: {error}")
         asked = [word for word in config.hydra.overrides.task if not word.startswith("resume=")]
         asked += [word for word in config.hydra.overrides.hydra if LAUNCHER.fullmatch(word)]
         write_record(folder / RECORD, sealed({"overrides": asked}))
@@ -49,11 +45,7 @@ class Sweep(Callback):
 
 
 def words(folder: Path) -> list[str]:
-    """The words that asked for the sweep in a folder.
-
-    Raises:
-        InputError: its record is damaged, or would have something built.
-    """
+    """Return the words that asked for the sweep in a folder; a damaged record, or one that builds, is an InputError."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = (record := read_record(folder / RECORD))["overrides"]
         if is_unchanged(record) and all(SETTING.fullmatch(word) or LAUNCHER.fullmatch(word) for word in found):
@@ -62,7 +54,7 @@ def words(folder: Path) -> list[str]:
 
 
 def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
-    """The objective of a run that is done, if its results are complete and of these settings; else None."""
+    """Return the objective of a run if its results are complete and belong to these settings, else None."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         results = read_record(folder / "results.json")
         complete = {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys()
@@ -72,69 +64,50 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
 
 
 def resumes(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether an unfinished job of these settings can resume in its folder; if not, the folder is cleared.
-
-    Figures of other settings are kept under another name; curves of two tries do not mix.
-    """
+    """Tell whether an unfinished job of these settings began in a folder; results of other settings are renamed."""
     if (folder / "results.json").exists():
         os.replace(folder / "results.json", folder / "results.before.json")
     with suppress(InputError):
-        if key(material(recorded(folder))) == key(material(config)):
-            return True
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and path.name not in KEPT:
-            shutil.rmtree(path)
-        elif path.name not in KEPT:
-            path.unlink()
+        return key(material(recorded(folder))) == key(material(config))
     return False
 
 
-def in_turn(launcher: Mapping[str, Any]) -> bool:
-    """Whether the jobs run in the sweep's own process, one after the other."""
-    return str(launcher["_target_"]).endswith("BasicLauncher")
-
-
 def threads(launcher: Mapping[str, Any]) -> int | None:
-    """How many CPU threads are a job's share, so that N jobs on N cores do not fight; None for all there are."""
+    """Return how many CPU threads each job gets, so that jobs share the cores; None for all."""
     target = str(launcher["_target_"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "Joblib" in target:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = int(launcher["n_jobs"])
         return max(1, cores // (jobs if jobs > 0 else max(1, cores + 1 + jobs)))
-    if "LocalLauncher" in target:  # it starts all jobs at once
-        return int(launcher["cpus_per_task"] or 1)
-    return None
+    return int(launcher["cpus_per_task"] or 1) if "LocalLauncher" in target else None  # which starts all jobs at once
 
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
-    """Refuse several processes in a sweep: Lightning would start each with the words of the whole command line.
-
-    Raises:
-        InputError: a run of the sweep or of the program wants several processes, and no cluster starts them.
-    """
+    """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them."""
     trainer = config["trainer"]
     devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
     one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
     one |= devices in ("auto", -1, "-1", None) and trainer.get("accelerator") == "cpu"
     if not (one and nodes == 1) and "SLURM_NTASKS" not in os.environ:
         raise InputError(
-            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process of a run would repeat the "
-            "whole sweep, or the program that calls nvf.train.run; give trainer.devices=1 trainer.num_nodes=1 and run "
-            "jobs side by side, hydra/launcher=parallel, or sweep with hydra/launcher=slurm"
+            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process would repeat the sweep "
+            "or the program; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm"
         )
 
 
 def finish() -> None:
-    """End a sweep on its table, and on what is missing from it, if this process ran one."""
+    """Print the table of the sweep that this process ran, if any, and which jobs have no results."""
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return
-    from nvf.runs.comparison.figure import summarize  # matplotlib takes a while, and no single run needs it
+    from nvf.runs.comparison.figure import write  # matplotlib takes a while, and no single run needs it
+    from nvf.runs.comparison.table import compare
 
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
     missing = sorted(path.name for path in jobs if not (path / "results.json").is_file())
-    if (summary := summarize(folder)) is not None:
-        print(f"\n{summary}")
+    if len(missing) < len(jobs):
+        comparison = compare([folder])
+        print(f"\n{comparison.text()}\n{write(comparison, folder)}")
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "

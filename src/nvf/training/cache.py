@@ -18,8 +18,8 @@ from nvf.data.queries import Recorded, Source, fingerprint
 from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.runs.resume import versions
 from nvf.runs.settings import material
-from nvf.runs.versions import versions
 from nvf.training.checkpoints import load_attention
 from nvf.training.devices import on_one_device
 
