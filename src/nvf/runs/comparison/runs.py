@@ -33,8 +33,11 @@ class Run:
 
     def answered(self) -> np.ndarray | None:
         """Return which test queries the model ranks first, (B,) bool, or None; the metric must be top1."""
+        path = self.path.with_name("answered.npy")
+        if not path.is_file():  # a pipe would be waited for
+            return None
         try:
-            found = np.load(self.path.with_name("answered.npy"), mmap_mode="r", allow_pickle=False)  # never oversized
+            found = np.load(path, mmap_mode="r", allow_pickle=False)  # never oversized
         except Exception:  # a damaged header makes numpy raise errors of many types
             return None
         test = self.figures["test"]
