@@ -3,10 +3,10 @@
     python tests/benchmarks/search_methods.py [rows=1e4,1e5] [dims=128,384] [batches=32,1024] [repeats=15] [threads=2]
         [folder=outputs/benchmarks]
 
-`convolution` is products as a convolution, `sparse` the k best from groups of rows, both `blockwise_topk` with and
-without them, in turn. `plain` is blocks of matmul with torch.topk, next to everything; it knows no rule of ties.
-`allocation`, the block that is allocated when nvf.ops.products is imported, is measured between fresh processes, one
-with it and one without it, in turn. Above 1 a method wins.
+`sparse` is the k best from groups of rows, `blockwise_topk` with and without it, in turn. `plain` is blocks of matmul
+with torch.topk, next to everything; it knows no rule of ties. `allocation`, the block that is allocated when
+nvf.ops.products is imported, is measured between fresh processes, one with it and one without it, in turn. Above 1 a
+method wins.
 """
 
 import subprocess
@@ -46,7 +46,7 @@ for _ in range(repeats + 1):
     took.append(time.perf_counter() - started)
 print(median(took[1:]))
 """
-METHODS = ("convolution", "sparse", "allocation", "plain")
+METHODS = ("sparse", "allocation", "plain")
 OPTIONS = (
     Option("rows", "N", [10**4, 10**5], whole_numbers),
     Option("dims", "D", [128, 384], whole_numbers),
@@ -79,7 +79,6 @@ def case(rows: int, dim: int, batch: int, options: dict[str, Any]) -> dict[str, 
     took = interleaved(
         {
             "all": lambda: blockwise_topk(queries, keys, K),
-            "convolution": lambda: blockwise_topk(queries, keys, K, convolve_from=NEVER),
             "sparse": lambda: blockwise_topk(queries, keys, K, sparse_from=NEVER),
             "plain": lambda: plain(queries, keys),
         },

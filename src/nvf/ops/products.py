@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.ops.frozen_cache import is_transformed
@@ -11,7 +10,6 @@ from nvf.ops.frozen_cache import is_transformed
 QUERY_BLOCK = 512  # queries searched at once
 SCORE_BLOCK = 2**20  # scores held at once on a CPU; 4 MB of float32, about what the caches near a core hold
 WIDE_SCORE_BLOCK = 2**26  # scores held at once on other devices, where starting a block costs more
-CONVOLVE_FROM = 64  # queries from which a convolution is at least as fast as a matrix product
 LOG2_E = math.log2(math.e)  # torch.exp2 is four times as fast as torch.exp, which is MKL's
 
 # glibc returns a freed block above a threshold to the system, and the next one costs page faults, up to ten times the
@@ -32,22 +30,13 @@ def can_branch_on(tensor: Tensor) -> bool:
     return _on_cpu(tensor) and not is_transformed()
 
 
-def products(rows: Tensor, queries: Tensor, *, by_query: bool = False, convolve_from: int = CONVOLVE_FROM) -> Tensor:
+def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor:
     """Return rows @ queries.T, (w, B), without a gradient, for rows (w, D) of any float type.
 
-    On a CPU, from `convolve_from` queries on it is a convolution of width 1: oneDNN computes that with the widest
-    instructions of every CPU, which MKL's matrix product does not use (1.7 times as fast on an AMD EPYC). `by_query`
-    lays the products of one query, not those of one row, side by side in memory.
+    `by_query` lays the products of one query, not those of one row, side by side in memory.
     """
     rows = rows.to(queries.dtype)
-    single = queries.dtype == torch.float32 and _on_cpu(queries)
-    if single and len(queries) >= convolve_from and torch.get_num_threads() > 1:  # one thread does not use oneDNN
-        first, second = (queries, rows) if by_query else (rows, queries)
-        scores = F.conv1d(second.T.unsqueeze(0), first.unsqueeze(-1)).squeeze(0)
-        return scores.T if by_query else scores
-    if by_query and len(queries) >= CONVOLVE_FROM:
-        return (queries @ rows.T).T
-    return rows @ queries.T
+    return (queries @ rows.T).T if by_query else rows @ queries.T
 
 
 def inner_products(queries: Tensor, rows: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.ops.products import (
-    CONVOLVE_FROM,
     QUERY_BLOCK,
     RunningLogSumExp,
     can_branch_on,
@@ -17,8 +16,8 @@ from nvf.ops.products import (
     score_block,
 )
 
-FEW = 2048  # rows up to which `_Dense` is faster, however many queries there are
-SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`
+SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
+SPARSE_ROWS = 2**15  # over more rows than these
 GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
 NEAR_TIES = 2**22  # numbers held at once while near ties are resolved; 16 MB of float32
 
@@ -39,7 +38,6 @@ def blockwise_topk(
     *,
     logsumexp: bool = False,
     scores_per_block: int | None = None,
-    convolve_from: int = CONVOLVE_FROM,
     sparse_from: int = SPARSE_FROM,
 ) -> TopK:
     """Return the k largest of each query's products with the keys, holding one block of scores at a time.
@@ -53,29 +51,26 @@ def blockwise_topk(
         k: in 1..N.
         logsumexp: whether the log-sum-exp over all N scores is wanted.
         scores_per_block: how many scores are held at a time; None is the device's own number.
-        convolve_from: queries from which `products` convolves.
         sparse_from: queries from which `_Sparse` finds the k largest.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
         parts = queries.split(QUERY_BLOCK)  # at least one
-        found = [_topk(part, keys, k, logsumexp, budget, convolve_from, sparse_from) for part in parts]
+        found = [_topk(part, keys, k, logsumexp, budget, sparse_from) for part in parts]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
 
-def _topk(
-    queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, convolve_from: int, sparse_from: int
-) -> TopK:
+def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, sparse_from: int) -> TopK:
     count = len(queries)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > FEW
+    sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > SPARSE_ROWS
     more = min(k + 1, len(keys))  # one more than wanted shows whether the k-th is a near tie
     best = _Sparse(count, more) if sparse else _Dense(more)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start = 0
     for part in keys.split(max(more, budget // max(1, count))):
-        scores = products(part, queries, by_query=not sparse, convolve_from=convolve_from)  # (w, B)
+        scores = products(part, queries, by_query=not sparse)  # (w, B)
         largest = best.add(scores, start)
         if total is not None:
             total.add_(scores, largest)
