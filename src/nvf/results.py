@@ -5,19 +5,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nvf.dashboards.show import log_hparams, show, texts_of
+from nvf.dashboards.show import log_hparams, show
 from nvf.data.queries import QueryBatch, fingerprint
+from nvf.evaluation.calibration import fit_words
 from nvf.evaluation.evaluate import Evaluation, against, evaluate, evaluate_index
 from nvf.evaluation.gradients import audit_gradients
 from nvf.evaluation.report import remarks, table
 from nvf.files.atomic import atomic_write
 from nvf.files.records import write_record
 from nvf.models.ann_index import build_index
+from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.ops.ranks import criterion
 from nvf.runs.resume import versions
@@ -52,7 +55,18 @@ class Fitted:
     def evaluated(self, queries: QueryBatch, *, title: str) -> Evaluation:
         """Evaluate the model on validation or test queries."""
         built = self.built
-        return evaluate(self.model, queries, k=built.k, oracle=built.source.oracle, seen=built.seen, title=title)
+        given: dict[str, Any] = {"oracle": built.source.oracle, "seen": built.seen, "hybrid": self.hybrid}
+        return evaluate(self.model, queries, k=built.k, title=title, **given)
+
+    @cached_property
+    def hybrid(self) -> SoftAttention | None:
+        """Exact search with the words of texts, weighed on validation queries: a baseline."""
+        held_out = self.built.queries("val")
+        if held_out.words is None:
+            return None
+        hybrid = SoftAttention(self.built.source.memory, transform="identity")
+        fit_words(hybrid, held_out, ("text",))
+        return hybrid
 
 
 def save(run: Fitted) -> float:
@@ -68,7 +82,7 @@ def save(run: Fitted) -> float:
         val = run.evaluated(val_queries, title="validation")
         test = run.evaluated(test_queries, title="test")
         if isinstance(model, Pipeline) and model.index is not None:
-            index = {**evaluate_index(model, *test_queries), "build_seconds": took}
+            index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
         audit = audit_gradients(model, val_queries)
         _show(run, val_queries, val)
     together = None
@@ -112,9 +126,7 @@ def save(run: Fitted) -> float:
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
     """Draw what TensorBoard shows beside the curves."""
     data, memory = run.config["data"], run.built.source.memory
-    texts = texts_of(data.get("dir"), memory.given)
-    if texts is not None and memory.vector_of_row is not None:
-        texts = [texts[vector] for vector in memory.vector_of_row.tolist()]
+    texts = getattr(run.built.source, "texts", None)
     clustered = data["name"] == "clustered"
     labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None
     logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binned_statistic
 
-from nvf.data.queries import QueryBatch
+from nvf.data.queries import QueryBatch, each
 from nvf.evaluation.evaluate import BINS, Evaluation, Outcomes
 from nvf.evaluation.report import NAMES
 from nvf.models.attention import SoftAttention
@@ -54,7 +55,10 @@ def draw(
     if settings["candidates"]:
         yield "figures/1_candidates", _draw_candidates(found.outcomes, chosen, name)
     if settings["heat_map"]:
-        yield "figures/2_attention", _draw_heat_map(model, batch.queries[chosen], found.outcomes, chosen, name)
+        yield (
+            "figures/2_attention",
+            _draw_heat_map(model, each(batch, itemgetter(chosen)), found.outcomes, chosen, name),
+        )
     if settings["ranks"]:
         yield "figures/3_ranks", _draw_ranks(found.outcomes.ranks, len(model.memory))
     if settings["reliability"]:
@@ -114,14 +118,14 @@ def _draw_panel(axes: Axes, outcomes: Outcomes, query: int, name: Name) -> None:
 
 
 def _draw_heat_map(
-    model: SoftAttention | Pipeline, queries: torch.Tensor, outcomes: Outcomes, chosen: np.ndarray, name: Name
+    model: SoftAttention | Pipeline, batch: QueryBatch, outcomes: Outcomes, chosen: np.ndarray, name: Name
 ) -> Figure:
     """Draw each stage's probabilities of the rows that are a query's first target or one of its first candidates."""
     if isinstance(model, Pipeline):
-        answer = model(queries, answer=False)
+        answer = model(batch.queries, batch.words, answer=False)
         logits = {"attention": answer.logits, "pipeline": answer.log_probs}
     else:
-        logits = {"attention": model(queries)}
+        logits = {"attention": model(batch.queries, batch.words)}
     targets = outcomes.targets.numpy()[chosen]
     named = np.concatenate([targets[:, :1], outcomes.candidates.numpy()[chosen]], axis=1)[:, : 40 // len(chosen)]
     columns = np.array([row for row in dict.fromkeys(named.flat) if row >= 0])

@@ -1,6 +1,5 @@
 """What TensorBoard shows beside the curves that are logged while training."""
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from nvf.data.queries import QueryBatch
-from nvf.errors import InputError, check_number, one_line
+from nvf.errors import InputError, check_number
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
@@ -63,24 +62,6 @@ def check_dashboards(settings: Mapping[str, Any]) -> None:
     for name, low, high in (("queries", 1, 40), ("projector_points", 4, 20_000)):
         remedy = f"{low} to {high} are shown well"
         check_number(f"dashboards.{name}", settings[name], minimum=low, below=high + 1, whole=True, remedy=remedy)
-
-
-def texts_of(folder: str | Path | None, rows: int) -> list[str] | None:
-    """Read the rows' texts, lines {"text": ...} of a folder's texts.jsonl; None, with a warning, if not one each."""
-    path = None if folder is None else Path(folder) / "texts.jsonl"
-    if path is None or not path.is_file():
-        return None
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            texts = [json.loads(line)["text"] for line in file if line.strip()]
-        for text in texts:
-            str.encode(text)  # fails for half a surrogate pair, and for what is no text
-        if len(texts) != rows:
-            raise ValueError(f"it has {len(texts)} texts for {rows} rows")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        log.warning("%s: %s; the figures name rows by number", path, one_line(fault))
-        return None
-    return texts
 
 
 @torch.no_grad()

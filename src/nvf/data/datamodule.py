@@ -1,6 +1,7 @@
 """Batches of queries, or of candidates once the datamodule is given a stage 1."""
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from nvf.data.queries import QueryBatch, Recorded, Source, blocks, score_blocks
+from nvf.data.queries import QueryBatch, Recorded, Source, blocks, each, score_blocks
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
+from nvf.models.words import WordScores
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.ops.ranks import are_targets, criterion
 
@@ -36,6 +38,7 @@ class LoggedBatch(NamedTuple):
 
     queries: Tensor  # (B, D)
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+    words: WordScores | None  # what the queries' words match, if there are texts
     logged_as: Tensor  # (B,) int64
 
 
@@ -137,7 +140,7 @@ class VectorDataModule(L.LightningDataModule):
 
     def val_dataloader(self, split: str = "val") -> DataLoader:
         samples, (rank, ranks) = self.samples_of(split), self.ranks
-        mine = type(samples)(*(part[rank::ranks] for part in samples))
+        mine = each(samples, itemgetter(slice(rank, None, ranks)))
         candidates = isinstance(mine, CandidateBatch)  # else every row is scored
         batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
@@ -152,18 +155,18 @@ class VectorDataModule(L.LightningDataModule):
         """Return the batch with the candidates of a stage 1, by default `self.attention`, and their labels."""
         attention = attention or self.attention
         assert attention is not None
-        top = attention.candidates(batch.queries, self.k, logsumexp=self.evidence is not None)
+        top = attention.candidates(batch.queries, self.k, logsumexp=self.evidence is not None, words=batch.words)
         if self.evidence is None:
             evidence = top.scores.new_empty(*top.rows.shape, 0)
         else:
-            evidence = self.evidence(attention, batch.queries, top, logged_as=logged_as)
+            evidence = self.evidence(attention, batch.queries, top, batch.words, logged_as=logged_as)
         labels = are_targets(top.rows, batch.targets)
         return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence, batch.targets)
 
     def queries(self, split: str) -> QueryBatch:
         """Return a fixed set of queries: `val`, `test`, or a finite `train`."""
         if isinstance(self.source, Recorded):
-            return QueryBatch(*(part.to(self.device) for part in self.source.splits[split]))
+            return each(self.source.splits[split], lambda part: part.to(self.device))
         if split == "train":
             generator = stream(self.seed, f"train/{self.stage}", device=self.device)
             return self.source.sample(self.train_samples or 0, generator)
@@ -188,7 +191,7 @@ class VectorDataModule(L.LightningDataModule):
         work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
         found = []
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
-            part = QueryBatch(queries.queries[places], queries.targets[places])
+            part = each(queries, itemgetter(places))
             found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
         batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         if split != "train":
@@ -196,7 +199,7 @@ class VectorDataModule(L.LightningDataModule):
         if not batch.valid.any():
             fault = f"none of the {len(batch.valid)} training queries has its target among the k={self.k} candidates"
             raise InputError(f"{fault}; raise k, or train stage 1 for longer")
-        return CandidateBatch(*(part[batch.valid] for part in batch))
+        return each(batch, itemgetter(batch.valid))
 
 
 class _StepSampler(Sampler[tuple[int, int]]):
@@ -254,4 +257,4 @@ class _FiniteBatches(Dataset):
         share = min(self.size, -(-(self.count - start) // self.ranks))  # alike for all: their gradients are averaged
         places = (start + self.rank * share + torch.arange(share)) % self.count
         chosen = self._order[1][places.to(self._order[1].device)]
-        return type(self.samples)(*(part[chosen] for part in self.samples))
+        return each(self.samples, itemgetter(chosen))

@@ -7,8 +7,10 @@
 See docs/real-embeddings.md. Every fault is an InputError that names the file, the row and the remedy.
 """
 
+import json
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,13 @@ import torch
 
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.data.splits import SPLITS, deal, merge, repeats
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 from nvf.files.ids import FILE, checked_ids, plain_uuid, read_ids, target_rows
 from nvf.files.npy import NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
+from nvf.models.evidence import OF_THE_LOG, law_of
 from nvf.models.memory import VectorMemory, check_dim, unit
+from nvf.models.words import Words
 
 if TYPE_CHECKING:
     from nvf.data.parquet import ParquetFile
@@ -47,12 +51,19 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
 
 
 def read_recorded(
-    folder: str | Path, memory: VectorMemory, *, seed: int, columns: Mapping[str, str] = COLUMNS, by_id: bool = False
+    folder: str | Path,
+    memory: VectorMemory,
+    *,
+    seed: int,
+    columns: Mapping[str, str] = COLUMNS,
+    by_id: bool = False,
+    words: Mapping[str, Any] | None = None,
 ) -> Recorded:
     """Read the queries of a folder: the user's splits, or 80/10/10 by time or by seed; identical queries are one.
 
     With `by_id` the memory is from elsewhere: targets.npy holds ids, as .parquet files always do, and the queries may
-    have either format.
+    have either format. Where the rows and the queries have texts, and `words` says how they are taken apart, see
+    `Words`, the queries know what their words match.
     """
     folder = Path(folder)
     stems = [name for name in ("queries", *(f"{split}_queries" for split in SPLITS)) if _format(folder, name)]
@@ -65,14 +76,17 @@ def read_recorded(
     timed, duplicates = columns.get("time") is not None or (folder / TIMES).exists(), {}
     if stems in ([], ["queries"]):
         given = [_read_pair(folder, "", kind, memory, columns, by_id)]
+        named = {"queries": given[0]}
         times = _read_times(folder, kind, columns, len(given[0].queries)) if timed else None
-        splits = deal(given[0], folder / f"queries.{kind}", seed, times)
+        dealt = deal(given[0], folder / f"queries.{kind}", seed, times)
     elif timed:
         raise InputError(f"{folder} holds times.npy, or data.columns.time is set, but also splits; keep one of them")
     else:
         given = [_read_pair(folder, f"{split}_", kind, memory, columns, by_id) for split in SPLITS]
-        splits = {split: merge(batch)[0] for split, batch in zip(SPLITS, given, strict=True)}
-        duplicates = repeats(splits)
+        named = dict(zip(SPLITS, given, strict=True))
+        dealt = {split: merge(batch) for split, batch in zip(SPLITS, given, strict=True)}
+        duplicates = repeats({split: batch for split, (batch, _) in dealt.items()})
+    splits = {split: batch for split, (batch, _) in dealt.items()}
     merged = sum(len(batch.queries) for batch in given) - sum(len(batch.queries) for batch in splits.values())
     if merged:
         log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
@@ -83,7 +97,56 @@ def read_recorded(
             "queries; remove them from one split, or give all queries in one file and let NVF split them",
             *(folder, count, len(splits[b].queries), b, a),
         )
-    return Recorded(memory, splits, duplicates, merged)
+    texts, index = texts_of_rows(folder, memory), None
+    if texts is not None and words is not None:
+        files = {stem: (folder / f"{stem}_texts.jsonl", len(batch.queries)) for stem, batch in named.items()}
+        lines = {stem: some for stem, given in files.items() if (some := read_texts(*given)) is not None}
+        if len(lines) == len(named):
+            of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
+            asked = {split: [lines[of_split[split]][place] for place in dealt[split][1]] for split in SPLITS}
+            index = _index(splits["train"], texts, asked["train"], words)
+        if index is not None:
+            for split, batch in splits.items():
+                splits[split] = batch._replace(words=index.scores(asked[split], logged=split == "train"))
+    return Recorded(memory, splits, duplicates, merged, texts=texts, words=index)
+
+
+def _index(train: QueryBatch, texts: list[str], logged: list[str], words: Mapping[str, Any]) -> Words | None:
+    """Return the index of the rows' words, and of the logged queries' where these say what will be asked."""
+    if find_spec("bm25s") is None:
+        log.info("there are texts beside the vectors: pip install -e '.[lexical]' has their words searched too")
+        return None
+    counts = torch.bincount(train.targets[train.targets >= 0], minlength=len(texts))
+    misled = set(OF_THE_LOG) <= set(law_of(counts)["ignored"])
+    return Words.gather(texts, [] if misled else logged, train.targets, **words)
+
+
+def texts_of_rows(folder: str | Path, memory: VectorMemory) -> list[str] | None:
+    """Return the text of each row, those of equal vectors joined; None where the folder has no texts.jsonl."""
+    texts = read_texts(Path(folder) / "texts.jsonl", memory.given)
+    if texts is None or memory.row_of_vector is None:
+        return texts
+    of_row: list[list[str]] = [[] for _ in range(len(memory))]
+    for row, text in zip(memory.row_of_vector.tolist(), texts, strict=True):
+        of_row[row].append(text)
+    return ["\n".join(dict.fromkeys(some)) for some in of_row]
+
+
+def read_texts(path: Path, count: int) -> list[str] | None:
+    """Read a file of `count` lines {"text": ...}; None if it does not exist."""
+    if not path.exists():
+        return None
+    texts = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                texts.append(json.loads(line)["text"])
+                str.encode(texts[-1])  # fails for half a surrogate pair, and for what is no text
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise InputError(f'{path}: line {len(texts) + 1}: {one_line(fault)}; give a line {{"text": "..."}}') from None
+    if len(texts) != count:
+        raise InputError(f"{path} has {len(texts)} lines for {count} vectors; give each its line")
+    return texts
 
 
 def _format(folder: Path, stem: str) -> str | None:

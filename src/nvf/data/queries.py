@@ -1,7 +1,9 @@
 """Where queries come from: three generated sources with their oracles, and the user's own."""
 
 import hashlib
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from nvf.errors import InputError, check_number
 from nvf.files.mapped_rows import as_bytes
 from nvf.models.memory import VectorMemory
+from nvf.models.words import Words, WordScores
 from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
 
@@ -18,7 +21,7 @@ ALL_SCORES = 2**22  # scores over all rows that are held at once; 16 MB of float
 FEWEST_QUERIES = (
     64  # of a block, however many rows there are: with fewer, reading the rows takes longer than arithmetic
 )
-Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
 
 
 class QueryBatch(NamedTuple):
@@ -26,11 +29,22 @@ class QueryBatch(NamedTuple):
 
     queries: Tensor  # (B, D)
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+    words: WordScores | None = None  # what the queries' words match, if there are texts
+
+
+def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch with every tensor in it changed; what is None stays None."""
+    parts: list[Any] = [*batch]
+    for place, part in enumerate(parts):
+        if part is not None:
+            parts[place] = each(part, change) if isinstance(part, tuple) else change(part)
+    return type(batch)(*parts)
 
 
 def blocks(batch: Batch, size: int) -> list[Batch]:
     """Cut a named tuple of tensors into pieces of at most `size` samples."""
-    return [type(batch)(*parts) for parts in zip(*(part.split(size) for part in batch), strict=True)]
+    starts = range(0, max(1, len(batch[0])), size)
+    return [each(batch, itemgetter(slice(start, start + size))) for start in starts]
 
 
 def score_blocks(batch: Batch, rows: int) -> list[Batch]:
@@ -39,9 +53,9 @@ def score_blocks(batch: Batch, rows: int) -> list[Batch]:
 
 
 def fingerprint(batch: QueryBatch) -> str:
-    """Return the hash of queries and targets: `sha256:` and 64 hexadecimal digits."""
+    """Return the hash of queries, targets and words: `sha256:` and 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for part in batch:
+    for part in (*batch[:2], *(batch.words or ())):
         digest.update(str((part.dtype, tuple(part.shape))).encode())
         digest.update(as_bytes(part))
     return f"sha256:{digest.hexdigest()}"
@@ -120,6 +134,8 @@ class Warped(Noisy):
 class Recorded:
     """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle.
 
+    `texts` are those of the rows, if they have any, and `words` an index of them and of the training queries' texts.
+
     `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a; `merged` the
     queries that became one with an identical query before them.
     """
@@ -132,8 +148,11 @@ class Recorded:
         splits: dict[str, QueryBatch],
         duplicates: dict[str, int] | None = None,
         merged: int = 0,
+        *,
+        texts: list[str] | None = None,
+        words: Words | None = None,
     ) -> None:
-        self.memory, self.splits = memory, splits
+        self.memory, self.splits, self.texts, self.words = memory, splits, texts, words
         self.duplicates, self.merged = duplicates or {}, merged
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nvf.data.queries import QueryBatch
+from nvf.data.queries import QueryBatch, each
 from nvf.errors import InputError
 from nvf.files.ids import padded
 from nvf.models.memory import factorize, row_hashes
@@ -17,16 +18,19 @@ SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
 
 
-def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = None) -> dict[str, QueryBatch]:
+def deal(
+    batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = None
+) -> dict[str, tuple[QueryBatch, np.ndarray]]:
     """Merge identical queries, shuffle them by seed, and deal them to the three splits.
 
     Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
     repeated query counts as of its first time, and the shuffle decides between equal times. Too few distinct queries
-    for three splits are an InputError, which names `path`, the file that holds them.
+    for three splits are an InputError, which names `path`, the file that holds them. Each split has its queries and the
+    places of their first lines.
     """
+    by_time = np.arange(len(batch.queries)) if times is None else np.argsort(times, kind="stable")
     if times is not None:
-        by_time = np.argsort(times, kind="stable")
-        batch, times = QueryBatch(*(part[by_time] for part in batch)), times[by_time]
+        batch, times = each(batch, itemgetter(by_time)), times[by_time]
     distinct, first = merge(batch)
     order = np.random.default_rng(stream_seed(seed, "split")).permutation(len(first))
     if times is not None:
@@ -36,7 +40,7 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
         remedy = f"record at least 10, or give the splits as train_{path.name} and so on"
         raise InputError(f"{path}: {len(first)} distinct queries leave a split empty; {remedy}")
     parts = np.split(order, ends[:2])
-    return {name: QueryBatch(*(part[of] for part in distinct)) for name, of in zip(SPLITS, parts, strict=True)}
+    return {name: (each(distinct, itemgetter(of)), by_time[first[of]]) for name, of in zip(SPLITS, parts, strict=True)}
 
 
 def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:

@@ -2,35 +2,79 @@
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
-from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, score_blocks
+from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each, score_blocks
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import hubness
 from nvf.models.pipeline import Pipeline
+from nvf.models.words import CHANNELS
 from nvf.ops.cross_entropy import mean_of
+from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
+ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
 
-def fit_temperature(attention: SoftAttention, queries: Tensor, targets: Tensor) -> None:
+def fit_temperature(attention: SoftAttention, batch: QueryBatch) -> None:
     """Set beta to the minimum of the loss over held-out queries, of which the first suffice over a large memory.
 
     Training keeps the weights with the best Top-1, whose probabilities need not be right. The order of rows stays.
     """
     rows = len(attention.memory)
     count = max(FEWEST_QUERIES, min(256, 2**26 // rows), ALL_SCORES // rows)  # 2**26 scores are 256 MB of float32
-    queries, targets = queries[:count], targets[:count]
+    batch = each(batch, itemgetter(slice(count)))
     with torch.no_grad():
-        logits, beta = attention(queries), float(attention.beta)  # (B, N)
-        right = mean_of(logits.gather(-1, targets.clamp(min=0)), targets >= 0).unsqueeze(-1)
+        logits, beta = attention(batch.queries, batch.words), float(attention.beta)  # (B, N)
+        right = mean_of(logits.gather(-1, batch.targets.clamp(min=0)), batch.targets >= 0).unsqueeze(-1)
         factor = _best_factor(logits, right, (BETA_RANGE[0] / beta, BETA_RANGE[1] / beta))
         attention.log_beta.add_(math.log(factor))
+
+
+def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence[str] = CHANNELS) -> None:
+    """Set the weights of words to those with the least loss on held-out queries, or to zero if they do not help.
+
+    The loss is that of a softmax over the rows that the words list and the ALONE best of stage 1, on the queries whose
+    target is one of them. It is convex in the weights and stage 1's temperature.
+    """
+    zero = torch.zeros(len(CHANNELS), device=attention.log_beta.device)
+    attention.word_weights = zero
+    without, parts = quality(attention, held_out), []
+    for queries, targets, words in blocks(held_out, QUERY_BLOCK):
+        assert words is not None
+        with torch.no_grad():
+            alone = attention.candidates(queries, min(ALONE, len(attention.memory))).rows
+            again = (alone.unsqueeze(-1) == words.rows.unsqueeze(1)).any(dim=-1)
+            rows = torch.cat([words.rows, alone.masked_fill(again, -1)], dim=-1)
+            logits = attention.logits_of(attention.project(queries), rows)
+            evidence = torch.cat([logits.unsqueeze(-1), words.of(rows)], dim=-1)  # (b, r, 3)
+            parts.append((evidence.double().cpu(), are_targets(rows, targets).cpu()))
+    evidence, right = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
+    evidence, right = evidence[right.any(dim=-1)], right[right.any(dim=-1)]
+    padding = evidence[..., 0].isneginf()
+    evidence = evidence.masked_fill(padding.unsqueeze(-1), 0)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        given = torch.tensor(weights, requires_grad=True)
+        scores = (evidence @ given).masked_fill(padding, -math.inf)
+        value = (scores.logsumexp(dim=-1) - mean_of(scores, right)).mean()
+        (slope,) = torch.autograd.grad(value, given)
+        return float(value), slope.numpy()
+
+    if len(right):
+        bounds = [(1e-3, None), *((0, None if channel in channels else 0) for channel in CHANNELS)]
+        found = minimize(loss, [1.0, *(0.1 * (channel in channels) for channel in CHANNELS)], jac=True, bounds=bounds).x
+        attention.word_weights = zero + torch.tensor(found[1:] / found[0]).to(zero) / attention.beta.detach()
+        if float(quality(attention, held_out).double().sum()) <= float(without.double().sum()):
+            attention.word_weights = zero
 
 
 @torch.no_grad()
@@ -41,9 +85,9 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets in score_blocks(batch, len(pipeline.memory)):
-        top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True)
-        scores.append(pipeline.rerank(queries, top))
+    for queries, targets, words in score_blocks(batch, len(pipeline.memory)):
+        top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
+        scores.append(pipeline.rerank(queries, top, words))
         labels.append(are_targets(top.rows, targets))
     of_all, right = torch.cat(scores), torch.cat(labels)
     covered = right.any(dim=-1)
@@ -78,8 +122,9 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
     by, parts = by or criterion(batch.targets), []
-    for queries, targets in score_blocks(batch, len(model.memory)):
-        scores = model(queries, answer=False).ranking if isinstance(model, Pipeline) else model(queries)
+    for queries, targets, words in score_blocks(batch, len(model.memory)):
+        pipeline = isinstance(model, Pipeline)
+        scores = model(queries, words, answer=False).ranking if pipeline else model(queries, words)
         parts.append(ndcg_of(scores, targets) if by == "ndcg10" else target_ranks(scores, targets) == 1)
     return torch.cat(parts)
 

@@ -14,12 +14,13 @@ from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
+from nvf.models.words import CHANNELS
 from nvf.ops.products import QUERY_BLOCK, inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg, recall, target_ranks
 from nvf.ops.topk import blockwise_topk, first_topk
 from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
-METHODS = ("exact", "oracle", "attention", "pipeline")
+METHODS = ("exact", "oracle", "words", "hybrid", "attention", "pipeline")
 BINS = 15  # of confidence, equally wide
 ROUNDING = 1e-5  # cosines that differ by less count as equal
 
@@ -71,16 +72,18 @@ def evaluate(
     k: int,
     oracle: Tensor | None,
     seen: Tensor | None = None,
+    hybrid: SoftAttention | None = None,
     title: str = "evaluation",
 ) -> Evaluation:
     """Compute the figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
     Coverage and recall count the first k candidates. The oracle is the rows, (N, D), that an informed search would use,
     None if they are unknown; `seen`, (N,) bool, says which rows answer a training query, None if that is unknown.
+    `hybrid` is exact search with words, which is a baseline where there are texts, as words alone are.
     """
     model.eval()
     blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
-    parts = [_answer(model, block, k=k, oracle=oracle) for block in blocks]
+    parts = [_answer(model, block, k=k, oracle=oracle, hybrid=hybrid) for block in blocks]
     outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
     answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
     last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
@@ -102,18 +105,29 @@ def evaluate(
     return Evaluation(figures, against(answered[last], answered["exact"]), outcomes)
 
 
-def _answer(model: SoftAttention | Pipeline, batch: QueryBatch, *, k: int, oracle: Tensor | None) -> Outcomes:
-    queries, targets = batch
+def _answer(
+    model: SoftAttention | Pipeline,
+    batch: QueryBatch,
+    *,
+    k: int,
+    oracle: Tensor | None,
+    hybrid: SoftAttention | None,
+) -> Outcomes:
+    queries, targets, words = batch
     rows = model.memory.rows
     scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
     if oracle is not None and oracle is not rows:
         scores["oracle"] = inner_products(queries, oracle)
+    if hybrid is not None and words is not None:
+        alone = words.scores[..., CHANNELS.index("text")]
+        scores["words"] = torch.zeros_like(scores["exact"]).scatter_add(-1, words.rows.clamp(min=0), alone)
+        scores["hybrid"] = hybrid(queries, words)
     if isinstance(model, Pipeline):
-        answer = model(queries, answer=False)
+        answer = model(queries, words, answer=False)
         candidates, logits = answer.candidates, {"attention": answer.logits, "pipeline": answer.log_probs}
         scores |= {"attention": answer.logits, "pipeline": answer.ranking}
     else:
-        scores["attention"] = model(queries)
+        scores["attention"] = model(queries, words)
         candidates, logits = first_topk(scores["attention"], k), {"attention": scores["attention"]}
     depth = min(max(k, DEEPEST), len(rows))
     hits = {method: are_targets(first_topk(of_rows, depth), targets) for method, of_rows in scores.items()}

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvf.data.queries import QueryBatch
+from nvf.data.queries import QueryBatch, each
 from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.pipeline import Pipeline
 
@@ -40,8 +41,10 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     frozen = [tensor for tensor in named.values() if not tensor.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    logits = model(queries, answer=False).log_probs if isinstance(model, Pipeline) else model(queries)
-    loss = attention_loss(logits, batch.targets[:AUDITED])
+    batch = each(batch, itemgetter(slice(AUDITED)))
+    given = (queries, batch.words)
+    logits = model(*given, answer=False).log_probs if isinstance(model, Pipeline) else model(*given)
+    loss = attention_loss(logits, batch.targets)
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -6,7 +6,14 @@ from typing import Any
 from nvf.evaluation.evaluate import ceiling
 from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
-NAMES = {"exact": "exact search", "oracle": "oracle", "attention": "stage 1", "pipeline": "pipeline"}
+NAMES = {
+    "exact": "exact search",
+    "oracle": "oracle",
+    "words": "words alone",
+    "hybrid": "words + exact",
+    "attention": "stage 1",
+    "pipeline": "pipeline",
+}
 Figures = Mapping[str, Any]
 
 

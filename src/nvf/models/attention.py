@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.models.memory import VectorMemory, check_k, unit
-from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy
+from nvf.models.words import CHANNELS, WordScores
+from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.topk import TopK, blockwise_topk
@@ -60,6 +61,9 @@ class SoftAttention(nn.Module):
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
     frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
 
+    If `worded`, a query's `WordScores` s, (B, N, 2) but for the rows with scores of zero, are evidence too: the logits
+    are then beta (z K^T + b + s w). The weights w, (2,), are at least zero, and zero until they are set; s is constant.
+
     `transform` names T, or makes it from D: a module from (B, D) to (B, D). If that says `starts_at_exact_search`, the
     untrained stage 1 competes with the trained one.
 
@@ -68,6 +72,7 @@ class SoftAttention(nn.Module):
     """
 
     bias: Tensor | None
+    word_weights: Tensor | None
     transform: Any  # a module
 
     def __init__(
@@ -79,11 +84,12 @@ class SoftAttention(nn.Module):
         normalize: bool = True,
         keys: str = "frozen",
         biased: bool = False,
+        worded: bool = False,
         beta: float = 20.0,
     ) -> None:
         super().__init__()
         check_number("attention.beta", beta, above=0, remedy="20 is a good start for unit vectors")
-        for name, flag in (("normalize", normalize), ("biased", biased)):
+        for name, flag in (("normalize", normalize), ("biased", biased), ("worded", worded)):
             if not isinstance(flag, bool):
                 raise InputError(f"attention.{name}={flag} is neither true nor false; leave it out for the default")
         if keys not in KEYS:
@@ -99,6 +105,7 @@ class SoftAttention(nn.Module):
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
         self.register_buffer("bias", nothing if biased else None)
+        self.register_buffer("word_weights", nothing.new_zeros(len(CHANNELS)) if worded else None)
         hidden = None if hidden is None else int(hidden)
         self._settings = {"transform": name, "hidden": hidden, "normalize": normalize, "keys": keys}
         self._keys = FrozenCache()
@@ -106,7 +113,7 @@ class SoftAttention(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that make a stage 1 of this shape."""
-        return {**self._settings, "biased": self.bias is not None}
+        return {**self._settings, "biased": self.bias is not None, "worded": self.word_weights is not None}
 
     @property
     def beta(self) -> Tensor:
@@ -146,29 +153,84 @@ class SoftAttention(nn.Module):
         """Return beta z, or with a bias beta [z, 1]: its inner products with the keys are the logits."""
         return self.beta * self.transformed(queries)
 
-    def forward(self, queries: Tensor) -> Tensor:
-        return inner_products(self.project(queries), self.keys())  # (B, N)
+    def word_bonus(self, scores: Tensor) -> Tensor:
+        """Return what word scores, (..., 2), add to logits, (...)."""
+        assert self.word_weights is not None
+        return self.beta * (scores.to(self.beta.dtype) @ self.word_weights)
 
-    def answer(self, queries: Tensor) -> Tensor:
+    def plus_words(self, logits: Tensor, words: WordScores | None) -> Tensor:
+        """Return logits, (B, N), with what words add to them."""
+        if words is None or self.word_weights is None:
+            return logits
+        return logits.scatter_add(-1, words.rows.clamp(min=0), self.word_bonus(words.scores).to(logits.dtype))
+
+    def logits_of(self, projected: Tensor, rows: Tensor, words: WordScores | None = None) -> Tensor:
+        """Return the logits of some rows, (B, w), of queries that `project` has projected; -inf where a row is -1."""
+        logits = scores_of(projected, self.keys_of(rows.clamp(min=0)), rows)
+        if words is None or self.word_weights is None:
+            return logits
+        return logits + self.word_bonus(words.of(rows)).to(logits.dtype)
+
+    def total(self, projected: Tensor, words: WordScores | None = None) -> Tensor:
+        """Return the log-sum-exp of all logits, (B,), differentiable once, without ever holding (B, N)."""
+        return self._plus_words_total(logsumexp(projected, self.keys()), projected, words)
+
+    def _plus_words_total(self, total: Tensor, projected: Tensor, words: WordScores | None) -> Tensor:
+        """Return a log-sum-exp over all rows with what words add to it: sum exp(logit) (exp(bonus) - 1)."""
+        if words is None or self.word_weights is None:
+            return total
+        bonus = self.word_bonus(words.scores).to(total.dtype)
+        some = bonus > 0
+        bonus = bonus.where(some, 1.0)
+        added = self.logits_of(projected, words.rows) + bonus + (-(-bonus).exp()).log1p()  # log(exp(bonus) - 1)
+        return total.logaddexp(added.masked_fill(~some, -math.inf).logsumexp(dim=-1))
+
+    def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
+        return self.plus_words(inner_products(self.project(queries), self.keys()), words)  # (B, N)
+
+    def answer(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the soft answer softmax(logits) V, (B, D)."""
-        return weighted_sum(self(queries).softmax(dim=-1), self.memory.rows)
+        return weighted_sum(self(queries, words).softmax(dim=-1), self.memory.rows)
 
-    def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
         """Return `attention_loss` of the logits, differentiable once; above AT_ONCE rows no (B, N) is ever held."""
         check_targets(targets, len(queries), len(self.memory))
         if len(self.memory) <= AT_ONCE:
-            return attention_loss(self(queries), targets)
-        return cross_entropy(self.project(queries), self.keys(), targets)
+            return attention_loss(self(queries, words), targets)
+        projected = self.project(queries)
+        if words is None:
+            return cross_entropy(projected, self.keys(), targets)
+        right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
+        return (self.total(projected, words) - right).mean()
 
     def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
         """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`."""
         projected, count = self.project(queries), len(self.memory)
         return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
 
-    def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False) -> TopK:
+    def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False, words: WordScores | None = None) -> TopK:
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
         check_k(k, len(self.memory))
-        return blockwise_topk(self.project(queries), self.keys(), k, logsumexp=logsumexp)
+        projected = self.project(queries)
+        return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
+
+    @torch.no_grad()
+    def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:
+        """Return the k best rows with words, from the k best without and those that the words list.
+
+        That is exact: a row without words that is among the k best with them is among the k best without.
+        """
+        if words is None or self.word_weights is None:
+            return top
+        listed = self.logits_of(projected, words.rows, words)
+        again = (top.rows.unsqueeze(-1) == words.rows.unsqueeze(1)).any(dim=-1)  # (B, k)
+        rows = torch.cat([top.rows, words.rows.clamp(min=0)], dim=-1)
+        scores = torch.cat([top.scores.masked_fill(again, -math.inf), listed.to(top.scores.dtype)], dim=-1)
+        rows, order = rows.sort(dim=-1)  # so that of equal scores the smallest rows come first
+        scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        k = top.rows.shape[1]
+        total = None if top.logsumexp is None else self._plus_words_total(top.logsumexp, projected, words)
+        return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total)
 
 
 def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, hubness
+from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import SCORE_BLOCK
 from nvf.ops.topk import TopK, blockwise_topk
@@ -26,6 +27,15 @@ FEATURES = (
     "local_cosine",  # of query and row, both seen from the mean of the candidates
     "crowding",  # mean cosine of the row to the candidates
 )
+OF_WORDS = (  # features of candidates where the memory's rows have texts
+    "vectors",  # stage 1's logit without what words add to it
+    "text",  # how well the query's words match the row's text, see `Words`
+    "text_share",  # the same over the best of all rows
+    "text_rank",  # log(1 + the number of rows whose texts match better)
+    "asked",  # how well they match the best of the logged queries that the row answers
+    "asked_share",
+    "asked_rank",
+)
 COUNTS = ("log_count", "support")  # features that grow with the number of a row's logged queries
 OF_THE_LOG = (*COUNTS, "nearest")  # features that tell whether a row has any logged query
 CLEAR = 2.0  # standard errors by which a figure must be below 1
@@ -39,7 +49,7 @@ class Evidence(nn.Module):
 
     The log is two buffers: `queries`, (n, D) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
     target of each query. `hubness` and `density`, (N,), depend on rows alone and are computed once. Buffers that do
-    not fit together raise an InputError.
+    not fit together raise an InputError. If `worded`, the features include those of words.
     """
 
     queries: Tensor
@@ -49,7 +59,14 @@ class Evidence(nn.Module):
     starts: Tensor
 
     def __init__(
-        self, memory: VectorMemory, *, queries: Tensor, pairs: Tensor, hubness: Tensor, density: Tensor
+        self,
+        memory: VectorMemory,
+        *,
+        queries: Tensor,
+        pairs: Tensor,
+        hubness: Tensor,
+        density: Tensor,
+        worded: bool = False,
     ) -> None:
         super().__init__()
         rows, count = len(memory), len(queries)
@@ -65,6 +82,7 @@ class Evidence(nn.Module):
         ):
             raise InputError("the log of queries does not fit the memory; gather it again")
         self.memory = memory
+        self.features = (*FEATURES, *OF_WORDS) if worded else FEATURES
         for name, tensor in (("queries", queries), ("pairs", pairs), ("hubness", hubness), ("density", density)):
             self.register_buffer(name, tensor)
         starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
@@ -74,7 +92,7 @@ class Evidence(nn.Module):
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
     @classmethod
-    def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor) -> "Evidence":
+    def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor, *, worded: bool = False) -> "Evidence":
         """Gather a log from unit queries, (n, D), and their targets, (n, m) rows padded with -1.
 
         Identical queries become one query of the log, with all their targets; `logged` is the place of each, (n,).
@@ -87,46 +105,31 @@ class Evidence(nn.Module):
         if near > 0:  # the first of its best rows is the row itself
             density = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].mean(dim=-1)
         hubs = hubness(distinct, memory.rows, SHARPNESS)
-        evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density)
+        evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
         evidence.logged = logged
         return evidence
 
     def law(self) -> dict[str, Any]:
-        """Return how the logged queries are spread over the rows, and which features a reranker must ignore for it.
-
-        Where every item is asked at a rate of its own, two figures are at least 1, and 1 for equal rates: the
-        `dispersion`, variance over mean, of the number of other queries that a query's item has; and `asked_again`, how
-        often an item with logged queries is asked once more, over how often one without is asked. Where each item has a
-        fixed number of queries, dealt to log and test, more in the one are fewer in the other, and what is learned of
-        counts would mislead. So features that grow with counts are ignored if the dispersion is below 1 by more than
-        CLEAR standard errors, and all that tell logged rows from others if `asked_again` is.
-        """
-        n = self.starts.diff().double()
-        total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
-        others = float((n * (n - 1)).sum()) / total  # of a query's item, on average
-        dispersion = 1 - others + float((n * (n - 1) * (n - 2)).sum()) / (total * others) if others else 1.0
-        # A half is added to each number, so that there is a logarithm where one is zero.
-        again = math.log((total - once + 0.5) / (once + several + 0.5) * (never + 0.5) / (once + 0.5))
-        ignored: tuple[str, ...] = COUNTS if 1 - dispersion > CLEAR * math.sqrt((6 + 2 * others) / total) else ()
-        if -again > CLEAR * math.sqrt(sum(1 / (rows + 0.5) for rows in (never, once, several))):
-            ignored = OF_THE_LOG
-        return {"dispersion": dispersion, "asked_again": math.exp(again), "ignored": [*ignored]}
+        """Return what `law_of` says of the log."""
+        return law_of(self.starts.diff())
 
     def forward(
         self,
         attention: SoftAttention,
         queries: Tensor,
         top: TopK,
+        words: WordScores | None = None,
         *,
         k: int | None = None,
         logged_as: Tensor | None = None,
     ) -> Tensor:
-        """Return the features in the order of FEATURES, (B, w, F), of rows that stage 1 chose for unit queries, (B, D).
+        """Return the `features` of rows that stage 1 chose for unit queries, (B, w, F).
 
         Args:
             attention: stage 1.
             queries: (B, D).
             top: the rows, (B, w), with the log-sum-exp over all rows.
+            words: what the queries' words match; where there are texts, None is no word that any row has.
             k: how many of them, the first, are the candidates; all if None.
             logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
@@ -149,7 +152,20 @@ class Evidence(nn.Module):
             "local_cosine": local.sum(dim=-1),
             "crowding": (rows @ centre.transpose(1, 2)).squeeze(-1),
         }
-        return torch.stack([features[name] for name in FEATURES], dim=-1)
+        if len(self.features) > len(FEATURES):
+            features |= self._of_words(attention, top, words)
+        return torch.stack([features[name] for name in self.features], dim=-1)
+
+    def _of_words(self, attention: SoftAttention, top: TopK, words: WordScores | None) -> dict[str, Tensor]:
+        """Return the features of words, (B, w) each."""
+        if words is None:
+            words = WordScores(top.rows[:, :1], top.scores.new_zeros(len(top.rows), 1, len(CHANNELS)))
+        scores, best = words.of(top.rows), words.scores.amax(dim=1, keepdim=True)  # (B, w, 2) and (B, 1, 2)
+        better = words.scores.unsqueeze(1) > scores.unsqueeze(2)  # (B, w, L, 2)
+        found = torch.cat([scores, scores / best.clamp(min=1e-6), better.sum(dim=2).log1p()], dim=-1).unbind(dim=-1)
+        vectors = top.scores if attention.word_weights is None else top.scores - attention.word_bonus(scores)
+        text, asked, text_share, asked_share, text_rank, asked_rank = found
+        return dict(zip(OF_WORDS, (vectors, text, text_share, text_rank, asked, asked_share, asked_rank), strict=True))
 
     def _from_log(
         self, attention: SoftAttention, queries: Tensor, rows: Tensor, logged_as: Tensor | None
@@ -206,3 +222,25 @@ class Evidence(nn.Module):
             others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
             rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
         return torch.cat(places), torch.cat(rest)
+
+
+def law_of(counts: Tensor) -> dict[str, Any]:
+    """Return how logged queries are spread over rows, from a count a row, (N,), and which features this makes useless.
+
+    Where every item is asked at a rate of its own, two figures are at least 1, and 1 for equal rates: the
+    `dispersion`, variance over mean, of the number of other queries that a query's item has; and `asked_again`, how
+    often an item with logged queries is asked once more, over how often one without is asked. Where each item has a
+    fixed number of queries, dealt to log and test, more in the one are fewer in the other, and what is learned of
+    counts would mislead. So features that grow with counts are ignored if the dispersion is below 1 by more than
+    CLEAR standard errors, and all that tell logged rows from others if `asked_again` is.
+    """
+    n = counts.double()
+    total, never, once, several = (float(x.sum()) for x in (n, n == 0, n == 1, n > 1))
+    others = float((n * (n - 1)).sum()) / total  # of a query's item, on average
+    dispersion = 1 - others + float((n * (n - 1) * (n - 2)).sum()) / (total * others) if others else 1.0
+    # A half is added to each number, so that there is a logarithm where one is zero.
+    again = math.log((total - once + 0.5) / (once + several + 0.5) * (never + 0.5) / (once + 0.5))
+    ignored: tuple[str, ...] = COUNTS if 1 - dispersion > CLEAR * math.sqrt((6 + 2 * others) / total) else ()
+    if -again > CLEAR * math.sqrt(sum(1 / (rows + 0.5) for rows in (never, once, several))):
+        ignored = OF_THE_LOG
+    return {"dispersion": dispersion, "asked_again": math.exp(again), "ignored": [*ignored]}

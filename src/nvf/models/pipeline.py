@@ -1,5 +1,6 @@
 """Both stages as one module: one differentiable distribution over the memory, and a search by it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from nvf.models.distribution import Retrieval, joint, most_probable_first, share
 from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.reranker import EvidenceReranker, Reranker
-from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of, scores_of
+from nvf.models.words import Words, WordScores
+from nvf.ops.cross_entropy import check_targets, mean_of
 from nvf.ops.products import QUERY_BLOCK, can_branch_on, inner_products, weighted_sum
-from nvf.ops.topk import TopK, best_rows, blockwise_topk
+from nvf.ops.topk import TopK, best_rows, blockwise_topk, first_topk
 
 WINDOW = 2  # times k rows are scored where the choice of candidates is relaxed
 
@@ -65,6 +67,7 @@ class Pipeline(nn.Module):
         self.reranker = reranker
         self.k = int(k)  # JSON, in which it is saved, takes no number of numpy's
         self.evidence = evidence
+        self.words: Words | None = None  # what `search` matches the texts of queries with
         self.index: Index | None = None  # where `search` finds stage 1's best rows; with None it looks at all of them
 
     @property
@@ -104,6 +107,7 @@ class Pipeline(nn.Module):
     def forward(
         self,
         queries: Tensor,
+        words: WordScores | None = None,
         *,
         logged_as: Tensor | None = None,
         relaxation: float | None = None,
@@ -113,6 +117,7 @@ class Pipeline(nn.Module):
 
         Args:
             queries: (B, D), of any length but zero; any leading dimensions, or none, may take the place of B.
+            words: what the queries' words match, if they have any.
             logged_as: each query's place in the log of the evidence, (B,), -1 for none, see `Evidence`.
             relaxation: the temperature of `distribution.relaxed`, above 0, for training; None is exact.
             answer: whether the soft-retrieved vector is wanted; it costs what stage 1's logits cost.
@@ -127,9 +132,10 @@ class Pipeline(nn.Module):
         projected, keys = self.attention.project(queries), self.attention.keys()
         logits = inner_products(projected, keys)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has halved them
+        logits = self.attention.plus_words(logits, words)
         total = logits.logsumexp(dim=-1)
-        rows = best_rows(logits, projected, keys, width)
-        scores = self.rerank(queries, TopK(logits.gather(-1, rows), rows, total), logged_as).to(logits.dtype)
+        rows = best_rows(logits, projected, keys, width) if words is None else first_topk(logits.detach(), width)
+        scores = self.rerank(queries, TopK(logits.gather(-1, rows), rows, total), words, logged_as).to(logits.dtype)
         log_probs = joint(logits - total.unsqueeze(-1), rows, scores, k=self.k, temperature=relaxation)  # (B, N)
         soft = weighted_sum(log_probs.exp(), self.memory.rows) if answer else None  # (B, D)
         return Retrieval(
@@ -141,7 +147,13 @@ class Pipeline(nn.Module):
         )
 
     def loss(
-        self, queries: Tensor, targets: Tensor, *, logged_as: Tensor | None = None, relaxation: float | None = None
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        words: WordScores | None = None,
+        *,
+        logged_as: Tensor | None = None,
+        relaxation: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return `attention_loss` of the distribution and of stage 1 alone, differentiable once, without any (B, N).
 
@@ -151,13 +163,11 @@ class Pipeline(nn.Module):
         relaxation, width = self._reranked(relaxation)
         check_targets(targets, len(checked_queries(queries, self.memory.dim)), len(self.memory))
         queries = unit(queries, self.attention.log_beta.dtype)
-        projected, keys = self.attention.project(queries), self.attention.keys()
-        rows = blockwise_topk(projected, keys, width).rows
-        total = logsumexp(projected, keys)
-        of_rows, of_targets = (
-            scores_of(projected, self.attention.keys_of(some.clamp(min=0)), some) for some in (rows, targets)
-        )  # (B, w) and (B, m)
-        scores = self.rerank(queries, TopK(of_rows, rows, total), logged_as).to(total.dtype)
+        projected = self.attention.project(queries)
+        rows = self.attention.best(blockwise_topk(projected, self.attention.keys(), width), projected, words).rows
+        total = self.attention.total(projected, words)
+        of_rows, of_targets = (self.attention.logits_of(projected, some, words) for some in (rows, targets))
+        scores = self.rerank(queries, TopK(of_rows, rows, total), words, logged_as).to(total.dtype)
         log_attention = torch.cat([of_rows, of_targets], dim=-1) - total.unsqueeze(-1)  # (B, w + m)
         places = torch.arange(width, device=rows.device).expand_as(rows)
         log_probs = joint(log_attention, places, scores, k=self.k, temperature=relaxation)
@@ -174,11 +184,13 @@ class Pipeline(nn.Module):
             return None, self.k
         return relaxation, min(WINDOW * self.k, len(self.memory))
 
-    def rerank(self, queries: Tensor, top: TopK, logged_as: Tensor | None = None) -> Tensor:
+    def rerank(
+        self, queries: Tensor, top: TopK, words: WordScores | None = None, logged_as: Tensor | None = None
+    ) -> Tensor:
         """Return the reranker's scores of stage 1's best rows, of which the first k are the candidates."""
         evidence = None
         if self.evidence is not None:
-            evidence = self.evidence(self.attention, queries, top, k=self.k, logged_as=logged_as)
+            evidence = self.evidence(self.attention, queries, top, words, k=self.k, logged_as=logged_as)
         return self.score(queries, top.rows, top.scores, evidence)
 
     def score(self, queries: Tensor, rows: Tensor, logits: Tensor, evidence: Tensor | None) -> Tensor:
@@ -188,7 +200,7 @@ class Pipeline(nn.Module):
         return self.reranker(queries, self.memory.take(rows), logits, self.attention.beta)
 
     @torch.no_grad()
-    def search(self, queries: np.ndarray | Tensor, k: int | None = None) -> Hits:
+    def search(self, queries: np.ndarray | Tensor, k: int | None = None, *, texts: Sequence[str] | None = None) -> Hits:
         """List k rows for each query, with their probabilities and ids, in blocks that never hold (B, N).
 
         The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first row is
@@ -197,15 +209,20 @@ class Pipeline(nn.Module):
         tells them apart. With an index the rows are the best of those it finds, and their probabilities rest on an
         estimate, see `approximate_topk`.
 
-        Queries are (B, D) of any float type and length, numpy or torch; k is the number of candidates if None. Queries
-        of another shape or type, zero or not finite, or k not in 1..N raise an InputError.
+        Queries are (B, D) of any float type and length, numpy or torch; k is the number of candidates if None. Their
+        `texts` have their words searched as well, in a pipeline that was fitted with texts. Queries of another shape or
+        type, zero or not finite, k not in 1..N, or texts that are not one for each query raise an InputError.
         """
         k = self.k if k is None else k
         check_k(k, len(self.memory))
-        given, training = self._checked(queries), self.training
+        given, training, words = self._checked(queries), self.training, self._word_scores(queries, texts)
         self.eval()  # no dropout in a search
         try:
-            blocks = [self._search_block(block, int(k)) for block in given.split(QUERY_BLOCK)]
+            blocks = []
+            for start in range(0, max(1, len(given)), QUERY_BLOCK):
+                block = slice(start, start + QUERY_BLOCK)
+                some = None if words is None else WordScores(words.rows[block], words.scores[block])
+                blocks.append(self._search_block(given[block], int(k), some))
         finally:
             self.train(training)
         rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -223,17 +240,29 @@ class Pipeline(nn.Module):
         check_vectors(given, "queries")
         return given
 
-    def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _word_scores(self, queries: np.ndarray | Tensor, texts: Sequence[str] | None) -> WordScores | None:
+        if texts is None:
+            return None
+        if self.words is None:
+            raise InputError("the pipeline was fitted without texts; search without texts, or fit it with them")
+        if isinstance(texts, str) or len(texts) != len(queries) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{len(texts)} texts are not one string for each of {len(queries)} queries; give as many")
+        device = self.memory.rows.device
+        return WordScores(*(part.to(device) for part in self.words.scores(texts)))
+
+    def _search_block(self, queries: Tensor, k: int, words: WordScores | None) -> tuple[Tensor, Tensor]:
         queries = unit(queries.to(self.memory.rows.device), self.attention.log_beta.dtype)
         width = max(k, self.k)
         if self.index is None:
-            top = self.attention.candidates(queries, width, logsumexp=True)
+            top = self.attention.candidates(queries, width, logsumexp=True, words=words)
         else:
             self.index.check_fits(self.attention.keys())
-            top = approximate_topk(self.index, self.attention.project(queries), self.attention.keys(), width)
+            projected = self.attention.project(queries)
+            top = approximate_topk(self.index, projected, self.attention.keys(), width)
+            top = self.attention.best(top, projected, words)
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
-        scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates), candidates)
+        scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates, words), candidates)
         # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
         total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
         log_attention = top.scores - total.unsqueeze(-1)

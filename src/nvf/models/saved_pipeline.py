@@ -22,11 +22,13 @@ from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.ann_index import FILE as INDEX_FILE
 from nvf.models.ann_index import read_index
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.evidence import Evidence
 from nvf.models.memory import DTYPES, VectorMemory
 from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.models.words import Words
 
 FORMAT = "nvf-pipeline-1"
+WORDS = "words"  # a folder, where the rows have texts
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
 SAVE_AGAIN = "save the pipeline again"
 
@@ -55,8 +57,10 @@ def save(folder: Path, pipeline: Any) -> None:
             "reranker": pipeline.reranker.settings,
             "index": None if pipeline.index is None else pipeline.index.write(partial / INDEX_FILE),
         }
-        hashed = [*FILES[1:], *([] if memory.ids is None else [IDS_FILE])]  # the index has its own hash
-        config["sha256"] = {name: sha256(partial / name) for name in hashed}
+        if pipeline.words is not None:
+            pipeline.words.save(partial / WORDS)
+        config["words"] = None if pipeline.words is None else pipeline.words.settings
+        config["sha256"] = {name: sha256(partial / name) for name in _hashed(partial, config)}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
 
@@ -76,8 +80,12 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
         weights = read_tensors(folder / "weights.safetensors")
         with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
-            reranker, evidence = _second_stage(memory, config["reranker"], weights)
+            reranker, evidence = _second_stage(
+                memory, config["reranker"], weights, worded=config["attention"].get("worded", False)
+            )
+        words = None if config["words"] is None else Words.load(folder / WORDS, config["words"], len(memory))
         pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
+        pipeline.words = words
         fill(pipeline, weights)
         pipeline.requires_grad_(False).eval()
         if index and config["index"] is not None:
@@ -89,12 +97,19 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
     return pipeline.to(device)
 
 
+def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Name the files whose hashes config.json has; that of the index is among its settings."""
+    words = sorted((folder / WORDS).rglob("*.*")) if config["words"] is not None else []
+    ids = [IDS_FILE] if config["ids"] else []
+    return [*FILES[1:], *ids, *(path.relative_to(folder).as_posix() for path in words)]
+
+
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
         raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE))):
+    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))):
         raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
 
 
@@ -113,7 +128,10 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError("config.json has a value of another type")
     if not is_unchanged(config):
         raise InputError(f"{folder / 'config.json'} is damaged, or of another version; {SAVE_AGAIN}")
-    for name in (*FILES[1:], *([IDS_FILE] if config["ids"] else [])):
+    config.setdefault("words", None)  # an older version's has none
+    if config["sha256"].keys() - _hashed(folder, config):
+        raise ValueError("a file is missing")
+    for name in _hashed(folder, config):
         _check_own(folder / name)
         if config["sha256"].get(name) != sha256(folder / name):
             raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")
@@ -130,7 +148,9 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 
-def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
+def _second_stage(
+    memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor], *, worded: bool
+) -> tuple[Any, Any]:
     """Return the untrained reranker of a saved pipeline, and its evidence, if any."""
     if settings["kind"] != "evidence":
         return Reranker(memory.dim, **settings), None
@@ -139,5 +159,5 @@ def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[
         raise ValueError("its log of queries has integers in place of floats")
     given = {name: value for name, value in settings.items() if name != "kind"}
     with torch.device("cpu"):
-        evidence = Evidence(memory, **parts)
-    return EvidenceReranker(len(FEATURES), **given), evidence
+        evidence = Evidence(memory, worded=worded, **parts)
+    return EvidenceReranker(len(evidence.features), **given), evidence

@@ -70,7 +70,8 @@ def build(config: Settings, source: Source | None = None) -> Built:
         evidence = None
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
-            evidence = Evidence.gather(source.memory, *source.splits["train"])
+            queries, targets, words = source.splits["train"]
+            evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
             load_reranker(reranker.module.model, config["reranker_checkpoint"])

@@ -73,7 +73,7 @@ class AttentionModule(StageModule):
 
     def loss(self, batch: QueryBatch) -> Tensor:
         if self.sample is None:
-            return self.model.loss(batch.queries, batch.targets)
+            return self.model.loss(batch.queries, batch.targets, batch.words)
         generator = stream(self.seed, "sample", self.global_step, self.global_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
         hard = None
@@ -83,7 +83,7 @@ class AttentionModule(StageModule):
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard)
 
     def judge(self, batch: QueryBatch) -> Judged:
-        logits = self.model(batch.queries)
+        logits = self.model(batch.queries, batch.words)
         loss, ranks = attention_loss(logits, batch.targets), target_ranks(logits, batch.targets)
         return Judged(loss, ranks, ranks <= self.k, ndcg_of(logits, batch.targets))
 
@@ -170,11 +170,12 @@ class JointModule(RerankerModule):
 
     def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:  # type: ignore[override]
         logged_as, relaxation = getattr(batch, "logged_as", None), self.temperature
-        ours, attention = self.model.loss(batch.queries, batch.targets, logged_as=logged_as, relaxation=relaxation)
+        given = (batch.queries, batch.targets, batch.words)
+        ours, attention = self.model.loss(*given, logged_as=logged_as, relaxation=relaxation)
         return ours + self.attention_weight * attention
 
     def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
-        said = self.model(batch.queries, logged_as=getattr(batch, "logged_as", None), answer=False)
+        said = self.model(batch.queries, batch.words, logged_as=getattr(batch, "logged_as", None), answer=False)
         loss = attention_loss(said.log_probs, batch.targets)
         if self.attention_weight:
             loss = loss + self.attention_weight * attention_loss(said.logits, batch.targets)

@@ -4,6 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,15 @@ import torch
 from torch import Tensor
 
 from nvf.data.datamodule import Fold
-from nvf.data.queries import QueryBatch, Recorded
-from nvf.evaluation.calibration import clearly_above, fit_hub_correction, fit_sharpness, fit_temperature, quality
+from nvf.data.queries import QueryBatch, Recorded, each
+from nvf.evaluation.calibration import (
+    clearly_above,
+    fit_hub_correction,
+    fit_sharpness,
+    fit_temperature,
+    fit_words,
+    quality,
+)
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
@@ -89,7 +97,7 @@ def _fit_variants(variants: Sequence[Stage], built: Built, folder: Path) -> Chos
         about, found = _judged(variant, held_out, epochs, calibrates=True)
         fitted.append(Chosen(attention, variant, about, [], gradients))
         qualities.append(found)
-    reference = quality(built.exact, held_out)
+    reference = quality(built.exact, held_out) if held_out.words is None else qualities[0]
     clear = [number for number, found in enumerate(qualities) if clearly_above(found, reference)]
     best = max(clear or [0], key=lambda number: float(qualities[number].double().sum()))  # the first of equals
     for number, one in enumerate(fitted):
@@ -109,12 +117,16 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     if calibrates and settings["hub_correction"] and isinstance(variant.data.source, Recorded):
         bank = variant.data.queries("train").queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
+    if calibrates and held_out.words is not None:
+        fit_words(attention, held_out)
     if calibrates:
-        fit_temperature(attention, *held_out)
+        fit_temperature(attention, held_out)
     found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
     about = {"transform": label(settings["transform"]), "keys": settings["keys"], "hub_share": share, "epochs": epochs}
+    if attention.word_weights is not None:
+        about["word_weights"] = attention.word_weights.tolist()
     return {**about, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}, found
 
 
@@ -131,6 +143,7 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
     pipeline: Pipeline = module.model
     gradients: dict[str, Any] | None = None
     pipeline.attention = data.attention = chosen.attention
+    pipeline.words = getattr(built.source, "words", None)
     pipeline.to(built.source.memory.rows.device)
     if (path := built.config["reranker_checkpoint"]) is not None:
         log.info("stage 2: loaded from %s", path)
@@ -192,11 +205,12 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     folds = []
     for number in range(count):
         log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
-        rest = QueryBatch(*(tensor[part != number] for tensor in train))
+        rest = each(train, itemgetter(part != number))
         module, data, *_ = attention_stage(variant.config, Recorded(source.memory, {**source.splits, "train": rest}))
         fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
         if share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,))
-        fit_temperature(module.attention, *held_out)
+        module.attention.word_weights = chosen.attention.word_weights
+        fit_temperature(module.attention, held_out)
         folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))
     return folds

@@ -19,6 +19,7 @@ from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.models.words import WordScores
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, ndcg
@@ -61,7 +62,7 @@ class ShardedAttention(SoftAttention):
         sharded.load_state_dict(attention.state_dict())
         return sharded
 
-    def forward(self, queries: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
         keys = self.memory.rows
         mesh, shape = keys.device_mesh, torch.Size((len(queries), len(keys)))
         moved = DTensor.from_local(self.project(queries), mesh, [Replicate()])
@@ -69,7 +70,7 @@ class ShardedAttention(SoftAttention):
         own = inner_products(moved.to_local(grad_placements=[Partial("sum")]), keys.to_local())
         return DTensor.from_local(own, mesh, [Shard(1)], shape=shape, stride=(len(keys), 1))
 
-    def loss(self, queries: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
         return sharded_loss(self(queries), targets)
 
     @torch.no_grad()

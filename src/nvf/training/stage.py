@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from nvf.data.queries import score_blocks
+from nvf.data.queries import each, score_blocks
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
@@ -112,7 +112,7 @@ class StageModule(L.LightningModule):
     def _share_answered(self, batch: Any) -> Tensor:
         """The share of a training batch's first queries whose target is ranked first, as validation ranks it."""
         self.eval()
-        first = type(batch)(*(part[:LOGGED].detach() for part in batch))
+        first = each(batch, lambda part: part[:LOGGED].detach())
         ranks = [self.judge(block).ranks for block in score_blocks(first, len(self.attention.memory))]
         self.train()
         return (torch.cat(ranks) == 1).float().mean()

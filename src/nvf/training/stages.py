@@ -15,7 +15,7 @@ from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import Recorded, Source
 from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
@@ -70,7 +70,7 @@ def reranker_stage(
     """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    size: dict[str, Any] = {"dim": source.memory.dim} if evidence is None else {"features": len(FEATURES)}
+    size: dict[str, Any] = {"dim": source.memory.dim} if evidence is None else {"features": len(evidence.features)}
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
     given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}

@@ -1,0 +1,181 @@
+"""Words beside vectors: how well a query's words match the text of each row, and the queries that the row has answered.
+
+Both are BM25 scores by `bm25s`, the extra `nvf[lexical]`, which is imported on first use.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvf.errors import InputError, one_line
+
+CHANNELS = ("text", "log")  # what a query is matched with: a row's text, and the logged queries that the row answers
+LISTED = 64  # rows that each channel lists for a query; all others count as rows without its words
+K1, B = 0.9, 0.4  # how soon a repeated word, and the length of a text, cease to matter
+GRAM, STEM = 4, 5  # letters of a part of a word, and of the beginning that stands for a word in a pair
+TEXTS_AT_ONCE = 1024
+REMEDY = "pip install -e '.[lexical]' in NVF's folder"
+
+
+class WordScores(NamedTuple):
+    """The rows that match the words of each of B queries best; every other row has scores of zero."""
+
+    rows: Tensor  # (B, L) int64, different ones, padded with -1
+    scores: Tensor  # (B, L, 2) at least zero, in the order of CHANNELS
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the scores of some rows, (B, w) -> (B, w, 2)."""
+        same = rows.unsqueeze(-1) == self.rows.unsqueeze(1)  # (B, w, L)
+        return same.to(self.scores.dtype) @ self.scores
+
+
+class Words:
+    """An index of the words in the rows' texts, and one of the words in the logged queries.
+
+    Args:
+        indexes: of `bm25s`, by channel; a log that must not be used has none.
+        answers: rows that answer each logged query, (n, m) int64, padded with -1.
+        settings: `stemmer`, a language of PyStemmer, and `stopwords`, a language of bm25s or a list; None for neither.
+    """
+
+    def __init__(self, indexes: dict[str, Any], answers: Tensor, settings: dict[str, Any]) -> None:
+        self.indexes, self.answers, self.settings = indexes, answers, settings
+
+    @classmethod
+    def gather(
+        cls, texts: Sequence[str], logged: Sequence[str], answers: Tensor, *, stemmer: Any = None, stopwords: Any = None
+    ) -> "Words":
+        """Index the text of each row, and each logged query with the rows that answer it; no `logged` are no channel.
+
+        Raises:
+            InputError: bm25s is missing, or there is no such stemmer or list of stop words.
+        """
+        settings = {"stemmer": stemmer, "stopwords": stopwords}
+        indexes = {}
+        for channel, some in zip(CHANNELS, (texts, logged), strict=True):
+            if some:
+                index = _bm25s().BM25(k1=K1, b=B)
+                index.index(terms(some, **settings), show_progress=False)
+                indexes[channel] = index
+        return cls(indexes, answers, settings)
+
+    def scores(self, texts: Sequence[str], *, logged: bool = False) -> WordScores:
+        """Return what the words of some queries match.
+
+        If the texts are the `logged` queries, in their order, each is matched as if it had not been logged itself.
+        """
+        starts = range(0, len(texts), TEXTS_AT_ONCE)
+        blocks = [self._block(texts[start : start + TEXTS_AT_ONCE], start if logged else None) for start in starts]
+        width = max((block.rows.shape[1] for block in blocks), default=0)
+        rows, scores = torch.full((len(texts), width), -1), torch.zeros(len(texts), width, len(CHANNELS))
+        for start, block in zip(starts, blocks, strict=True):
+            rows[start : start + len(block.rows), : block.rows.shape[1]] = block.rows
+            scores[start : start + len(block.rows), : block.rows.shape[1]] = block.scores
+        return WordScores(rows, scores)
+
+    def _block(self, texts: Sequence[str], first: int | None) -> WordScores:
+        """Return what a block of texts matches, of which the first is the logged query of that number, if any."""
+        asked, found = terms(texts, **self.settings), []
+        for channel, index in self.indexes.items():
+            count = min(LISTED + (channel == "log"), index.scores["num_docs"])
+            places, scores = map(torch.from_numpy, index.retrieve(asked, k=count, show_progress=False))
+            places = places.long().where(scores > 0, -1)
+            if channel == "log":
+                if first is not None:
+                    places = places.masked_fill(places == torch.arange(first, first + len(places)).unsqueeze(-1), -1)
+                rows = self.answers[places].where((places >= 0).unsqueeze(-1), -1)  # (b, count, m)
+                places, scores = rows.flatten(1), scores.unsqueeze(-1).expand(rows.shape).flatten(1)
+            listed = _by_row(places, scores.unsqueeze(-1))
+            best, order = listed.scores.squeeze(-1).topk(min(LISTED, listed.rows.shape[1]), dim=-1)
+            both = best.new_zeros(*best.shape, len(CHANNELS))
+            both[..., CHANNELS.index(channel)] = best
+            found.append((listed.rows.gather(-1, order).where(best > 0, -1), both))
+        rows, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return _by_row(rows, scores)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `load` reads: bm25s's own files, which hold no pickle, and `answers.npy`."""
+        folder.mkdir()
+        for channel, index in self.indexes.items():
+            index.save(folder / channel, show_progress=False)
+        np.save(folder / "answers.npy", self.answers.numpy(), allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: Path, settings: dict[str, Any], rows: int) -> "Words":
+        """Read a folder over so many rows; a ValueError, or what bm25s raises, if it is damaged."""
+        answers = torch.from_numpy(np.load(folder / "answers.npy", allow_pickle=False))
+        indexes = {
+            channel: _bm25s().BM25.load(folder / channel, show_progress=False)
+            for channel in CHANNELS
+            if (folder / channel).is_dir()
+        }
+        sizes = {"text": rows, "log": len(answers)}
+        for channel, index in indexes.items():
+            data, places, starts = (index.scores[name] for name in ("data", "indices", "indptr"))
+            if not (index.scores["num_docs"] == sizes[channel] and len(data) == len(places) == starts[-1]):
+                raise ValueError(f"{channel} does not fit the memory")
+            if (np.diff(starts) < 0).any() or (len(places) and not 0 <= places.min() <= places.max() < sizes[channel]):
+                raise ValueError(f"{channel} names rows that there are not")
+        if (
+            "text" not in indexes
+            or answers.dtype != torch.int64
+            or not bool(((answers >= -1) & (answers < rows)).all())
+        ):
+            raise ValueError("its words do not fit the memory")
+        return cls(indexes, answers, settings)
+
+
+def terms(texts: Sequence[str], *, stemmer: Any = None, stopwords: Any = None) -> list[list[str]]:
+    """Return the terms of each text: its words, their parts of GRAM letters, and pairs of words' first STEM letters.
+
+    Parts of words do in every language what a stemmer does in one, and find words where there are no spaces between
+    them. Pairs of neighbouring words tell a phrase from its words.
+    """
+    stem = None if stemmer is None else _stemmer(stemmer)
+    how = {"token_pattern": r"(?u)\w+", "stemmer": stem, "return_ids": False, "show_progress": False}
+    try:
+        found = _bm25s().tokenize(list(texts), stopwords=stopwords or [], **how)
+    except ValueError as fault:
+        raise InputError(f"data.words.stopwords={stopwords}: {one_line(fault)}; null keeps all words") from None
+    return [[*words, *_parts(words), *_pairs(words)] for words in found]
+
+
+def _parts(words: Sequence[str]) -> list[str]:
+    marked = [f"#{word}#" for word in words]  # a word's ends are parts of their own
+    return [f"~{word[at : at + GRAM]}" for word in marked for at in range(max(1, len(word) - GRAM + 1))]
+
+
+def _pairs(words: Sequence[str]) -> list[str]:
+    short = [word[:STEM] for word in words]
+    return [f"{one} {other}" for one, other in pairwise(short)]
+
+
+def _by_row(rows: Tensor, scores: Tensor) -> WordScores:
+    """Put the entries of a row together, with the best score of each channel; rows (b, t), scores (b, t, c)."""
+    rows, order = rows.sort(dim=-1, descending=True)  # the padding, -1, comes last
+    scores = scores.gather(1, order.unsqueeze(-1).expand_as(scores)).masked_fill((rows < 0).unsqueeze(-1), 0)
+    place = F.pad(rows.diff(dim=-1) != 0, (1, 0)).cumsum(dim=-1)  # of each entry's row
+    best = torch.zeros_like(scores).scatter_reduce(1, place.unsqueeze(-1).expand_as(scores), scores, "amax")
+    return WordScores(torch.full_like(rows, -1).scatter(1, place, rows), best)
+
+
+def _stemmer(language: str) -> Any:
+    try:
+        return import_module("Stemmer").Stemmer(language)
+    except (ImportError, KeyError) as fault:
+        remedy = "null needs none; a language needs pip install PyStemmer"
+        raise InputError(f"data.words.stemmer={language} cannot be used ({one_line(fault)}); {remedy}") from None
+
+
+def _bm25s() -> Any:
+    try:
+        return import_module("bm25s")
+    except ImportError as fault:
+        raise InputError(f"words need bm25s, which cannot be imported ({one_line(fault)}); {REMEDY}") from None
