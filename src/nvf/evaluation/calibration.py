@@ -20,6 +20,7 @@ from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the move of keys towards logged queries
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
@@ -37,6 +38,36 @@ def fit_temperature(attention: SoftAttention, batch: QueryBatch) -> None:
         right = mean_of(logits.gather(-1, batch.targets.clamp(min=0)), batch.targets >= 0).unsqueeze(-1)
         factor = _best_factor(logits, right, (BETA_RANGE[0] / beta, BETA_RANGE[1] / beta))
         attention.log_beta.add_(math.log(factor))
+
+
+@torch.no_grad()
+def move_keys(
+    attention: SoftAttention, log: QueryBatch, held_out: QueryBatch, *, strengths: Sequence[float] = STRENGTHS
+) -> float:
+    """Move each row's key towards the logged queries that it answers, as far as validates best; return how far.
+
+    A row with n logged queries, z transformed, has delta = strength sum(z - mean of all z) / (n + 1): few queries move
+    it less than many, and what all queries have in common moves none. Half of the keys' hubness is subtracted where
+    strengths are compared, and a strength is not taken that is clearly worse than none on rows without logged queries.
+    """
+    assert attention.delta is not None
+    moved, targets = attention.moved(log.queries), log.targets
+    query, place = (targets >= 0).nonzero(as_tuple=True)
+    rows = targets[query, place]
+    counts = torch.bincount(rows, minlength=len(attention.memory)).unsqueeze(-1)
+    sums = torch.zeros_like(attention.delta).index_add_(0, rows, (moved - moved.mean(dim=0))[query])
+    new = ~((held_out.targets >= 0) & (counts.squeeze(-1) > 0)[held_out.targets]).any(dim=-1)  # (B,)
+    qualities: dict[float, Tensor] = {}
+    for strength in strengths:
+        attention.delta.copy_(strength * sums / (counts + 1))
+        fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
+        found = quality(attention, held_out)
+        if not qualities or not clearly_above(next(iter(qualities.values()))[new], found[new]):
+            qualities[strength] = found
+    attention.bias = None
+    best = max(qualities, key=lambda strength: float(qualities[strength].double().sum()))
+    attention.delta.copy_(best * sums / (counts + 1))
+    return best
 
 
 def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence[str] = CHANNELS) -> None:

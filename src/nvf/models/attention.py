@@ -17,7 +17,7 @@ from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.topk import TopK, blockwise_topk
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
-KEYS = ("frozen", "learned")
+KEYS = ("frozen", "moved", "learned")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
 
@@ -58,8 +58,9 @@ class SoftAttention(nn.Module):
 
     beta = exp(log_beta) is learned, so that the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
-    the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
-    frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
+    the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; with "moved" delta
+    is set from a log instead. The values V stay frozen. The bias b, one number a row, corrects hubs; it exists if
+    `biased`, and is zero until it is set.
 
     If `worded`, a query's `WordScores` s, (B, N, 2) but for the rows with scores of zero, are evidence too: the logits
     are then beta (z K^T + b + s w). The weights w, (2,), are at least zero, and zero until they are set; s is constant.
@@ -103,7 +104,10 @@ class SoftAttention(nn.Module):
             self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
-        self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
+        self.delta: nn.Parameter | None = None
+        if keys != "frozen":
+            start = torch.zeros_like(memory.rows, dtype=torch.float32)
+            self.delta = nn.Parameter(start, requires_grad=keys == "learned")
         self.register_buffer("bias", nothing if biased else None)
         self.register_buffer("word_weights", nothing.new_zeros(len(CHANNELS)) if worded else None)
         hidden = None if hidden is None else int(hidden)
