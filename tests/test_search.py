@@ -185,7 +185,7 @@ BAD_SETTINGS = [
     ({"queries": "q.txt"}, "q.txt: .txt is not read; give .npy or .parquet"),
     ({"queries": "none.npy"}, "none.npy is missing; it holds the vectors of your queries"),
     ({"queries": "none.parquet"}, "none.parquet is missing, or no file; it holds column 'vector'"),
-    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; a pipeline folder holds"),
+    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; save the pipeline again"),
 ]
 
 

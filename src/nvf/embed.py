@@ -36,10 +36,7 @@ SLOW = 10_000  # texts; for more a progress bar is shown
 
 
 def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
-    """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
-
-    Return the line that says how many there were, how long it took, and what to type next.
-    """
+    """Embed every document and query, write the folder's files, and return what to print: counts and what to type."""
     # Imported here so that --help and an option's error answer without importing torch.
     from nvf.data.texts import read_documents, read_queries
 
@@ -101,10 +98,9 @@ def load_model(name: str, device: "torch.device") -> Any:
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """Return the vectors of texts, (n, D) float32; equal texts get one vector, to the last bit.
+    """Return the vectors of texts, (n, D) float32.
 
-    A model's last bits depend on what else is in the batch, but equal queries must have equal vectors, because a split
-    by vectors keeps equal queries together.
+    Equal texts get one vector, to the last bit, since splits keep queries with equal vectors together.
     """
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(np.float32)

@@ -3,7 +3,7 @@
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
 
-Answers are best first; `query` counts from 0 in the order of the queries; `ids` are row numbers if the memory has none.
+Answers are best first; `query` counts from 0; `ids` are row numbers if the memory has none.
 """
 
 import itertools
@@ -43,9 +43,8 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
 def check_output(output: Path, queries: Path) -> None:
     """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
     if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
-        raise InputError(
-            f"output={output} is a folder, the file of the queries, or not {' or '.join(ENDINGS)}; rename it"
-        )
+        fault = f"is a folder, the file of the queries, or not {' or '.join(ENDINGS)}"
+        raise InputError(f"output={output} {fault}; rename it")
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:

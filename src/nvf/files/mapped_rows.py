@@ -7,8 +7,8 @@ the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -18,15 +18,12 @@ from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.files.records import sha256
 
-State = tuple[int, int, int, int]
 
-
-@dataclass(frozen=True)
-class RowsFile:
+class RowsFile(NamedTuple):
     """A file of rows, and its state when it was mapped."""
 
     path: Path
-    state: State
+    state: tuple[int, int, int, int]
 
     def check_unchanged(self) -> None:
         """Raise an InputError if the file is no longer the one that was mapped."""
@@ -38,11 +35,7 @@ class RowsFile:
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
 ) -> tuple[Tensor, RowsFile]:
-    """Map the rows, (N, D), in the file at `path`.
-
-    The rows' SHA-256 is in a file beside it. If either file is missing or they do not match, the rows are written again
-    from the blocks.
-    """
+    """Map the rows, (N, D), in a file, which is written from the blocks unless it has the SHA-256 noted beside it."""
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
@@ -54,9 +47,8 @@ def mapped_rows(
                 partial.chmod(0o444)
             with atomic_write(noted) as partial:
                 partial.write_text(sha256(path))
-        state = state_of(path.stat())
-        rows = torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
-    return rows, RowsFile(path, state)
+        file_now = RowsFile(path, state_of(path.stat()))
+        return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape), file_now
 
 
 def as_bytes(rows: Tensor) -> memoryview:
@@ -64,6 +56,6 @@ def as_bytes(rows: Tensor) -> memoryview:
     return rows.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def state_of(status: os.stat_result) -> State:
-    """Return what changes when a file is replaced or written: device, inode, time of the last write, and size."""
+def state_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what changes when a file is replaced or written: device, inode, time of the last write, size."""
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

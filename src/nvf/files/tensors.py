@@ -23,10 +23,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a model; a model on the meta device, which has no memory yet, keeps copies of them.
+    """Load finite weights of the model's names, shapes and kinds; others are a ValueError.
 
-    Raises:
-        ValueError: the names, shapes or kinds of numbers are not the model's, or a number is not finite.
+    A model on the meta device, which has no memory yet, keeps copies of them.
     """
     mine = model.state_dict()
     if strange := sorted(map(str, mine.keys() ^ weights.keys())):

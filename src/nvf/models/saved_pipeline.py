@@ -1,7 +1,4 @@
-"""A pipeline's folder on disk: settings and hashes in config.json, tensors in safetensors, and ids and an index if any.
-
-Nothing in a folder can run code, take more room than its files have, or have files elsewhere read.
-"""
+"""A pipeline's folder: config.json, tensors, ids, an index. Nothing in it runs code or has files elsewhere read."""
 
 import json
 import os
@@ -115,8 +112,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        remedy = f"a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}"
-        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
+        raise InputError(f"{path} is missing, or no regular file in its folder; {SAVE_AGAIN}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -151,13 +147,12 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
 def _second_stage(
     memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor], *, worded: bool
 ) -> tuple[Any, Any]:
-    """Return the untrained reranker of a saved pipeline, and its evidence, if any."""
     if settings["kind"] != "evidence":
         return Reranker(memory.dim, **settings), None
     parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")
-    given = {name: value for name, value in settings.items() if name != "kind"}
     with torch.device("cpu"):
         evidence = Evidence(memory, worded=worded, **parts)
-    return EvidenceReranker(len(evidence.features), **given), evidence
+    reranker = EvidenceReranker(len(evidence.features), hidden=settings["hidden"], dropout=settings["dropout"])
+    return reranker, evidence

@@ -16,8 +16,7 @@ DEEPEST = 10  # ranks below this one count alike
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked target, (B,), given the scores of all rows, (B, N).
 
-    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all rows alike gains
-    nothing. With fewer than 16 queries or 40 rows the scores of equal rows may differ in their last bits.
+    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all alike gains nothing.
     """
     padding = targets < 0
     right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
@@ -58,9 +57,9 @@ def criterion(targets: Tensor) -> str:
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
+    """Return the rank, from 1, of each query's best right candidate, (B,), MISS where none is; equals stay in order.
 
-    Scores and labels, whether a candidate is right, are (B, k), in stage 1's order, which decides between equal scores.
+    Scores and labels, whether a candidate is right, are (B, k).
     """
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)
