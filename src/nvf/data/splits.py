@@ -56,5 +56,11 @@ def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
     if len(first) == len(query):
         return batch, first
     place, column = np.nonzero(batch.targets.numpy() >= 0)
-    pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
-    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0])))), first
+    given = [query[place], batch.targets.numpy()[place, column]]
+    pairs, of_pair = np.unique(given, axis=1, return_inverse=True)  # sorted by query
+    counts, gains = np.bincount(pairs[0]), None
+    if batch.gains is not None:
+        most = np.zeros(pairs.shape[1], np.float32)  # what any of the lines says that the pair is worth
+        np.maximum.at(most, of_pair.reshape(-1), batch.gains.numpy()[place, column])
+        gains = torch.from_numpy(padded(most, counts)).clamp(min=0)
+    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], counts)), gains=gains), first

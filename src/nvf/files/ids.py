@@ -97,6 +97,6 @@ def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.
 
 def padded(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Lay out values that come query by query, (t,), `counts` a query, (n,), as (n, m), padded with -1."""
-    rows = np.full((len(counts), int(counts.max())), -1)
+    rows = np.full((len(counts), int(counts.max())), -1, values.dtype)
     rows[np.arange(rows.shape[1]) < counts[:, None]] = values
     return rows

@@ -1,7 +1,8 @@
 """The ranks of each query's right rows, and the metrics made from them.
 
 Throughout, `targets` are (B, m) different rows, padded with -1, and `found` is (B, k) bool: which of the k best rows
-are targets, best first.
+are targets, best first. `gains`, (B, m), say what each target is worth to its query, and are 0 where there is padding;
+None stands for gains of 1.
 """
 
 import torch
@@ -37,18 +38,32 @@ def recall(found: Tensor, targets: Tensor) -> Tensor:
     return found.sum(dim=-1) / (targets >= 0).sum(dim=-1)
 
 
-def ndcg(found: Tensor, targets: Tensor) -> Tensor:
-    """Return the normalised discounted cumulative gain, (B,): each target that was found counts 1 / log2(1 + rank)."""
+def gains_of(rows: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return what each of the rows, (B, k), is worth to its query, (B, k): the gain of a target, else 0."""
+    same = rows.unsqueeze(-1) == targets.unsqueeze(1)
+    return same.any(dim=-1) if gains is None else (same * gains.unsqueeze(1)).sum(dim=-1)
+
+
+def ndcg(found: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return the normalised discounted cumulative gain, (B,): each target that was found counts gain / log2(1 + rank).
+
+    `found`, (B, k), are the `gains_of` the k best rows.
+    """
     places = torch.arange(2, found.shape[-1] + 2, device=found.device, dtype=torch.float64)
     discounts = 1 / places.log2()  # (k,); in float32, a perfect order may come to less than 1
-    ideal = discounts.cumsum(dim=0)  # the gain of 1, 2, ... targets at the top
-    count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
-    return ((found * discounts).sum(dim=-1) / ideal[count - 1]).float()
+    if gains is None:
+        count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
+        ideal = discounts.cumsum(dim=0)[count - 1]  # of 1, 2, ... targets at the top
+    else:
+        best = gains.sort(dim=-1, descending=True).values[:, : len(discounts)]
+        ideal = (best * discounts[: best.shape[1]]).sum(dim=-1)
+    return ((found * discounts).sum(dim=-1) / ideal).float()
 
 
-def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
+def ndcg_of(scores: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
     """Return nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
-    return ndcg(are_targets(first_topk(scores, min(DEEPEST, scores.shape[1])), targets), targets)
+    best = first_topk(scores, min(DEEPEST, scores.shape[1]))
+    return ndcg(gains_of(best, targets, gains), targets, gains)
 
 
 def criterion(targets: Tensor) -> str:
