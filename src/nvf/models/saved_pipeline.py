@@ -116,13 +116,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
-    tensors, ids = read_tensors(folder / "memory.safetensors"), None
+    tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
-    if config["ids"]:
-        count = len(rows if row_of_vector is None else row_of_vector)
-        ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
+    given = len(rows if row_of_vector is None else row_of_vector)
+    ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 
