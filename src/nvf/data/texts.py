@@ -43,10 +43,7 @@ def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
-    """Read the queries over documents with these ids, by split, or all under None where there are no splits.
-
-    Equal texts of a split are one query, which the documents of all its lines answer.
-    """
+    """Read the queries by split, or all under None where there are no splits; equal texts of a split are one query."""
     row_of = {str(name): row for row, name in enumerate(ids.tolist())}
     targets: dict[str | None, dict[str, dict[int, None]]] = {}  # by split and text, the rows in order
     for place, fields in _lines(folder, "queries", "query, id"):

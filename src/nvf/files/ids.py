@@ -28,7 +28,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
-    kind: type = str if isinstance(values[0], str) else Integral
+    kind: Any = str if isinstance(values[0], str) else Integral
     first: dict[Any, int] = {}
     for row, value in enumerate(values):
         fault = None

@@ -1,8 +1,4 @@
-"""The rows of a memory that stays on disk (data.mapped): a file that is written once and then memory-mapped.
-
-The file is read-only, so that nothing writes to it by mistake. If it is truncated all the same, the process that reads
-the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` it prints a traceback.
-"""
+"""The rows of a memory on disk (data.mapped): a read-only, mapped file. Cutting it kills its readers by SIGBUS."""
 
 import math
 import os

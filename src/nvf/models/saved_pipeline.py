@@ -89,10 +89,9 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE))):
-        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+    others = names.difference(FILES, (IDS_FILE, INDEX_FILE))
+    if others or len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder, or holds other files; choose another path")
 
 
 def _check_own(path: Path) -> None:
