@@ -18,10 +18,7 @@ State = tuple[int, int, int, int]
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
 ) -> tuple[Tensor, State]:
-    """Map the rows, (N, D), in a file, which is written from the blocks unless it has the SHA-256 noted beside it.
-
-    The file's state comes with them, so that later changes can be noticed.
-    """
+    """Map rows, (N, D), from a file, written from blocks unless its noted SHA-256 fits; return them and its state."""
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
