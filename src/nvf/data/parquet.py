@@ -61,10 +61,7 @@ class ParquetFile(ArrayFile):
                 yield np.array(values.to_numpy(zero_copy_only=False), self.dtype).reshape(-1, self.shape[1])
 
     def ids(self, column: str) -> tuple[list[Any], np.ndarray]:
-        """Return the ids in a column of ids or of lists of ids, row by row, and how many each row has, (n,).
-
-        UUIDs are spelled out. Floats and decimals become integers where that is exact, and stay as they are elsewhere.
-        """
+        """Return the ids in row order, and how many each row has, (n,); whole floats and decimals become integers."""
         ids: list[Any] = []
         counts = []
         with self._damage_named():

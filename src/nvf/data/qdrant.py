@@ -68,8 +68,10 @@ def read_memory(
     alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
     if not alike and distance is None:
         lengths = f"its vectors have lengths from {shortest:.4g} to {longest:.4g}"
-        fault = f"searches by {own}, and {lengths}, so that cosine orders them otherwise"
-        raise InputError(f"collection {collection} {fault}; data.distance=cosine searches by cosine all the same")
+        order_differs = f"searches by {own}, and {lengths}, so that cosine orders them otherwise"
+        raise InputError(
+            f"collection {collection} {order_differs}; data.distance=cosine searches by cosine all the same"
+        )
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own
     return memory

@@ -26,15 +26,14 @@ ENDINGS = (".npy", ".jsonl")
 
 def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
     """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim)."""
-    file: ArrayFile
-    if path.suffix == ".npy":
-        file = open_vectors(path, "the vectors of your queries")
-    elif path.suffix == ".parquet":
+    if path.suffix not in (".npy", ".parquet"):
+        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+    if path.suffix == ".parquet":
         from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
 
-        file = ParquetFile(path, {"column": column})
+        file: ArrayFile = ParquetFile(path, {"column": column})
     else:
-        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+        file = open_vectors(path, "the vectors of your queries")
     check_dim(file.shape[1], dim, str(path))
     check_largest(torch.cat([largest(torch.from_numpy(block)) for block in file.blocks(ROWS)]), str(path))
     return file

@@ -7,7 +7,6 @@ queries.jsonl or queries.csv        query, and id or (JSON Lines) ids: the docum
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -25,7 +24,6 @@ class Queries(NamedTuple):
 
     texts: list[str]  # n
     targets: np.ndarray  # (n, m) int64 rows of the documents, padded with -1
-    lines: int  # at least n, because equal texts are one query
 
 
 def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
@@ -45,18 +43,13 @@ def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
-    """Read the queries over documents with these ids, by split, or all under None where there are no splits.
-
-    Equal texts of a split are one query, which the documents of all its lines answer.
-    """
+    """Read the queries by split, or all under None where there are no splits; equal texts of a split are one query."""
     row_of = {str(name): row for row, name in enumerate(ids.tolist())}
     targets: dict[str | None, dict[str, dict[int, None]]] = {}  # by split and text, the rows in order
-    lines: Counter[str | None] = Counter()
     for place, fields in _lines(folder, "queries", "query, id"):
         split = fields.get("split")
         if split not in (None, *SPLITS):
             raise InputError(f"{place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
-        lines[split] += 1
         rows = targets.setdefault(split, {}).setdefault(_text(place, fields, "query"), {})
         value = _field(place, fields, "ids" if "ids" in fields else "id")
         if value == []:
@@ -72,7 +65,7 @@ def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
     for split in (None,) if None in targets else SPLITS:
         rows_of_texts = targets[split].values()
         table = padded(np.array([*chain.from_iterable(rows_of_texts)]), np.array([*map(len, rows_of_texts)]))
-        queries[split] = Queries([*targets[split]], table, lines[split])
+        queries[split] = Queries([*targets[split]], table)
     return queries
 
 

@@ -24,11 +24,11 @@ def shown(value: Any) -> str:
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """Return the ids, (N,) for N > 0 rows, as int64, uint64 or objects: integers or strings, all different."""
+    """Return the ids, (N,) for N > 0 rows, as int64 or objects: integers or strings, all different."""
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
-    kind: type = str if isinstance(values[0], str) else Integral
+    kind: Any = str if isinstance(values[0], str) else Integral
     first: dict[Any, int] = {}
     for row, value in enumerate(values):
         fault = None
@@ -43,10 +43,9 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     if kind is str:
         return np.array(values, dtype=object)
     least, most = int(min(values)), int(max(values))
-    try:
-        return np.array([int(value) for value in values], dtype=np.int64 if most < 2**63 else np.uint64)
-    except OverflowError:
-        raise InputError(f"{name}: the ids {shown(least)} to {shown(most)} do not fit into 64 bits; {remedy}") from None
+    if least < -(2**63) or most >= 2**64:
+        raise InputError(f"{name}: the ids {shown(least)} to {shown(most)} do not fit into 64 bits; {remedy}")
+    return np.array([int(value) for value in values], dtype=np.int64 if most < 2**63 else object)
 
 
 def plain_uuid(name: Any) -> Any:

@@ -1,41 +1,24 @@
-"""The rows of a memory that stays on disk (data.mapped): a file that is written once and then memory-mapped.
-
-The file is read-only, so that nothing writes to it by mistake. If it is truncated all the same, the process that reads
-the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` it prints a traceback.
-"""
+"""The rows of a memory on disk (data.mapped): a read-only, mapped file. Cutting it kills its readers by SIGBUS."""
 
 import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.files.records import sha256
 
-
-class RowsFile(NamedTuple):
-    """A file of rows, and its state when it was mapped."""
-
-    path: Path
-    state: tuple[int, int, int, int]
-
-    def check_unchanged(self) -> None:
-        """Raise an InputError if the file is no longer the one that was mapped."""
-        if not self.path.exists() or state_of(self.path.stat()) != self.state:
-            what = f"{self.path} was changed or removed while its rows were used"
-            raise InputError(f"{what}; start again, and let nothing write to data.mapped")
+State = tuple[int, int, int, int]
 
 
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
-) -> tuple[Tensor, RowsFile]:
-    """Map the rows, (N, D), in a file, which is written from the blocks unless it has the SHA-256 noted beside it."""
+) -> tuple[Tensor, State]:
+    """Map rows, (N, D), from a file, written from blocks unless its noted SHA-256 fits; return them and its state."""
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
@@ -47,8 +30,8 @@ def mapped_rows(
                 partial.chmod(0o444)
             with atomic_write(noted) as partial:
                 partial.write_text(sha256(path))
-        file_now = RowsFile(path, state_of(path.stat()))
-        return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape), file_now
+        state = state_of(path.stat())
+        return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape), state
 
 
 def as_bytes(rows: Tensor) -> memoryview:
@@ -56,6 +39,6 @@ def as_bytes(rows: Tensor) -> memoryview:
     return rows.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def state_of(status: os.stat_result) -> tuple[int, int, int, int]:
+def state_of(status: os.stat_result) -> State:
     """Return what changes when a file is replaced or written: device, inode, time of the last write, size."""
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

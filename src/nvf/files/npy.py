@@ -82,8 +82,7 @@ class NpyFile(ArrayFile):
 def open_vectors(path: Path, what: str) -> NpyFile:
     """Open a matrix of vectors, (n, D) float16, float32 or float64, whose values are neither read nor checked yet."""
     array = NpyFile(path, what)
-    if len(array.shape) != 2 or 0 in array.shape:
-        raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
+    if len(array.shape) != 2 or 0 in array.shape or array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        remedy = f"give {what} as a non-empty (n, D) matrix of float16, float32 or float64"
+        raise InputError(f"{path}: shape {array.shape}, type {array.dtype}; {remedy}")
     return array

@@ -1,7 +1,4 @@
-"""JSON files that may be damaged or made by others: reading, writing and hashing them.
-
-Hashes find damage, not forgery: whoever can write a file can also write its hash.
-"""
+"""JSON files that may be damaged: reading, writing and hashing them. Hashes find damage, not forgery."""
 
 import hashlib
 import json

@@ -23,10 +23,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load finite weights of the model's names, shapes and kinds; others are a ValueError.
-
-    A model on the meta device, which has no memory yet, keeps copies of them.
-    """
+    """Load finite weights of the model's names and shapes, or raise a ValueError; a meta model keeps copies of them."""
     mine = model.state_dict()
     if strange := sorted(map(str, mine.keys() ^ weights.keys())):
         raise ValueError(f"{strange[0]} is missing or unknown among the weights")

@@ -122,10 +122,7 @@ def check_index(settings: Mapping[str, Any], *, rows: int, fits: Sequence[str] =
 
 
 def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | None:
-    """Make an index again from the pipeline's keys, the file that `write` wrote, and what it returned about it.
-
-    Without FAISS the result is None, with a warning: search is then exact. A damaged file is an InputError.
-    """
+    """Make an index again from keys, its file and what `write` returned; without FAISS it is None, with a warning."""
     remedy = "save the pipeline again, or search exactly with index=flat, Pipeline.load(..., index=False)"
     if not own_file(path):
         raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.ids import checked_ids
-from nvf.files.mapped_rows import RowsFile, as_bytes, mapped_rows
+from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
 from nvf.files.npy import ArrayFile
 from nvf.files.vectors import BLOCK, check_largest, check_vectors, largest
 from nvf.ops.random_streams import stream
@@ -39,7 +39,7 @@ class VectorMemory(nn.Module):
     rows: Tensor
     row_of_vector: Tensor | None  # the row of each given vector, int64; None where each has a row of its own
     vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
-    file: RowsFile | None = None  # the file from which the rows are mapped
+    file: tuple[Path, State] | None = None  # the file from which the rows are mapped, and its state then
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
@@ -140,8 +140,10 @@ class VectorMemory(nn.Module):
 
     def check_unchanged(self) -> None:
         """Raise an InputError if the rows are mapped from a file that has changed since."""
-        if self.file is not None:
-            self.file.check_unchanged()
+        path, state = self.file or (None, None)
+        if path and not (path.exists() and state_of(path.stat()) == state):
+            what = f"{path} was changed or removed while its rows were used"
+            raise InputError(f"{what}; start again, and let nothing write to data.mapped")
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the vectors of some rows, (...) -> (..., D), in float32 if they are kept in less."""
@@ -213,7 +215,7 @@ def _unit_blocks(
 
 def _mapped(
     vectors: Tensor | ArrayFile, content: str, dtype: str, folder: Path, vector_of_row: Tensor | None
-) -> tuple[Tensor, RowsFile]:
+) -> tuple[Tensor, tuple[Path, State]]:
     kept = torch.full((len(vectors),), vector_of_row is None)
     if vector_of_row is not None:
         kept[vector_of_row.cpu()] = True
@@ -226,9 +228,10 @@ def _mapped(
         if digest.hexdigest() != content:
             raise InputError("the vectors changed while they were read; start again when nothing writes to them")
 
-    name = f"{content}-{dtype}{'' if vector_of_row is None else '-distinct'}.rows"
+    path = folder / f"{content}-{dtype}{'' if vector_of_row is None else '-distinct'}.rows"
     try:
-        return mapped_rows(folder / name, (int(kept.sum()), vectors.shape[1]), DTYPES[dtype], blocks)
+        rows, state = mapped_rows(path, (int(kept.sum()), vectors.shape[1]), DTYPES[dtype], blocks)
+        return rows, (path, state)
     except (OSError, RuntimeError) as fault:
         raise InputError(
             f"data.mapped={folder} cannot hold the rows ({one_line(fault)}); name another folder, or null"

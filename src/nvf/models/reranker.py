@@ -59,10 +59,7 @@ class Reranker(nn.Module):
 
 
 class EvidenceReranker(nn.Module):
-    """Scores logit + w x + mlp(x), (B, k), where x is the candidates' evidence, standardised over training candidates.
-
-    At the start w and the network's last layer are zero, which is stage 1's order.
-    """
+    """Scores logit + w x + mlp(x), (B, k), from candidates' standardised evidence x; at the start, stage 1's order."""
 
     starts_at_stage_one = True
     mean: Tensor

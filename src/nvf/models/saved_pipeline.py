@@ -104,10 +104,9 @@ def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))):
-        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+    others = names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))
+    if others or len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder, or holds other files; choose another path")
 
 
 def _check_own(path: Path) -> None:
@@ -134,13 +133,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
-    tensors, ids = read_tensors(folder / "memory.safetensors"), None
+    tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
-    if config["ids"]:
-        count = len(rows if row_of_vector is None else row_of_vector)
-        ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
+    given = len(rows if row_of_vector is None else row_of_vector)
+    ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 

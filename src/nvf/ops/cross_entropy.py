@@ -32,10 +32,9 @@ def check_targets(targets: Tensor, queries: int, rows: int) -> None:
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries:
         raise InputError(f"targets are no ({queries}, m) tensor of int64; {remedy}")
     if can_branch_on(targets):
-        if bool(((targets < -1) | (targets >= rows)).any()):
-            raise InputError(f"targets hold rows outside the memory; {remedy}")
-        if bool((targets < 0).all(dim=-1).any()):
-            raise InputError(f"targets: a query has none; {remedy}")
+        outside = ((targets < -1) | (targets >= rows)).any()
+        if bool(outside | (targets < 0).all(dim=-1).any()):
+            raise InputError(f"targets hold rows outside the memory, or none for a query; {remedy}")
 
 
 def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:

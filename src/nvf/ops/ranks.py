@@ -1,8 +1,7 @@
 """The ranks of each query's right rows, and the metrics made from them.
 
-Throughout, `targets` are (B, m) different rows, padded with -1, and `found` is (B, k) bool: which of the k best rows
-are targets, best first. `gains`, (B, m), say what each target is worth to its query, and are 0 where there is padding;
-None stands for gains of 1.
+`targets` are (B, m) different rows, padded with -1; `found`, (B, k) bool, says which of the k best rows are targets.
+`gains`, (B, m), say what each target is worth to its query, and are 0 for padding; None stands for gains of 1.
 """
 
 import torch
@@ -72,9 +71,6 @@ def criterion(targets: Tensor) -> str:
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the rank, from 1, of each query's best right candidate, (B,), MISS where none is; equals stay in order.
-
-    Scores and labels, whether a candidate is right, are (B, k).
-    """
+    """Return the rank of each query's best right candidate, (B,), or MISS; both are (B, k), in stage 1's order."""
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)

@@ -7,14 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.ops.products import (
-    QUERY_BLOCK,
-    RunningLogSumExp,
-    can_branch_on,
-    inner_products,
-    products,
-    score_block,
-)
+from nvf.ops.products import QUERY_BLOCK, RunningLogSumExp, can_branch_on, inner_products, products, score_block
 
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
 SPARSE_ROWS = 2**15  # over more rows than these
@@ -130,10 +123,7 @@ def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
 
 
 def first_topk(scores: Tensor, k: int) -> Tensor:
-    """Return the places of the k largest scores, (B, k), best first; of equal ones the first.
-
-    Off the CPU and in a transform or trace it is torch.topk, which takes any of equal ones.
-    """
+    """Return the places of the k largest scores, (B, k), best first; on a CPU, of equal ones the first."""
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
