@@ -71,6 +71,10 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def texts_in(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def make(place: Path, **given: Any) -> str:
     """One embedding in this process, on the CPU, with the options that are given as text."""
     settings = {"texts": place / "texts", "output": place / "out", "device": "cpu", **given}
@@ -86,12 +90,12 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
     out = tmp_path / "out"
     assert line.startswith("20 documents and 30 queries, 8 dimensions, in ")
     assert line.endswith(f"now: python -m nvf.train data=embeddings data.dir={out}")
-    files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl"}
+    files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl", "queries_texts.jsonl"}
     assert {path.name for path in out.iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
     assert json.loads((out / "ids.json").read_text(encoding="utf-8")) == [d["id"] for d in DOCUMENTS]
-    lines = (out / "texts.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(text) for text in lines] == [{"text": d["text"]} for d in DOCUMENTS]
+    assert texts_in(out / "texts.jsonl") == [d["text"] for d in DOCUMENTS]
+    assert texts_in(out / "queries_texts.jsonl") == [q["query"] for q in QUERIES[:30]]
     corpus, asked = np.load(out / "corpus.npy"), np.load(out / "queries.npy")
     np.testing.assert_allclose(corpus, [vector(d["text"]) for d in DOCUMENTS], rtol=1e-3)
     np.testing.assert_allclose(asked, [-vector(q["query"]) for q in QUERIES[:30]], rtol=1e-3)
@@ -144,6 +148,24 @@ def test_splits_stay_apart(place: Path, stub: Stub) -> None:
         assert np.load(place / f"out/{split}_targets.npy").tolist() == [[number] for number in numbers]
     assert not (place / "out/queries.npy").exists()
     assert read_recorded(place / "out", read_memory(place / "out"), seed=0).splits["train"].queries.shape == (2, 8)
+
+
+def test_a_set_in_beir_s_form_keeps_its_gains(tmp_path: Path, stub: Stub) -> None:
+    write(tmp_path / "texts", "corpus.jsonl", [{"_id": d["id"], "title": "", "text": d["text"]} for d in DOCUMENTS])
+    write(tmp_path / "texts", "queries.jsonl", [{"_id": f"q{i}", "text": f"ask {i}"} for i in range(20)])
+    (tmp_path / "texts/qrels").mkdir()
+    for split, numbers in (("train", range(12)), ("dev", range(12, 15)), ("test", range(15, 20))):
+        lines = [line for i in numbers for line in (f"q{i}\td{i}\t1", f"q{i}\td{(i + 1) % 20}\t{1 + i % 3}")]
+        write(tmp_path / "texts/qrels", f"{split}.tsv", ["query-id\tcorpus-id\tscore", *lines])
+    make(tmp_path)
+    out = tmp_path / "out"
+    assert texts_in(out / "val_texts.jsonl") == ["ask 12", "ask 13", "ask 14"]
+    np.testing.assert_allclose(np.load(out / "val_queries.npy"), [-vector(f"ask {i}") for i in (12, 13, 14)], rtol=1e-3)
+    assert np.load(out / "val_gains.npy").tolist() == [[1, 1], [1, 2], [1, 3]]
+    splits = read_recorded(out, read_memory(out), seed=0).splits
+    test = splits["test"]
+    worth = [dict(zip(*of, strict=True)) for of in zip(test.targets.tolist(), test.gains.tolist(), strict=True)]
+    assert worth == [{i: 1, (i + 1) % 20: 1 + i % 3} for i in range(15, 20)]
 
 
 def test_ids_are_integers_where_all_are(place: Path, stub: Stub) -> None:

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
-    Option("texts", "a folder with documents (id, text) and queries (query, id), .jsonl or .csv each", read=path),
+    Option(
+        "texts",
+        "a folder with documents (id, text) and queries (query, id), .jsonl or .csv each; or one in BEIR's form; "
+        "or a .json of LlamaIndex's",
+        read=path,
+    ),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
     Option("batch_size", "texts that the model reads at once", 32, whole),
@@ -36,14 +41,13 @@ SLOW = 10_000  # texts; for more a progress bar is shown
 def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
     """Embed every document and query, write the folder's files, and return what to print: counts and what to type."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.texts import read_documents, read_queries
+    from nvf.data.retrieval_sets import read_set
 
     start = time.perf_counter()
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
-    ids, documents = read_documents(texts)
-    queries = read_queries(texts, ids)
+    ids, documents, queries = read_set(texts)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 
     with atomic_write(output) as folder:
@@ -53,16 +57,24 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
         folder.mkdir()
         np.save(folder / "corpus.npy", corpus)
         write_ids(ids, folder / IDS_FILE)
-        with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-        for split, (of_split, targets) in queries.items():
+        write_texts(folder / "texts.jsonl", documents)
+        for split, (of_split, targets, gains) in queries.items():
             prefix = "" if split is None else f"{split}_"
             np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
             np.save(folder / f"{prefix}targets.npy", targets)
+            write_texts(folder / f"{split or 'queries'}_texts.jsonl", of_split)
+            if gains is not None:
+                np.save(folder / f"{prefix}gains.npy", gains)
             vectors = vectors[len(of_split) :]
     seconds = two_digits(time.perf_counter() - start)
     counts = f"{len(documents):,} documents and {len(asked):,} queries, {corpus.shape[1]} dimensions"
     return f"{counts}, in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
+
+
+def write_texts(file: Path, texts: Sequence[str]) -> None:
+    """Write a line {"text": ...} for each text."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def load_model(name: str, device: "torch.device") -> Any:
