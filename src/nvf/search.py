@@ -11,7 +11,7 @@ from nvf.statistics import two_digits
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
     Option("queries", "the vectors: .npy (n, D), or .parquet", read=path),
-    Option("output", "the answers, best first: .npy or .jsonl", read=path),
+    Option("output", "the answers, best first: .npy, .jsonl, or .trec, a TREC run", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
@@ -24,7 +24,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     # Imported here so that --help and an option's error answer without importing torch.
     from tqdm import tqdm
 
-    from nvf.data.search_files import check_output, open_queries, write_answers
+    from nvf.data.search_files import check_ids, check_output, open_queries, write_answers
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
     from nvf.ops.products import QUERY_BLOCK
@@ -33,6 +33,7 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     if index not in (None, "flat"):
         raise InputError(f"index={index} is neither null nor flat; others are built in training: nvf.train index=hnsw")
     model = Pipeline.load(pipeline, find_device(device), index=index is None)
+    check_ids(output, model.memory.ids)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
     vectors = open_queries(queries, column, dim=model.memory.dim)

@@ -39,7 +39,8 @@ class ParquetFile(ArrayFile):
         with self._damage_named():
             self._states = [state_of(part.stat()) for part in self.parts]
             self.shape = (sum(_claimed_rows(part, columns) for part in self.parts), 0)
-            kind = pq.read_schema(self.parts[0]).field(self.column).type
+            schema = pq.read_schema(self.parts[0])
+            self.names, kind = schema.names, schema.field(self.column).type
             if not pa.types.is_floating(getattr(kind, "value_type", pa.null())):
                 raise InputError(
                     f"{path}: column {self.column!r} has type {kind}; give lists of float16, float32 or float64"

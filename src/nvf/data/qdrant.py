@@ -34,14 +34,16 @@ def read_memory(
     collection: str | None,
     vector: str | None = None,
     distance: str | None = None,
+    text: str | None = None,
     **stored: Any,
 ) -> VectorMemory:
     """Read the vectors of a collection as a memory, (N, D), whose rows have the point ids and are sorted by them.
 
     Give either `path`, the folder of a local storage that is not open elsewhere, or the `url` of a server, whose key is
-    read from the environment. `vector` names one of several vectors a point. Ids are integers, or strings that spell
-    UUIDs; in a collection that has both, integers are spelled out too. A collection that orders otherwise than cosine
-    is refused unless distance="cosine". `stored` may say `dtype` and `mapped` of the memory.
+    read from the environment. `vector` names one of several vectors a point, and `text` the field of the payload with
+    the point's text. Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled
+    out too. A collection that orders otherwise than cosine is refused unless distance="cosine". `stored` may say
+    `dtype` and `mapped` of the memory.
     """
     if distance not in (None, "cosine"):
         raise InputError(f"data.distance={distance} is neither null, the collection's own, nor cosine; give one")
@@ -49,7 +51,7 @@ def read_memory(
         raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
     try:
         with closing(_open(path, url)) as client:
-            own, ids, vectors = _read(client, collection, vector)
+            own, ids, vectors, texts = _read(client, collection, vector, text)
     except InputError:
         raise
     except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
@@ -74,6 +76,7 @@ def read_memory(
         )
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own
+    memory.texts = [texts[row] for row in order] if text is not None else None
     return memory
 
 
@@ -86,8 +89,10 @@ def _open(path: str | None, url: str | None) -> QdrantClient:
         return QdrantClient(path=path)
 
 
-def _read(client: QdrantClient, collection: str | None, vector: str | None) -> tuple[str, list[int | str], np.ndarray]:
-    """Return the distance that the collection searches by, all ids, and all vectors, (N, D) float32."""
+def _read(
+    client: QdrantClient, collection: str | None, vector: str | None, text: str | None
+) -> tuple[str, list[int | str], np.ndarray, list[str]]:
+    """Return the distance that the collection searches by, all ids, all vectors, (N, D) float32, and all texts."""
     if collection is None or not client.collection_exists(collection):
         names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
         raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
@@ -100,13 +105,15 @@ def _read(client: QdrantClient, collection: str | None, vector: str | None) -> t
         fault = f"data.vector={vector} is no vector of collection {collection} of which a point has one"
         raise InputError(f"{fault}; choose one of: {', '.join(filter(None, named)) or 'none with a name'}")
     ids: list[int | str] = []
+    texts: list[str] = []
     pages: list[np.ndarray] = []
     wanted: Any = True if vector is None else [vector]
+    shown: Any = False if text is None else [text]
     offset = None
     with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:
         while offset is not None or not pages:
             points, offset = client.scroll(
-                collection, limit=PAGE, offset=offset, with_payload=False, with_vectors=wanted
+                collection, limit=PAGE, offset=offset, with_payload=shown, with_vectors=wanted
             )
             if not points:
                 break
@@ -114,9 +121,14 @@ def _read(client: QdrantClient, collection: str | None, vector: str | None) -> t
             if lacking := [one.id for one, given in zip(points, vectors, strict=True) if not given]:
                 point = f"collection {collection}: point {lacking[0]}"
                 raise InputError(f"{point} has no vector {vector or ''}; give it one or remove it")
+            if text is not None:
+                texts += (said := [(one.payload or {}).get(text) for one in points])
+                if lacking := [one.id for one, words in zip(points, said, strict=True) if not isinstance(words, str)]:
+                    point = f"collection {collection}: point {lacking[0]}"
+                    raise InputError(f"{point} has no text in its field {text!r}; give it one, or leave out data.text")
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))
     if not pages:
         raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
-    return named[vector].distance.value, ids, np.concatenate(pages)
+    return named[vector].distance.value, ids, np.concatenate(pages), texts

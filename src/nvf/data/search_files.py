@@ -2,8 +2,9 @@
 
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
+    .trec     a line an answer, as trec_eval and ir-measures read it: query Q0 id rank score nvf
 
-Answers are best first; `query` counts from 0; `ids` are row numbers if the memory has none.
+Answers are best first; `query` counts from 0, and `rank` from 1; `ids` are row numbers if the memory has none.
 """
 
 import itertools
@@ -16,12 +17,13 @@ import torch
 
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
+from nvf.files.ids import shown
 from nvf.files.npy import ROWS, ArrayFile, open_vectors
 from nvf.files.vectors import check_largest, largest
 from nvf.models.memory import check_dim
 from nvf.models.pipeline import Hits
 
-ENDINGS = (".npy", ".jsonl")
+ENDINGS = (".npy", ".jsonl", ".trec")
 
 
 def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
@@ -42,8 +44,17 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
 def check_output(output: Path, queries: Path) -> None:
     """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
     if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
-        fault = f"is a folder, the file of the queries, or not {' or '.join(ENDINGS)}"
+        fault = f"is a folder, the file of the queries, or not {', '.join(ENDINGS)}"
         raise InputError(f"output={output} {fault}; rename it")
+
+
+def check_ids(output: Path, ids: np.ndarray | None) -> None:
+    """Raise an InputError if an id cannot stand in a TREC run, whose fields are parted by spaces."""
+    named = [] if ids is None or output.suffix != ".trec" else ids.tolist()
+    if wrong := next((name for name in named if len(str(name).split()) != 1), None):
+        raise InputError(
+            f"output={output}: the id {shown(wrong)} has spaces, which part a TREC run's fields; give .jsonl"
+        )
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
@@ -61,6 +72,21 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
                 file.write(answers.tobytes())
                 continue
             names = (rows if ids is None else ids).tolist()
+            if output.suffix == ".trec":
+                scores = _descending(probabilities).tolist()
+                for of_query, shares, query in zip(names, scores, numbers, strict=False):
+                    places = enumerate(zip(of_query, shares, strict=True), 1)
+                    lines = (f"{query} Q0 {name} {rank} {score} nvf\n" for rank, (name, score) in places)
+                    file.write("".join(lines).encode())
+                continue
             for of_query, shares, query in zip(names, probabilities.tolist(), numbers, strict=False):
                 answer = {"query": query, "ids": of_query, "probabilities": shares}
                 file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+
+
+def _descending(probabilities: np.ndarray) -> np.ndarray:
+    """Lower each score, (b, k), below the one before it: readers of a TREC run sort by scores, and ties by ids."""
+    scores = np.array(probabilities)
+    for place in range(1, scores.shape[1]):
+        scores[:, place] = np.minimum(scores[:, place], np.nextafter(scores[:, place - 1], np.float32(-np.inf)))
+    return scores

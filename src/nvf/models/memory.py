@@ -40,6 +40,7 @@ class VectorMemory(nn.Module):
     row_of_vector: Tensor | None  # the row of each given vector, int64; None where each has a row of its own
     vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
     file: tuple[Path, State] | None = None  # the file from which the rows are mapped, and its state then
+    texts: list[str] | None = None  # of the vectors as they were given, if these come with texts
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
