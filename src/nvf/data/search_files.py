@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,17 +45,16 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
 def check_output(output: Path, queries: Path) -> None:
     """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
     if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
-        fault = f"is a folder, the file of the queries, or not {', '.join(ENDINGS)}"
+        fault = f"is a folder, the file of the queries, or not {' or '.join(ENDINGS)}"
         raise InputError(f"output={output} {fault}; rename it")
 
 
 def check_ids(output: Path, ids: np.ndarray | None) -> None:
-    """Raise an InputError if an id cannot stand in a TREC run, whose fields are parted by spaces."""
+    """Raise an InputError if an id cannot stand in a TREC run, which spaces part into fields."""
     named = [] if ids is None or output.suffix != ".trec" else ids.tolist()
-    if wrong := next((name for name in named if len(str(name).split()) != 1), None):
-        raise InputError(
-            f"output={output}: the id {shown(wrong)} has spaces, which part a TREC run's fields; give .jsonl"
-        )
+    if wrong := [name for name in named if len(str(name).split()) != 1]:
+        fault = f"the id {shown(wrong[0])} is empty or has spaces, which a TREC run cannot hold"
+        raise InputError(f"output={output}: {fault}; give .jsonl")
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
@@ -72,16 +72,20 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
                 file.write(answers.tobytes())
                 continue
             names = (rows if ids is None else ids).tolist()
-            if output.suffix == ".trec":
-                scores = _descending(probabilities).tolist()
-                for of_query, shares, query in zip(names, scores, numbers, strict=False):
-                    places = enumerate(zip(of_query, shares, strict=True), 1)
-                    lines = (f"{query} Q0 {name} {rank} {score} nvf\n" for rank, (name, score) in places)
-                    file.write("".join(lines).encode())
-                continue
-            for of_query, shares, query in zip(names, probabilities.tolist(), numbers, strict=False):
-                answer = {"query": query, "ids": of_query, "probabilities": shares}
-                file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            line, shares = (
+                (_run_lines, _descending(probabilities)) if output.suffix == ".trec" else (_answer, probabilities)
+            )
+            for of_query, scores, query in zip(names, shares.tolist(), numbers, strict=False):
+                file.write(line(query, of_query, scores).encode())
+
+
+def _answer(query: int, ids: list[Any], probabilities: list[float]) -> str:
+    return json.dumps({"query": query, "ids": ids, "probabilities": probabilities}, ensure_ascii=False) + "\n"
+
+
+def _run_lines(query: int, ids: list[Any], scores: list[float]) -> str:
+    ranked = enumerate(zip(ids, scores, strict=True), 1)
+    return "".join(f"{query} Q0 {name} {rank} {score} nvf\n" for rank, (name, score) in ranked)
 
 
 def _descending(probabilities: np.ndarray) -> np.ndarray:
