@@ -108,6 +108,8 @@ def checked_gains(values: np.ndarray | Sequence[Any], counts: np.ndarray, name: 
         raise InputError(f"{name} holds no numbers ({one_line(fault)}); give each target one") from None
     if (wrong := ~((gains > 0) & np.isfinite(gains))).any():
         first = int(wrong.argmax())
-        fault = f"row {np.repeat(np.arange(len(counts)), counts)[first]}: the gain {shown(values[first])}"
-        raise InputError(f"{name}: {fault} is not a number above 0; correct it, or leave out the target")
+        place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
+        raise InputError(
+            f"{place}: the gain {shown(values[first])} is not a number above 0; correct it, or drop the target"
+        )
     return gains

@@ -196,7 +196,7 @@ class VectorDataModule(L.LightningDataModule):
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
             part = each(queries, itemgetter(places))
             found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
-        joined = (None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
         batch = CandidateBatch(*joined)
         if split != "train":
             return batch

@@ -166,8 +166,8 @@ def _read_pair(
     rows = memory.rows_of(torch.from_numpy(rows)).numpy()
     for place in range(1, rows.shape[1]):  # a row that a query names twice counts once
         rows[(rows[:, :place] == rows[:, place, None]).any(axis=1), place] = -1
-    worth = None if worth is None else torch.from_numpy(np.where(rows >= 0, worth, 0))
-    return QueryBatch(unit(queries), torch.from_numpy(rows), gains=worth)
+    of_targets = None if worth is None else torch.from_numpy(np.where(rows >= 0, worth, 0))
+    return QueryBatch(unit(queries), torch.from_numpy(rows), gains=of_targets)
 
 
 def _read_targets(path: Path, what: str, queries: int) -> np.ndarray:

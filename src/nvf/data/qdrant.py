@@ -122,10 +122,11 @@ def _read(
                 point = f"collection {collection}: point {lacking[0]}"
                 raise InputError(f"{point} has no vector {vector or ''}; give it one or remove it")
             if text is not None:
-                texts += (said := [(one.payload or {}).get(text) for one in points])
+                said: list[Any] = [(one.payload or {}).get(text) for one in points]
                 if lacking := [one.id for one, words in zip(points, said, strict=True) if not isinstance(words, str)]:
                     point = f"collection {collection}: point {lacking[0]}"
                     raise InputError(f"{point} has no text in its field {text!r}; give it one, or leave out data.text")
+                texts += said
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))
