@@ -117,9 +117,10 @@ def test_gains_change_the_hash_of_queries_and_no_targets(folder: Path) -> None:
     assert [set(of) for of in with_gains.targets.tolist()] == [set(of) for of in without.targets.tolist()]
 
 
-def test_gains_move_ndcg_alone(run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["reranker", "joint"])
+def test_gains_move_ndcg_alone(run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path, stage: str) -> None:
     graded(folder)
-    settings = ("data=embeddings", f"data.dir={folder}", "trainer=debug", "stage=attention")
+    settings = ("data=embeddings", f"data.dir={folder}", "trainer=debug", f"stage={stage}")
     found = run(*settings)["test"]["exact"]
     (folder / "gains.npy").unlink()
     same = run(*settings, folder=tmp_path / "same")["test"]["exact"]
