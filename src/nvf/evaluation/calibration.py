@@ -79,7 +79,7 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
     zero = torch.zeros(len(CHANNELS), device=attention.log_beta.device)
     attention.word_weights = zero
     without, parts = quality(attention, held_out), []
-    for queries, targets, words in blocks(held_out, QUERY_BLOCK):
+    for queries, targets, words, _ in blocks(held_out, QUERY_BLOCK):
         assert words is not None
         with torch.no_grad():
             alone = attention.candidates(queries, min(ALONE, len(attention.memory))).rows
@@ -116,7 +116,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets, words in score_blocks(batch, len(pipeline.memory)):
+    for queries, targets, words, _ in score_blocks(batch, len(pipeline.memory)):
         top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
         scores.append(pipeline.rerank(queries, top, words))
         labels.append(are_targets(top.rows, targets))
@@ -153,10 +153,10 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
     by, parts = by or criterion(batch.targets), []
-    for queries, targets, words in score_blocks(batch, len(model.memory)):
+    for queries, targets, words, gains in score_blocks(batch, len(model.memory)):
         pipeline = isinstance(model, Pipeline)
         scores = model(queries, words, answer=False).ranking if pipeline else model(queries, words)
-        parts.append(ndcg_of(scores, targets) if by == "ndcg10" else target_ranks(scores, targets) == 1)
+        parts.append(ndcg_of(scores, targets, gains) if by == "ndcg10" else target_ranks(scores, targets) == 1)
     return torch.cat(parts)
 
 

@@ -70,7 +70,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
         evidence = None
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
-            queries, targets, words = source.splits["train"]
+            queries, targets, words, _ = source.splits["train"]
             evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:

@@ -22,7 +22,7 @@ from nvf.models.memory import VectorMemory
 from nvf.models.words import WordScores
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import inner_products
-from nvf.ops.ranks import DEEPEST, are_targets, ndcg
+from nvf.ops.ranks import DEEPEST, gains_of, ndcg
 from nvf.ops.topk import blockwise_topk
 from nvf.training.modules import AttentionModule
 from nvf.training.stage import Judged
@@ -136,7 +136,7 @@ class ShardedAttentionModule(AttentionModule):
         logits = self.model(batch.queries)
         ranks = sharded_ranks(logits, batch.targets)
         first = self.model.best_rows(batch.queries, min(DEEPEST, len(self.model.memory)))
-        gains = ndcg(are_targets(first, batch.targets), batch.targets)
+        gains = ndcg(gains_of(first, batch.targets, batch.gains), batch.targets, batch.gains)
         return Judged(sharded_loss(logits, batch.targets), ranks, ranks <= self.k, gains)
 
 
