@@ -99,6 +99,8 @@ def remove_traces(folder: Path) -> None:
         with suppress(InputError):
             locked(folder)
             shutil.rmtree(folder)
+            if not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
 
 
 def locked(folder: Path) -> FileLock:
