@@ -37,7 +37,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     data = config["data"]
     if not data.get("dir", True) and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded"):
         raise InputError(
-            "data.dir is not set; name the folder of your queries, and of your vectors: data.dir=path/to/folder"
+            "data.dir is not set; name the folder of your queries and vectors: data.dir=path/to/folder"
         )
     if follows():
         os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
