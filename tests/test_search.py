@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,9 @@ BAD_QUERIES = [
     ("q.npy", spoil(9_000, np.nan), "q.npy: row 9000 holds NaN or infinite values (1 such rows); remove"),
     ("q.npy", spoil(8_192, 0), "q.npy: row 8192 is zero (1 such rows); remove"),
     ("q.npy", np.ones((3, 7)), "q.npy: 7 dimensions, but the memory has 8; embed both with the same"),
-    ("q.npy", np.ones(8), "q.npy: shape (8,); give the vectors of your queries as a non-empty (n, D)"),
-    ("q.npy", np.ones((0, 8)), "q.npy: shape (0, 8); give the vectors of your queries as a non-empty"),
-    ("q.npy", np.ones((2, 8), int), "q.npy: type int64; give the vectors of your queries as float16"),
+    ("q.npy", np.ones(8), "q.npy: shape (8,), type float64; give the vectors of your queries as a non-empty (n, D)"),
+    ("q.npy", np.ones((0, 8)), "q.npy: shape (0, 8), type float64; give the vectors of your queries as a non-empty"),
+    ("q.npy", np.ones((2, 8), int), "q.npy: shape (2, 8), type int64; give the vectors of your queries"),
     ("q.parquet", spoil(9_000, np.nan).tolist(), "q.parquet: row 9000 holds NaN or infinite values (1 such rows)"),
     ("q.parquet", [[1.0] * 7], "q.parquet: 7 dimensions, but the memory has 8; embed both with the same"),
     ("q.parquet", [*MANY, [1.0] * 7], "q.parquet: row 9000: column 'vector' has 7 values, but 8 in row 0; embed"),
@@ -185,7 +184,7 @@ BAD_SETTINGS = [
     ({"queries": "q.txt"}, "q.txt: .txt is not read; give .npy or .parquet"),
     ({"queries": "none.npy"}, "none.npy is missing; it holds the vectors of your queries"),
     ({"queries": "none.parquet"}, "none.parquet is missing, or no file; it holds column 'vector'"),
-    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; a pipeline folder holds"),
+    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; save the pipeline again"),
 ]
 
 
@@ -223,13 +222,14 @@ def test_what_stops_half_way_leaves_what_was_there(
 ) -> None:
     (place / f"a{ending}").write_text("earlier answers")
     np.save(place / "q.npy", vectors(3 * QUERY_BLOCK))
-    answers = iter([Pipeline.load(place / "pipeline").search(vectors(QUERY_BLOCK))])
+    answers = [Pipeline.load(place / "pipeline").search(vectors(QUERY_BLOCK))]
 
-    def stop(*_: Any) -> Iterator[Hits]:
-        yield from answers
-        raise fault
+    def stop(*_: Any) -> Hits:
+        if not answers:
+            raise fault
+        return answers.pop()
 
-    monkeypatch.setattr("nvf.search._answer", stop)
+    monkeypatch.setattr(Pipeline, "search", stop)
     with pytest.raises(type(fault)):
         ask(place, output=place / f"a{ending}")
     assert (place / f"a{ending}").read_text() == "earlier answers"

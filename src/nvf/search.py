@@ -1,17 +1,12 @@
 """`python -m nvf.search`: answer a file of query vectors with a pipeline that a run saved."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvf.errors import InputError
 from nvf.options import Option, find_device, path, run, whole
 from nvf.statistics import two_digits
-
-if TYPE_CHECKING:
-    from nvf.files.npy import ArrayFile
-    from nvf.models.pipeline import Hits, Pipeline
 
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
@@ -27,9 +22,12 @@ OPTIONS = (
 def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, index: str | None, device: str) -> str:
     """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
+    from tqdm import tqdm
+
     from nvf.data.search_files import check_output, open_queries, write_answers
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
+    from nvf.ops.products import QUERY_BLOCK
 
     check_output(output, queries)
     if index not in (None, "flat"):
@@ -40,21 +38,12 @@ def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, 
     vectors = open_queries(queries, column, dim=model.memory.dim)
 
     start = time.perf_counter()
-    write_answers(output, _answer(model, vectors, k), count=len(vectors), k=k)
+    blocks = tqdm(vectors.blocks(QUERY_BLOCK), total=-(-len(vectors) // QUERY_BLOCK), leave=False, delay=1)
+    write_answers(output, (model.search(block, k) for block in blocks), count=len(vectors), k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(len(vectors) / seconds)
     how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
     return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
-
-
-def _answer(model: "Pipeline", vectors: "ArrayFile", k: int) -> Iterator["Hits"]:
-    from tqdm import tqdm
-
-    from nvf.ops.products import QUERY_BLOCK
-
-    total = -(-len(vectors) // QUERY_BLOCK)
-    for block in tqdm(vectors.blocks(QUERY_BLOCK), total=total, unit=" blocks", leave=False, delay=1):
-        yield model.search(block, k)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Reader of a Qdrant collection as the memory: its vectors and point ids, read in pages and sorted by id.
-
-Every fault is an InputError that names the setting, the point where there is one, and the remedy. Importing this module
-without qdrant-client raises one too.
-"""
+"""Reader of a Qdrant collection as the memory; a fault, or no qdrant-client, is an InputError."""
 
 import os
 import warnings
@@ -42,31 +38,25 @@ def read_memory(
 ) -> VectorMemory:
     """Read the vectors of a collection as a memory, (N, D), whose rows have the point ids and are sorted by them.
 
-    Give either `path`, the folder of a local storage, which must not be open elsewhere, or the `url` of a server; the
-    key that it may ask for is read from the environment, QDRANT_API_KEY. `vector` names one of several vectors a point.
-
-    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
-    searched by cosine, as the collection does by its own distance if that is Cosine, or Dot or Euclid between vectors
-    of one length; distance="cosine" accepts others too. `stored` may say `dtype` and `mapped` of the memory.
-
-    Raises:
-        InputError: contradictory settings, or a collection that cannot be read or orders otherwise than cosine.
+    Give either `path`, the folder of a local storage that is not open elsewhere, or the `url` of a server, whose key is
+    read from the environment. `vector` names one of several vectors a point. Ids are integers, or strings that spell
+    UUIDs; in a collection that has both, integers are spelled out too. A collection that orders otherwise than cosine
+    is refused unless distance="cosine". `stored` may say `dtype` and `mapped` of the memory.
     """
     if distance not in (None, "cosine"):
-        raise InputError(
-            f"data.distance={distance} is neither null, the collection's own, nor cosine; give one of them"
-        )
+        raise InputError(f"data.distance={distance} is neither null, the collection's own, nor cosine; give one")
     if (path is None) == (url is None):
         raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
-    where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
-    if path is not None:
-        where, remedy = f"data.path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
     try:
         with closing(_open(path, url)) as client:
             own, ids, vectors = _read(client, collection, vector)
     except InputError:
         raise
     except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
+        where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
+        if path is not None:
+            where = f"data.path={path}"
+            remedy = "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
         raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
     if len(set(map(type, ids))) > 1:
         ids = [str(point) for point in ids]
@@ -77,9 +67,10 @@ def read_memory(
     shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
     alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
     if not alike and distance is None:
+        lengths = f"its vectors have lengths from {shortest:.4g} to {longest:.4g}"
+        order_differs = f"searches by {own}, and {lengths}, so that cosine orders them otherwise"
         raise InputError(
-            f"collection {collection} searches by {own}, and its vectors have lengths from {shortest:.4g} to "
-            f"{longest:.4g}, so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
+            f"collection {collection} {order_differs}; data.distance=cosine searches by cosine all the same"
         )
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own

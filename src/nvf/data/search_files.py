@@ -3,7 +3,7 @@
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
 
-Answers are best first; `query` counts from 0 in the order of the queries; `ids` are row numbers if the memory has none.
+Answers are best first; `query` counts from 0; `ids` are row numbers if the memory has none.
 """
 
 import itertools
@@ -26,15 +26,14 @@ ENDINGS = (".npy", ".jsonl")
 
 def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
     """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim)."""
-    file: ArrayFile
-    if path.suffix == ".npy":
-        file = open_vectors(path, "the vectors of your queries")
-    elif path.suffix == ".parquet":
+    if path.suffix not in (".npy", ".parquet"):
+        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+    if path.suffix == ".parquet":
         from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
 
-        file = ParquetFile(path, {"column": column})
+        file: ArrayFile = ParquetFile(path, {"column": column})
     else:
-        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+        file = open_vectors(path, "the vectors of your queries")
     check_dim(file.shape[1], dim, str(path))
     check_largest(torch.cat([largest(torch.from_numpy(block)) for block in file.blocks(ROWS)]), str(path))
     return file
@@ -43,9 +42,8 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
 def check_output(output: Path, queries: Path) -> None:
     """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
     if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
-        raise InputError(
-            f"output={output} is a folder, the file of the queries, or not {' or '.join(ENDINGS)}; rename it"
-        )
+        fault = f"is a folder, the file of the queries, or not {' or '.join(ENDINGS)}"
+        raise InputError(f"output={output} {fault}; rename it")
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:

@@ -21,8 +21,7 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
     """Merge identical queries, shuffle them by seed, and deal them to the three splits.
 
     Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
-    repeated query counts as of its first time, and the shuffle decides between equal times. Too few distinct queries
-    for three splits are an InputError, which names `path`, the file that holds them.
+    repeated query counts as of its first time, and the shuffle decides between equal times.
     """
     if times is not None:
         by_time = np.argsort(times, kind="stable")
@@ -40,10 +39,7 @@ def deal(batch: QueryBatch, path: Path, seed: int, times: np.ndarray | None = No
 
 
 def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
-    """Count, for each pair "a/b" of splits that share queries, those of b that equal one of a in every bit.
-
-    Pairs come in the order train/val, train/test, val/test; those that share nothing are left out.
-    """
+    """Count, for each pair "a/b" of splits that share queries, those of b that equal one of a in every bit."""
     bits = {name: row_hashes(splits[name].queries) for name in SPLITS}
     counts = {f"{a}/{b}": int(np.isin(bits[b], bits[a]).sum()) for a, b in combinations(SPLITS, 2)}
     return {pair: count for pair, count in counts.items() if count}

@@ -1,15 +1,12 @@
-"""Readers of a folder of the user's own texts.
+"""Readers of a folder of the user's own texts; a fault is an InputError that names the line.
 
-    documents.jsonl or documents.csv    id, text
-    queries.jsonl or queries.csv        query, and id or (JSON Lines) ids: the documents that answer it;
-                                        split, train or val or test, if the user has splits
-
-Every fault is an InputError that names the file, the line and the remedy.
+documents.jsonl or documents.csv    id, text
+queries.jsonl or queries.csv        query, and id or (JSON Lines) ids: the documents that answer it;
+                                    split, train or val or test, if the user has splits
 """
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -27,7 +24,6 @@ class Queries(NamedTuple):
 
     texts: list[str]  # n
     targets: np.ndarray  # (n, m) int64 rows of the documents, padded with -1
-    lines: int  # at least n, because equal texts are one query
 
 
 def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
@@ -36,8 +32,7 @@ def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
     ids: list[str | int] = []
     texts = []
     for place, fields in _lines(folder, "documents", "id, text"):
-        name = _field(place, fields, "id")
-        _check_id(place, name)
+        name = _checked_id(place, _field(place, fields, "id"))
         if (other := place_of.setdefault(str(name), place)) != place:
             raise InputError(f"{place}: id {shown(name)} is also that of {other}; make each its own")
         ids.append(name)
@@ -48,37 +43,29 @@ def read_documents(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def read_queries(folder: Path, ids: np.ndarray) -> dict[str | None, Queries]:
-    """Read the queries over documents with these ids, by split, or all under None where there are no splits.
-
-    Equal texts of a split are one query, which the documents of all its lines answer.
-    """
+    """Read the queries by split, or all under None where there are no splits; equal texts of a split are one query."""
     row_of = {str(name): row for row, name in enumerate(ids.tolist())}
     targets: dict[str | None, dict[str, dict[int, None]]] = {}  # by split and text, the rows in order
-    lines: Counter[str | None] = Counter()
     for place, fields in _lines(folder, "queries", "query, id"):
         split = fields.get("split")
         if split not in (None, *SPLITS):
             raise InputError(f"{place}: split {shown(split)} is not {', '.join(SPLITS)}; correct it")
-        lines[split] += 1
         rows = targets.setdefault(split, {}).setdefault(_text(place, fields, "query"), {})
         value = _field(place, fields, "ids" if "ids" in fields else "id")
         if value == []:
             raise InputError(f"{place}: ids is empty; name a document that answers the query, or remove it")
         for name in value if isinstance(value, list) else [value]:
-            _check_id(place, name)
-            if (row := row_of.get(str(name))) is None:
+            if (row := row_of.get(str(_checked_id(place, name)))) is None:
                 raise InputError(f"{place}: no document has the id {shown(name)}; correct it, or add the document")
             rows[row] = None
     if targets.keys() not in ({None}, set(SPLITS)):
-        given = ", ".join("none" if split is None else split for split in targets)
-        raise InputError(
-            f"{folder}: queries have the splits {given}; give {', '.join(SPLITS)}, or leave out the column"
-        )
+        given = f"queries have the splits {', '.join(split or 'none' for split in targets)}"
+        raise InputError(f"{folder}: {given}; give {', '.join(SPLITS)}, or leave out the column")
     queries = {}
     for split in (None,) if None in targets else SPLITS:
         rows_of_texts = targets[split].values()
         table = padded(np.array([*chain.from_iterable(rows_of_texts)]), np.array([*map(len, rows_of_texts)]))
-        queries[split] = Queries([*targets[split]], table, lines[split])
+        queries[split] = Queries([*targets[split]], table)
     return queries
 
 
@@ -95,9 +82,10 @@ def _text(place: str, fields: dict[str, Any], name: str) -> str:
     return text
 
 
-def _check_id(place: str, name: Any) -> None:
+def _checked_id(place: str, name: Any) -> str | int:
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
         raise InputError(f"{place}: the id {shown(name)} is neither a text nor a whole number; give one")
+    return name
 
 
 def _lines(folder: Path, stem: str, columns: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,10 +120,7 @@ def _json_lines(file: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv_lines(file: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # by default 131,072 characters, less than a document may have
     reader = csv.DictReader(file, strict=True)
-    names = reader.fieldnames or []
-    if len(set(names)) < len(names):
-        raise ValueError("it names a column twice")
     for fields in reader:
         if None in fields:  # those beyond the header's
             raise ValueError("it has more fields than the header; quote texts with commas")
-        yield reader.line_num, {name: text for name, text in fields.items() if text is not None}
+        yield reader.line_num, fields

@@ -1,7 +1,4 @@
-"""A pipeline's folder on disk: settings and hashes in config.json, tensors in safetensors, and ids and an index if any.
-
-Nothing in a folder can run code, take more room than its files have, or have files elsewhere read.
-"""
+"""A pipeline's folder: config.json, tensors, ids, an index. Nothing in it runs code or has files elsewhere read."""
 
 import json
 import os
@@ -92,16 +89,14 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE))):
-        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+    others = names.difference(FILES, (IDS_FILE, INDEX_FILE))
+    if others or len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder, or holds other files; choose another path")
 
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        remedy = f"a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}"
-        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
+        raise InputError(f"{path} is missing, or no regular file in its folder; {SAVE_AGAIN}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -120,24 +115,21 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
-    tensors, ids = read_tensors(folder / "memory.safetensors"), None
+    tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
-    if config["ids"]:
-        count = len(rows if row_of_vector is None else row_of_vector)
-        ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
+    given = len(rows if row_of_vector is None else row_of_vector)
+    ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 
 def _second_stage(memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
-    """Return the untrained reranker of a saved pipeline, and its evidence, if any."""
     if settings["kind"] != "evidence":
         return Reranker(memory.dim, **settings), None
     parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")
-    given = {name: value for name, value in settings.items() if name != "kind"}
     with torch.device("cpu"):
         evidence = Evidence(memory, **parts)
-    return EvidenceReranker(len(FEATURES), **given), evidence
+    return EvidenceReranker(len(FEATURES), hidden=settings["hidden"], dropout=settings["dropout"]), evidence

@@ -1,7 +1,6 @@
 """The ranks of each query's right rows, and the metrics made from them.
 
-Throughout, `targets` are (B, m) different rows, padded with -1, and `found` is (B, k) bool: which of the k best rows
-are targets, best first.
+`targets` are (B, m) different rows, padded with -1; `found`, (B, k) bool, says which of the k best rows are targets.
 """
 
 import torch
@@ -16,8 +15,7 @@ DEEPEST = 10  # ranks below this one count alike
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked target, (B,), given the scores of all rows, (B, N).
 
-    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all rows alike gains
-    nothing. With fewer than 16 queries or 40 rows the scores of equal rows may differ in their last bits.
+    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all alike gains nothing.
     """
     padding = targets < 0
     right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
@@ -58,9 +56,6 @@ def criterion(targets: Tensor) -> str:
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
-
-    Scores and labels, whether a candidate is right, are (B, k), in stage 1's order, which decides between equal scores.
-    """
+    """Return the rank of each query's best right candidate, (B,), or MISS; both are (B, k), in stage 1's order."""
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)
