@@ -187,15 +187,6 @@ def test_joint_training_keeps_to_the_limits(
     assert epochs or not results["joint"]["kept"]
 
 
-def test_relaxed_joint_training_is_timed_before_it_has_a_trainer(run: Run, folder: Path) -> None:
-    few = ["data=embeddings", f"data.dir={folder}", "attention=linear", "attention.epochs=1", "reranker.epochs=1"]
-    results = run(
-        *few, "stage=joint", "joint=relaxed", "joint.epochs=1", "trainer.log_every_n_steps=1", "data.budget_s=1e6"
-    )
-    assert results["cut"] == {}
-    assert results["gradients"]["training"]["joint"]["steps"] > 0
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -154,9 +154,8 @@ def _check_numbers(config: Settings, source: Source) -> None:
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (every := config["save_every"]) is not None:
         check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
-    for limit in ("work", "budget_s"):
-        if (value := config["data"].get(limit)) is not None:
-            check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
+    if (work := config["data"].get("work")) is not None:
+        check_number("data.work", work, above=0, remedy="null sets no limit")
     kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
     if "reranker" in config["stage"]["fit"] and (kind == "evidence" or folds is not None):
         if not isinstance(source, Recorded):
