@@ -21,7 +21,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
-SWITCHES = ("scalars_page", "candidates", "heat_map", "ranks", "reliability", "projector")
+SWITCHES = ("scalars_page", "candidates", "reliability", "projector")
 CEILINGS = ("exact", "oracle", "coverage")
 PAGE = {
     "both stages and their ceilings, on validation queries": {
@@ -115,7 +115,7 @@ def show(
                     for step in (0, steps):
                         value = level["value"] if name == "coverage" else level[metric]["value"]
                         writer.add_scalar(f"{metric}/{name}", value, step)
-        for tag, figure in draw(model.eval(), batch, found, settings, texts):
+        for tag, figure in draw(found, settings, texts):
             writer.add_figure(tag, figure)
         if settings["projector"]:
             attention = model.attention if isinstance(model, Pipeline) else model
