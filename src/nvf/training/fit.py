@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
-from nvf.errors import InputError, fitting_in_memory, one_line
+from nvf.errors import InputError, one_line
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.devices import SHARDED, refusal
@@ -29,6 +29,7 @@ REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning's Slurm plugin saves; last.ckpt h
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 KEPT: dict[str, Any] = {"mode": "max", "save_on_train_epoch_end": False, "enable_version_counter": False}
 OURS = {"enable_checkpointing": True, "use_distributed_sampler": False, "inference_mode": False}  # of the Trainer
+RESERVED = (*OURS, "callbacks", "logger", "plugins", "default_root_dir")  # arguments of the Trainer that we give
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class FitSettings:
     callbacks: Sequence[Callback] = ()  # of the user
     # Makes the loggers from a run's folder, the fit's name in it, and the step at which it begins.
     loggers: Callable[[Path, str, int], Sequence[Logger]] | None = None
-    remedies: Sequence[str] = ()  # what to do where memory runs out
 
 
 def fit(
@@ -123,9 +123,8 @@ def _train(
     if resumed is not None:
         log.info("going on from step %d of %s", resumed, last.path.parent.name)
     last.signals.await_lightning()
-    with fitting_in_memory(settings.stage, settings.remedies):
-        path = None if resumed is None else last.path
-        trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
+    path = None if resumed is None else last.path
+    trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
     last.signals.answer_late()
 
 
@@ -150,16 +149,7 @@ def _trainer(
     settings: FitSettings, data: VectorDataModule, last: SaveLast, callbacks: Sequence[Callback], **ours: Any
 ) -> L.Trainer:
     """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
-    given = settings.trainer.keywords
-    callbacks = [*callbacks, last, *settings.callbacks, *_listed(given.get("callbacks"))]
-    if given.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in callbacks):
-        callbacks.append(TQDMProgressBar(refresh_rate=50))
-    theirs, checkpoints = given.get("logger"), last.path.parent
-    if theirs is False:
-        ours["logger"] = []
-    elif ours["logger"] and theirs is not True:
-        ours["logger"] = [*ours["logger"], *_listed(theirs)]
-    root = checkpoints if given.get("default_root_dir") is None else Path(given["default_root_dir"], checkpoints.name)
+    given, root = settings.trainer.keywords, last.path.parent
     for copy in root.glob(REQUEUED):
         copy.unlink()
     strategy: Any = given.get("strategy", "auto")
@@ -170,9 +160,9 @@ def _trainer(
     elif strategy in ("auto", "ddp"):
         strategy = DDPStrategy(broadcast_buffers=False)  # else every step would send the memory to all ranks
     ours |= OURS | {
-        "max_epochs": given.get("max_epochs") or settings.epochs,
-        "callbacks": callbacks,
-        "plugins": [AtomicFiles(), *_listed(given.get("plugins"))],
+        "max_epochs": settings.epochs,
+        "callbacks": [*callbacks, last, *settings.callbacks],
+        "plugins": [AtomicFiles()],
         "default_root_dir": root,  # where Lightning's Slurm plugin saves and looks for its checkpoint
         "strategy": strategy,
         "num_sanity_val_steps": given.get("num_sanity_val_steps", 0),
@@ -191,16 +181,14 @@ def _trainer(
     return trainer
 
 
-def _listed(given: Any) -> list[Any]:
-    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-
-
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Raise an InputError for an argument of the Trainer with which a run would lose weights or give wrong figures."""
+    """Raise an InputError for a precision that is not supported, and for an argument that a run gives itself."""
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
         raise InputError(
             f"trainer.precision={trainer['precision']} is not supported; choose one of {', '.join(PRECISIONS[:3])}"
         )
-    for name, ours in OURS.items():
-        if trainer.get(name) not in (None, ours):
-            raise InputError(f"trainer.{name}={trainer[name]} is not supported; leave it out")
+    for name in RESERVED:
+        if name in trainer:
+            raise InputError(
+                f"trainer.{name}={trainer[name]} is not supported; leave it out, or see callbacks=, logger="
+            )

@@ -16,7 +16,6 @@ from nvf.data.queries import Recorded, Source
 from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
-from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 from nvf.training.fit import FitSettings
@@ -24,7 +23,6 @@ from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 from nvf.training.stage import StageModule
 
 Settings = Mapping[str, Any]
-MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 FEWEST_STEPS = 8  # of an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
 
@@ -104,10 +102,10 @@ def _stage(
     sizes |= {name: queries[name] for name in ("val_samples", "test_samples") if name in queries}
     sizes |= {"batch_size": batch_size, "k": config["k"], "eval_seed": queries["seed"]}
     data = VectorDataModule(source, stage=stage, **sizes, **candidates)
-    return Stage(module, data, fit_settings(config, stage, source.memory), config)
+    return Stage(module, data, fit_settings(config, stage), config)
 
 
-def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
+def fit_settings(config: Settings, stage: str) -> FitSettings:
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
@@ -121,12 +119,6 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
         return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
 
-    batch = settings["batch_size"]
-    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
-    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
-        remedies.append("sample rows in each step, attention.sample=8192")
-    if config["attention"]["keys"] == "learned":
-        remedies.append("do without learned keys, attention.keys=frozen")
     return FitSettings(
         stage=stage,
         epochs=settings["epochs"] and (most or settings["epochs"]),
@@ -135,7 +127,6 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         trainer=make({"_target_": "lightning.Trainer", **trainer}, "trainer", called=False),
         callbacks=tuple(callbacks),
         loggers=started,
-        remedies=(*remedies, "keep the rows in half the memory, data.dtype=float16"),
     )
 
 
