@@ -1,4 +1,4 @@
-"""From settings to objects, once: what is wrong with a setting is refused here, before any work."""
+"""From settings to objects: what is wrong with a setting is refused here, before any work."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -52,12 +52,9 @@ class Built:
 
 
 def build(config: Settings, source: Source | None = None) -> Built:
-    """Turn the settings of a run, resolved and as plain containers, into objects.
+    """Turn a run's settings into objects; whatever is wrong with them or with the user's files is an InputError.
 
     A `source` takes the place of the memory and the queries that the settings describe.
-
-    Raises:
-        InputError: whatever is wrong with the settings or the user's files.
     """
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
@@ -81,12 +78,10 @@ def build(config: Settings, source: Source | None = None) -> Built:
 
 
 def build_source(config: Settings) -> Source:
-    """The memory and the queries over it, everything about them checked.
-
-    Raises:
-        InputError: whatever is wrong with the settings or the user's files.
-    """
+    """The memory and the queries over it, everything about them checked."""
     data, queries = config["data"], config["queries"]
+    if not data.get("dir", True) and (data["name"] == "embeddings" or queries["name"] == "recorded"):
+        raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     memory = make(data["memory"], "data.memory")
     if merged := memory.given - len(memory):
         log.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
