@@ -111,15 +111,12 @@ def save(run: Fitted) -> float:
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
     """Draw what TensorBoard shows beside the curves."""
     config, memory = run.built.config, run.built.source.memory
-    data = config["data"]
-    texts = texts_of(data.get("dir"), memory.given)
+    texts = texts_of(config["data"].get("dir"), memory.given)
     if texts is not None and memory.vector_of_row is not None:
         texts = [texts[vector] for vector in memory.vector_of_row.tolist()]
-    clustered = data["name"] == "clustered"
-    labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None
     logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)
     steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
-        show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts, labels=labels)
+        show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

@@ -195,18 +195,17 @@ def test_texts_are_shortened_to_one_line() -> None:
 def test_the_projector_has_a_name_for_every_point(
     pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, limit: int
 ) -> None:
-    texts, labels = [f"text\t{row}" for row in range(30)], np.arange(30) // 10
-    shown_events(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts, labels=labels)
+    texts = [f"text\t{row}" for row in range(30)]
+    shown_events(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts)
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
     vectors = np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t")
     lines = [line.split("\t") for line in (tmp_path / embedding.metadata_path).read_text().splitlines()]
-    assert lines[0] == ["kind", "row", "cluster", "text", "query"]
+    assert lines[0] == ["kind", "row", "text", "query"]
     assert len(vectors) == len(lines) - 1 <= limit
     assert len({line[0] for line in lines[1:]}) == 3
-    for vector, (kind, row, cluster, text, query) in zip(vectors, lines[1:], strict=True):
+    for vector, (kind, row, text, query) in zip(vectors, lines[1:], strict=True):
         assert text == f"text {row}"
-        assert int(cluster) == int(row) // 10
         if kind == "row":
             expected = pipeline.memory.rows[int(row)]
         else:

@@ -10,8 +10,9 @@ from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
+from nvf.runs.settings import on_one_device
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
-from nvf.training.devices import SHARDED, on_one_device
+from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
 from nvf.training.stages import (
     Settings,

@@ -53,10 +53,8 @@ def fit(
 
     Where the untrained start is a search that works (`start_competes`), it is validated too and kept unless training
     equals or beats it; the weights are then of 0 epochs. A fit that left a last.ckpt in the folder resumes from it, and
-    ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`.
-
-    Returns:
-        The epochs that the kept weights were fitted for, and `LogGradients.summary`.
+    ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`. Returned are
+    the epochs that the kept weights were fitted for, and `LogGradients.summary`.
     """
     checkpoints, monitor = folder / "checkpoints" / name, f"val/{data.criterion}"
     start = {part: tensor.clone() for part, tensor in module.state_dict().items()}
@@ -106,10 +104,7 @@ def fit(
 def fit_blindly(
     module: StageModule, data: VectorDataModule, settings: FitSettings, *, folder: Path, name: str, epochs: int
 ) -> None:
-    """Fit a module for the first `epochs` epochs of the stage's schedule without validation, and freeze it.
-
-    It resumes from a last.ckpt as `fit` does.
-    """
+    """Fit a module for the first `epochs` epochs of its schedule without validation; resume from a last.ckpt."""
     last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
     trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
     _train(settings, trainer, module, data, last, saved_step(last.path))
@@ -129,11 +124,7 @@ def _train(
 
 
 def saved_step(path: Path) -> int | None:
-    """The step at which a last.ckpt was saved; None if it does not exist.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """The step at which a last.ckpt was saved; None if it does not exist, an InputError if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -184,9 +175,8 @@ def _trainer(
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Raise an InputError for a precision that is not supported, and for an argument that a run gives itself."""
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
-        raise InputError(
-            f"trainer.precision={trainer['precision']} is not supported; choose one of {', '.join(PRECISIONS[:3])}"
-        )
+        why = f"trainer.precision={trainer['precision']} is not supported"
+        raise InputError(f"{why}; choose one of {', '.join(PRECISIONS[:3])}")
     for name in RESERVED:
         if name in trainer:
             raise InputError(

@@ -132,9 +132,6 @@ class JointModule(RerankerModule):
         attention_weight: of stage 1's own loss, which is added.
         learnable: which learned keys may move, as for `AttentionModule`.
         settings: of `RerankerModule`; `lr` is that of stage 1 and of the reranker's network.
-
-    Raises:
-        InputError: a relaxation that is not two numbers above 0, or a negative weight.
     """
 
     def __init__(

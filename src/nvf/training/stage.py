@@ -41,9 +41,6 @@ class StageModule(L.LightningModule):
         seed: of dropout and of samples of the rows.
         warmup: the share of the steps in which a onecycle rate rises.
         optimizer: makes torch's optimizer from groups of parameters, each with its learning rate.
-
-    Raises:
-        InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
     """
 
     def __init__(

@@ -145,12 +145,9 @@ def label(transform: str | Mapping[str, Any]) -> str:
 
 
 def make(node: Settings, name: str, *, called: bool = True, **given: Any) -> Any:
-    """Build what a part of the settings, whose name errors tell, names by `_target_`, with further arguments.
+    """Build what a part of the settings names by `_target_`, with further arguments; unless `called`, a partial of it.
 
-    Unless it is `called`, a `functools.partial` that makes it is returned.
-
-    Raises:
-        InputError: there is no such class or function, or it takes other arguments.
+    A class or function that does not exist, or takes other arguments, is an InputError with the part's name.
     """
     try:
         function = instantiate({**node, "_partial_": True}, _convert_="all")
