@@ -267,9 +267,9 @@ def test_every_sweep_has_its_files(tmp_path: Path, sweep: str) -> None:
         for seed in range(2):
             put(tmp_path / f"{i}-{seed}", {"seed": seed, **settings}, val=0.9 - 0.01 * i + 0.004 * seed)
     comparison = compare([tmp_path])
-    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .png, .svg"
+    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .png"
     files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "png", "svg")}
+    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "png")}
     assert "\x1b" not in comparison.text()
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.size[0] >= 1000

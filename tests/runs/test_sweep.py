@@ -51,7 +51,7 @@ def test_jobs_side_by_side_share_one_stage_1_and_end_on_a_table(undisturbed: Pat
     assert {result["config"]["threads"] for result in results.values()} == {1}
     (sweep,) = undisturbed.glob("outputs/multirun/*/*")
     names = {path.name for path in sweep.iterdir() if path.name.startswith("comparison")}
-    assert names == {f"comparison.{end}" for end in ("md", "csv", "png", "svg")}
+    assert names == {f"comparison.{end}" for end in ("md", "csv", "png")}
 
 
 def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:

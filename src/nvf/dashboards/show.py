@@ -18,6 +18,7 @@ from nvf.errors import InputError, check_number, one_line
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
+from nvf.runs.settings import flatten
 from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
@@ -44,13 +45,8 @@ def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
     metrics["hp/coverage"] = figures["coverage"]["value"]
     for method, error in figures["calibration_error"].items():
         metrics[f"hp/{method}/calibration_error"] = error["value"]
-    settings: dict[str, bool | int | float | str] = {}
-    for group in SETTINGS:
-        value = results["config"][group]
-        named = (
-            {f"{group}.{name}": leaf for name, leaf in value.items()} if isinstance(value, Mapping) else {group: value}
-        )
-        settings |= {n: leaf if isinstance(leaf, bool | int | float | str) else str(leaf) for n, leaf in named.items()}
+    leaves = flatten({group: results["config"][group] for group in SETTINGS})
+    settings = {name: leaf if isinstance(leaf, int | float | str) else str(leaf) for name, leaf in leaves.items()}
     with SummaryWriter(str(folder)) as writer:
         writer.add_hparams(settings, metrics, run_name=".")
 

@@ -1,4 +1,4 @@
-"""Fitted stages 1, kept by everything they depend on, so that the jobs of a sweep and later runs fit each but once."""
+"""A cache of fitted stages 1 under everything they depend on, so that a sweep and later runs fit each only once."""
 
 import hashlib
 import json

@@ -25,7 +25,7 @@ STYLE: Any = {
     **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 160},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
-    **{"lines.markersize": 5, "svg.hashsalt": "nvf"},
+    "lines.markersize": 5,
 }
 LINES: dict[str, dict[str, Any]] = {
     "test": {"label": "mean of the settings", "color": COLOURS[1]},
@@ -41,12 +41,9 @@ def write(comparison: Comparison, folder: Path) -> str:
     for ending, text in {"md": comparison.text, "csv": comparison.csv}.items():
         with atomic_write(folder / f"comparison.{ending}") as partial:
             partial.write_text(text() + "\n", encoding="utf-8")
-    with matplotlib.rc_context(STYLE):
-        figure = draw(comparison)
-        for ending, metadata in (("png", None), ("svg", {"Date": None})):
-            with atomic_write(folder / f"comparison.{ending}") as partial:
-                figure.savefig(partial, format=ending, metadata=metadata)
-    return f"written to {folder}: comparison.md, .csv, .png, .svg"
+    with matplotlib.rc_context(STYLE), atomic_write(folder / "comparison.png") as partial:
+        draw(comparison).savefig(partial, format="png")
+    return f"written to {folder}: comparison.md, .csv, .png"
 
 
 def draw(comparison: Comparison) -> Figure:
