@@ -35,7 +35,6 @@ class StageModule(L.LightningModule):
     """The steps, metrics, optimizer and schedule that all stages share; a stage adds `loss` and `judge`.
 
     Args:
-        model: that is fitted.
         lr: the learning rate, or the peak of a onecycle schedule.
         schedule: onecycle or constant.
         seed: of dropout and of samples of the rows.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from nvf.data.datamodule import VectorDataModule
@@ -109,9 +108,9 @@ def fit_settings(config: Settings, stage: str) -> FitSettings:
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
-    callbacks = [make(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    given = {name: node for name, node in config["callbacks"].items() if node}
     if not trainer.get("enable_progress_bar", True):
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        given.pop("progress", None)
     loggers = [make(node, f"logger.{name}", called=False) for name, node in config["logger"].items() if node]
 
     def started(folder: Path, name: str, step: int) -> list[Logger]:
@@ -125,7 +124,7 @@ def fit_settings(config: Settings, stage: str) -> FitSettings:
         patience=settings["patience"],
         save_every=config["save_every"],
         trainer=make({"_target_": "lightning.Trainer", **trainer}, "trainer", called=False),
-        callbacks=tuple(callbacks),
+        callbacks=[make(node, f"callbacks.{name}") for name, node in given.items()],
         loggers=started,
     )
 
