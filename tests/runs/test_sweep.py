@@ -47,7 +47,7 @@ def test_jobs_side_by_side_share_one_stage_1_and_end_on_a_table(undisturbed: Pat
     results = jobs(undisturbed)
     assert list(results) == ["0", "1", "2", "3"]
     assert sum(result["attention_fitted_by"] is None for result in results.values()) == 1
-    assert len(list(undisturbed.glob("outputs/cache/*/about.json"))) == 1
+    assert len(list(undisturbed.glob("outputs/cache/*.safetensors"))) == 1
     assert {result["config"]["threads"] for result in results.values()} == {1}
     (sweep,) = undisturbed.glob("outputs/multirun/*/*")
     names = {path.name for path in sweep.iterdir() if path.name.startswith("comparison")}

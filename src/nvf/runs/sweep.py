@@ -59,7 +59,9 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
         results = read_record(folder / "results.json")
         complete = {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys()
         if complete and key(material(results["config"])) == key(material(config)):
-            return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
+            by_ndcg = any(variant["val_ndcg10"] is not None for variant in results["selection"])
+            figures = results["val"]["pipeline"] or results["val"]["attention"]
+            return float(figures["ndcg10" if by_ndcg else "top1"]["value"])
     return None
 
 
