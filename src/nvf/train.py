@@ -57,7 +57,6 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         if own != folder:
             remove_traces(own)
     lock = None if rank else begin(folder, {"config": config, **circumstances(built.source)}, goes_on=goes_on)
-
     run = Fitted(built, folder, started)
     with run.timed("attention"):
         run.chosen = fit_attention(built, folder)
