@@ -120,7 +120,7 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
 
 
 def planned_of(built: Built, folder: Path) -> Any:
-    return plan(built.variants, built.config["reranker"]["folds"], built.config["data"], folder)
+    return plan(built.variants, built.config["reranker"]["folds"], built.config["data"])
 
 
 def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Path) -> None:
