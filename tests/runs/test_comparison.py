@@ -297,7 +297,7 @@ def test_the_command_needs_no_torch_and_prints_the_table_alone(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert [row["k"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["2", "1"]
     assert "k=2/worse/results.json is left out" in done.stderr
-    assert len(list((tmp_path / "made" / "here").iterdir())) == 4
+    assert len(list((tmp_path / "made" / "here").iterdir())) == 3
 
     for wrong, message in (
         ("fromat=csv", "'fromat=csv' is not name=value"),
