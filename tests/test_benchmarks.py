@@ -250,7 +250,7 @@ def test_the_plain_loop_trains_as_lightning_does(stage: str, tmp_path: Path) -> 
     source = build_source(config)
     stage_one = SoftAttention(source.memory, transform="linear")
     module, data = loops.built(config, stage, source, stage_one)
-    how = fit_settings(config, stage, source.memory)
+    how = fit_settings(config, stage)
     fit(module, data, how, folder=tmp_path, name=stage, start_competes=False)
     other, _ = loops.built(config, stage, source, stage_one)
     generators = (stream(0, f"train/{stage}", 0, step, 0) for step in range(4))

@@ -35,7 +35,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.runs.comparison.runs import read_run
 from nvf.runs.comparison.table import compare
-from nvf.runs.resume import decided, recorded
+from nvf.runs.resume import recorded
 from nvf.runs.sweep import words
 from nvf.training import cache
 from nvf.training.checkpoints import load_attention
@@ -97,11 +97,10 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "run/results.json": lambda path: _figures(path.parent),
     "run/answered.npy": lambda path: _answered(path.parent),
     "run/run.json": lambda path: recorded(path.parent),
-    "run/decisions.json": lambda path: decided(path.parent, "x", lambda: None),
     "sweeps/day/time/sweep.json": lambda path: words(path.parent),
 }
 # What has no hash, or none that is checked yet: a damaged figure is a figure.
-UNHASHED = ("run/results.json", "run/answered.npy", "run/decisions.json")
+UNHASHED = ("run/results.json", "run/answered.npy")
 
 
 def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
@@ -124,7 +123,6 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
     (entry,) = (place / "cache").glob("*.safetensors")
     (place / "kept").mkdir()
     shutil.move(entry, place / "kept/attention.safetensors")
-    (place / "run/decisions.json").write_text('{"x": [1, 2]}')
     (place / "sweeps/day/time").mkdir(parents=True)
     (place / "sweeps/day/time/sweep.json").write_text(json.dumps(sealed({"overrides": ASKED})))
 

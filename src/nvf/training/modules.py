@@ -21,16 +21,14 @@ from nvf.training.stage import Groups, Judged, StageModule
 
 
 class AttentionModule(StageModule):
-    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or over an estimate of it from some.
+    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or an estimate of it from a sample of them.
 
     Args:
-        attention: stage 1.
-        k: the number of candidates, of which validation says whether a target is among them.
+        k: the number of candidates; validation says whether a target is among them.
         learnable: which learned keys may move, (N,) bool; all if None. Training would only push away a row that
             answers no training query.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
         hard: how many rows, the nearest to a query's target, are added to the sample.
-        settings: of `StageModule`.
     """
 
     def __init__(
@@ -128,15 +126,10 @@ class JointModule(RerankerModule):
     """Fits both stages of a pipeline on batches of queries, by -log of its distribution at the targets.
 
     Args:
-        pipeline: stage 1 and the reranker.
         relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
             None for the exact distribution. See `distribution.relaxed`.
         attention_weight: of stage 1's own loss, which is added.
         learnable: which learned keys may move, as for `AttentionModule`.
-        settings: of `RerankerModule`; `lr` is that of stage 1 and of the reranker's network.
-
-    Raises:
-        InputError: a relaxation that is not two numbers above 0, or a negative weight.
     """
 
     def __init__(

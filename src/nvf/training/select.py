@@ -67,7 +67,7 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
         calibrates = config["attention_checkpoint"] is not None
         about, _ = _judged(variant, built.queries("val"), epochs, calibrates=calibrates)
         return Chosen(attention, variant, about, [about], folds=folds)
-    variants, folds, cut = plan(built.variants, folds, config["data"], folder)
+    variants, folds, cut = plan(built.variants, folds, config["data"])
     settings = [{**variant.config["attention"], "epochs": variant.fit.epochs} for variant in variants]
     with cache.opened(config, cache.stage_key(config, built.source, settings)) as entry:
         begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that is resumed fits stage 1 itself
@@ -183,7 +183,7 @@ def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = quality(pipeline, held_out)
     joint = joint_stage(built.config, built.source, pipeline)
-    settings, cut = plan_joint(joint, built.config["data"], folder)
+    settings, cut = plan_joint(joint, built.config["data"])
     epochs, gradients = fit(joint.module, joint.data, settings, folder=folder, name="joint", start_competes=True)
     recorded = isinstance(built.source, Recorded)
     kept = epochs > 0 and (not recorded or clearly_above(quality(pipeline, held_out), before))
