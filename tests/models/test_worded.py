@@ -83,7 +83,7 @@ KINDS = [{}, {"biased": True}, {"keys": "learned"}, {"biased": True, "keys": "le
 
 @pytest.mark.parametrize("rows", [30, AT_ONCE + 50])
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("weights", [(0.05, 0.02), (0.0, 0.3), (0.0, 0.0), (1e-12, 0.0), (9.0, 0.0)])
+@pytest.mark.parametrize("weights", [(0.05, 0.02), (0.0, 0.3), (0.0, 0.0), (1e-18, 0.0), (9.0, 0.0)])
 def test_logits_loss_and_total_are_those_of_all_rows(rows: int, settings: dict, weights: tuple[float, float]) -> None:
     attention, words = made(rows, weights=weights, **settings), some_words(rows)
     asked, targets = queries().double(), targets_of(words, rows)
@@ -227,6 +227,8 @@ def test_a_query_without_texts_is_one_whose_words_match_nothing(kind: str) -> No
     assert torch.equal(mixed.rows[2:4], without.rows[2:4]) and not torch.equal(mixed.rows, without.rows)
     one_by_one = [pipeline.search(queries()[i : i + 1], 9, texts=ASKED[i : i + 1]).rows for i in range(COUNT)]
     assert torch.equal(torch.cat(one_by_one), mixed.rows)
+    many = pipeline.search(queries().repeat(80, 1), 9, texts=ASKED * 80)  # more than are searched at once
+    assert torch.equal(many.rows, mixed.rows.repeat(80, 1))
     assert pipeline.search(queries()[:0], 9, texts=[]).rows.shape == (0, 9)
     as_numpy = pipeline.search(queries().numpy(), 9, texts=ASKED)
     assert isinstance(as_numpy.rows, np.ndarray) and as_numpy.rows.tolist() == mixed.rows.tolist()

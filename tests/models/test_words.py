@@ -123,6 +123,8 @@ def test_the_best_rows_of_each_channel_are_listed() -> None:
             torch.testing.assert_close(best, expected[:, channel].topk(LISTED).values)
         listed = found[place] > 0
         torch.testing.assert_close(found[place][listed], expected[listed])
+    others = dense(words.scores(logged[:1], logged=True), 300)[0, :, 1].topk(LISTED).values
+    torch.testing.assert_close(others, by_loop(logged[0], texts, logged, answers, 0)[:, 1].topk(LISTED).values)
 
 
 def test_a_log_without_words_is_no_channel_and_rows_without_words_are_refused() -> None:
