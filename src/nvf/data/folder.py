@@ -140,8 +140,11 @@ def read_texts(path: Path, count: int) -> list[str] | None:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
-                texts.append(json.loads(line)["text"])
-                str.encode(texts[-1])  # fails for half a surrogate pair, and for what is no text
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"its text is {type(text).__name__}")
+                text.encode()  # fails for half a surrogate pair
+                texts.append(text)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
         raise InputError(f'{path}: line {len(texts) + 1}: {one_line(fault)}; give a line {{"text": "..."}}') from None
     if len(texts) != count:
