@@ -114,6 +114,8 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     If it `calibrates`, the hub correction, where that is asked for, and the temperature are fitted first.
     """
     settings, attention, share = variant.config["attention"], variant.module.attention, 0.0
+    if calibrates:
+        attention.word_weights = None  # a checkpoint's may have been fitted
     if calibrates and settings["hub_correction"] and isinstance(variant.data.source, Recorded):
         bank = variant.data.queries("train").queries
         share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
