@@ -330,8 +330,8 @@ def test_words_are_searched_too(place: Path, worded: Pipeline, ending: str, coun
 
 
 BAD_TEXTS = [
-    ("", r"q\.jsonl has 0 lines for 7 vectors; give each its line"),
-    ('{"text": "a"}\n' * 8, r"q\.jsonl has 8 lines for 7 vectors"),
+    ("", r"q\.jsonl has 0 texts for 7 vectors; give each its line"),
+    ('{"text": "a"}\n' * 8, r"q\.jsonl has 8 texts for 7 vectors"),
     ('{"text": "a"}\n{"text": 7}\n', r"q\.jsonl: line 2: .*int; give a line"),
     (None, r"texts=.*q\.jsonl is missing; give each query a line"),
 ]

@@ -153,11 +153,12 @@ BAD = [
     (second_line('{"text": 7}'), "line 2: "),
     (second_line('{"text": null}'), "line 2: "),
     (second_line('{"text": "\\ud800"}'), "line 2: .*surrogate"),
-    (second_line(""), "line 2: "),
+    (second_line(""), "49|399 texts for .* vectors"),
     (second_line("[" * 10**5), "line 2: "),
-    (lambda before: before.split("\n", 1)[1], "lines for .* vectors; give each its line"),
-    (lambda before: before + '{"text": "a"}\n', "lines for .* vectors; give each its line"),
-    (lambda before: "", "0 lines for"),
+    (lambda before: before.split("\n", 1)[1], "49|399 texts for .* vectors; give each its line"),
+    (lambda before: before + '{"text": "a"}\n', "51|401 texts for .* vectors; give each its line"),
+    (lambda before: "", "0 texts for"),
+    (lambda before: "\n" + second_line("[]")(before), "line 3: "),
 ]
 
 
@@ -181,9 +182,9 @@ def test_texts_that_are_no_text_file_are_named(worded: Path) -> None:
         read(worded)
 
 
-def test_a_byte_order_mark_is_no_text(worded: Path) -> None:
+def test_neither_a_byte_order_mark_nor_an_empty_line_is_a_text(worded: Path) -> None:
     path = worded / "texts.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n \n")
     assert texts_of_rows(worded, read_memory(worded)) == [f"item{row}" for row in range(50)]
 
 

@@ -133,22 +133,24 @@ def texts_of_rows(folder: str | Path, memory: VectorMemory) -> list[str] | None:
 
 
 def read_texts(path: Path, count: int) -> list[str] | None:
-    """Read a file of `count` lines {"text": ...}; None if it does not exist."""
+    """Read a file of `count` lines {"text": ...}, empty ones apart; None if it does not exist."""
     if not path.exists():
         return None
-    texts = []
+    texts, number = [], 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError(f"its text is {type(text).__name__}")
                 text.encode()  # fails for half a surrogate pair
                 texts.append(text)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise InputError(f'{path}: line {len(texts) + 1}: {one_line(fault)}; give a line {{"text": "..."}}') from None
+        raise InputError(f'{path}: line {number}: {one_line(fault)}; give a line {{"text": "..."}}') from None
     if len(texts) != count:
-        raise InputError(f"{path} has {len(texts)} lines for {count} vectors; give each its line")
+        raise InputError(f"{path} has {len(texts)} texts for {count} vectors; give each its line")
     return texts
 
 
