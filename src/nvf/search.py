@@ -18,7 +18,7 @@ OPTIONS = (
     Option("queries", "the vectors: .npy (n, D), or .parquet", read=path),
     Option("output", "the answers, best first: .npy or .jsonl", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
-    Option("texts", ".jsonl, a line {\"text\": ...} a query: has words searched too; null: vectors alone", None, path),
+    Option("texts", '.jsonl, a line {"text": ...} a query: has words searched too; null: vectors alone', None, path),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),

@@ -71,7 +71,8 @@ def test_texts_follow_where_queries_and_rows_are_merged(worded: Path) -> None:
     write_texts(worded / "queries_texts.jsonl", [*texts[::-1][:30], *texts[:-30], *["nothing"] * 30])
     recorded = read(worded)
     assert recorded.merged == 30
-    assert recorded.texts is not None and recorded.texts[:3] == ["other\nitem1", "item2", "item3"]
+    assert recorded.texts is not None
+    assert recorded.texts[:3] == ["other\nitem1", "item2", "item3"]
     follow(recorded)
 
 
@@ -137,7 +138,8 @@ def test_without_bm25s_one_line_says_what_it_would_bring(
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with caplog.at_level(logging.INFO, "nvf"):
         recorded = read(worded)
-    assert recorded.words is None and recorded.splits["train"].words is None
+    assert recorded.words is None
+    assert recorded.splits["train"].words is None
     (line,) = caplog.messages
     assert "pip install -e '.[lexical]'" in line
 

@@ -42,7 +42,9 @@ def exact() -> SoftAttention:
 
 
 def loss(cosines: torch.Tensor, batch: QueryBatch, *weights: float) -> float:
-    every = torch.zeros(*cosines.shape, 2).scatter_add(1, batch.words.rows.unsqueeze(-1).expand(-1, -1, 2), batch.words.scores)
+    every = torch.zeros(*cosines.shape, 2).scatter_add(
+        1, batch.words.rows.unsqueeze(-1).expand(-1, -1, 2), batch.words.scores
+    )
     scores = weights[0] * cosines + every @ torch.tensor(weights[1:])
     return float(torch.nn.functional.cross_entropy(scores, batch.targets[:, 0]))
 

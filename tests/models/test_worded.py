@@ -1,4 +1,4 @@
-"""Both stages with words, against dense sums over all rows; a pipeline with words forwards, learns and searches as one."""
+"""Both stages with words, against dense sums over all rows; forward, loss and search of a pipeline agree."""
 
 import copy
 import math
@@ -224,14 +224,16 @@ def test_a_query_without_texts_is_one_whose_words_match_nothing(kind: str) -> No
     assert torch.equal(without.rows, with_none.rows)
     torch.testing.assert_close(without.probabilities, with_none.probabilities)
     mixed = pipeline.search(queries(), 9, texts=ASKED)
-    assert torch.equal(mixed.rows[2:4], without.rows[2:4]) and not torch.equal(mixed.rows, without.rows)
+    assert torch.equal(mixed.rows[2:4], without.rows[2:4])
+    assert not torch.equal(mixed.rows, without.rows)
     one_by_one = [pipeline.search(queries()[i : i + 1], 9, texts=ASKED[i : i + 1]).rows for i in range(COUNT)]
     assert torch.equal(torch.cat(one_by_one), mixed.rows)
     many = pipeline.search(queries().repeat(80, 1), 9, texts=ASKED * 80)  # more than are searched at once
     assert torch.equal(many.rows, mixed.rows.repeat(80, 1))
     assert pipeline.search(queries()[:0], 9, texts=[]).rows.shape == (0, 9)
     as_numpy = pipeline.search(queries().numpy(), 9, texts=ASKED)
-    assert isinstance(as_numpy.rows, np.ndarray) and as_numpy.rows.tolist() == mixed.rows.tolist()
+    assert isinstance(as_numpy.rows, np.ndarray)
+    assert as_numpy.rows.tolist() == mixed.rows.tolist()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,8 @@ def test_a_saved_pipeline_searches_with_words(kind: str, tmp_path: Path) -> None
     loaded = Pipeline.load(tmp_path / "pipeline")
     for texts in (ASKED, None):
         ours, theirs = (model.search(queries(), 9, texts=texts) for model in (pipeline, loaded))
-        assert torch.equal(ours.rows, theirs.rows) and torch.equal(ours.probabilities, theirs.probabilities)
+        assert torch.equal(ours.rows, theirs.rows)
+        assert torch.equal(ours.probabilities, theirs.probabilities)
     pipeline.words = None
     pipeline.save(tmp_path / "pipeline")
     assert Pipeline.load(tmp_path / "pipeline").words is None
@@ -307,5 +310,6 @@ def test_evidence_of_words_equals_a_loop() -> None:
                 expected += [of_all[row], share, math.log1p(better)]
             assert found[query, place, len(FEATURES) :].tolist() == pytest.approx(expected)
     none = pipeline.evidence(pipeline.attention, unit(queries(), torch.float64), top)
-    assert none.shape == found.shape and not none[..., len(FEATURES) + 1 :].any()
+    assert none.shape == found.shape
+    assert not none[..., len(FEATURES) + 1 :].any()
     assert pipeline.evidence.features == (*FEATURES, *OF_WORDS)

@@ -56,7 +56,8 @@ def dense(words: WordScores, rows: int) -> torch.Tensor:
     for listed in words.rows.tolist():
         listed = [row for row in listed if row >= 0]
         assert len(set(listed)) == len(listed)
-    assert (words.scores >= 0).all() and (words.scores[words.rows < 0] == 0).all()
+    assert (words.scores >= 0).all()
+    assert (words.scores[words.rows < 0] == 0).all()
     every = torch.zeros(len(words.rows), rows + 1, 2)  # the padding counts for the last
     every.scatter_add_(1, (words.rows % (rows + 1)).unsqueeze(-1).expand_as(words.scores), words.scores)
     return every[:, :rows]
@@ -91,7 +92,9 @@ def test_scores_are_those_of_a_plain_bm25(query: str) -> None:
 def test_what_no_row_has_matches_nothing(query: str) -> None:
     words = gathered()[0]
     found = words.scores([query, "fig"])
-    assert (found.rows[0] == -1).all() and (found.scores[0] == 0).all() and found.scores[1].any()
+    assert (found.rows[0] == -1).all()
+    assert (found.scores[0] == 0).all()
+    assert found.scores[1].any()
     assert (words.scores([]).of(torch.empty(0, 3, dtype=torch.int64))).shape == (0, 3, 2)
 
 
@@ -132,7 +135,7 @@ def test_a_log_without_words_is_no_channel_and_rows_without_words_are_refused() 
     for logged in ([], ["", "!"]):
         words = Words.gather(texts, logged, answers)
         assert not words.scores(["fig"]).scores[..., 1].any()
-    with pytest.raises(InputError, match="none of the 2 texts has a word to search for; set data.words=null"):
+    with pytest.raises(InputError, match=r"none of the 2 texts has a word to search for; set data\.words=null"):
         Words.gather(["", "..."], ["fig"], answers[:1])
 
 
@@ -180,7 +183,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, logs: bool) -> None:
     assert loaded.settings == words.settings
     for ours, theirs in zip(words.scores(some_texts(9, 8)), loaded.scores(some_texts(9, 8)), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="memory|texts"):
+    with pytest.raises(ValueError, match=r"memory|texts"):
         Words.load(tmp_path / "words", 39)
 
 

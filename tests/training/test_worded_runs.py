@@ -1,4 +1,4 @@
-"""Runs on folders with texts: words help where they decide, hurt nothing where they are noise; they are resumed, kept."""
+"""Runs with texts: words help where they decide and hurt nothing where they are noise; runs are resumed and kept."""
 
 import json
 import random
@@ -23,7 +23,7 @@ pytest.importorskip("bm25s")
 
 
 def write(folder: Path, *, words: str | None = "decide", seed: int = 0) -> Path:
-    """60 items and 600 queries that their vectors alone often mistake; the words name the item, are noise or missing."""
+    """60 items, 600 queries that vectors alone often mistake; words `decide`, are `noise`, or there are none."""
     rng, drawn = np.random.default_rng(seed), random.Random(seed)
     folder.mkdir()
     corpus, targets = rng.standard_normal((60, 16)), rng.integers(60, size=600)
@@ -33,7 +33,8 @@ def write(folder: Path, *, words: str | None = "decide", seed: int = 0) -> Path:
     names = [f"name{row}" for row in range(60)]
     lines = {"texts": [f"a thing called {name}" for name in names]}
     lines["queries_texts"] = [
-        f"where is {names[row] if words == 'decide' and drawn.random() < 0.7 else drawn.choice(names)}" for row in targets
+        f"where is {names[row] if words == 'decide' and drawn.random() < 0.7 else drawn.choice(names)}"
+        for row in targets
     ]
     for name, texts in lines.items() if words else ():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -90,7 +91,9 @@ def test_the_checkpoint_of_a_worded_stage_1_stands_in_for_fitting(run: Run, tmp_
         checkpoint = tmp_path / name / "checkpoints/attention/best.safetensors"
         again = run(*words, f"attention_checkpoint={checkpoint}", folder=tmp_path / f"again {name}")
         assert top1(again) == top1(first)
-        weights = [one["word_weights"][0] for results in (again, first) for one in results["selection"] if one["chosen"]]
+        weights = [
+            one["word_weights"][0] for results in (again, first) for one in results["selection"] if one["chosen"]
+        ]
         assert min(weights) > 0
         assert weights[0] == pytest.approx(weights[1], rel=0.05)
     assert first["attention_fitted_by"] is not None
@@ -142,4 +145,5 @@ def test_changed_texts_are_changed_data(tmp_path: Path) -> None:
     (folder / "texts.jsonl").write_text(texts.replace("name7", "name8"))
     with Program("resume=run", cwd=tmp_path) as program:
         assert program.wait() != 0
-        assert "changed" in program.stderr and program.stderr.count("\n") == 1
+        assert "changed" in program.stderr
+        assert program.stderr.count("\n") == 1

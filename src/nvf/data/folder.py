@@ -139,7 +139,8 @@ def read_texts(path: Path, count: int) -> list[str] | None:
     texts, number = [], 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if not line.strip():
                     continue
                 text = json.loads(line)["text"]

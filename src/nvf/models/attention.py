@@ -244,7 +244,7 @@ def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
 
 
 def _plus_words_total(total: Tensor, logits: Tensor, bonus: Tensor) -> Tensor:
-    """Return a log-sum-exp, (B,), with what a bonus on some of its logits, (B, L), adds: exp(logit) (exp(bonus) - 1)."""
+    """Add to a log-sum-exp, (B,), what a bonus on some of its logits, (B, L), adds: exp(logit) (exp(bonus) - 1)."""
     bonus = bonus.to(total.dtype)
     some = bonus > 0
     bonus = bonus.where(some, 1.0)

@@ -120,7 +120,8 @@ class Words:
     @classmethod
     def load(cls, folder: Path, rows: int) -> "Words":
         """Read a folder over so many rows; an InputError, a ValueError or what bm25s raises, if it is damaged."""
-        settings, answers = read_record(folder / SETTINGS), torch.from_numpy(NpyFile(folder / ANSWERS, "answers").read())
+        settings = read_record(folder / SETTINGS)
+        answers = torch.from_numpy(NpyFile(folder / ANSWERS, "answers").read())
         terms([""], **settings)  # fails unless they are settings
         if answers.dtype != torch.int64 or answers.ndim != 2 or bool(((answers < -1) | (answers >= rows)).any()):
             raise ValueError("the answers to logged queries do not fit the memory")
