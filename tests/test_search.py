@@ -350,7 +350,7 @@ def test_texts_are_not_overwritten_nor_taken_without_need(place: Path, worded: P
         ask(place, texts=place / "q.jsonl", output=place / "q.jsonl")
     worded.words = None
     worded.save(place / "pipeline")
-    with pytest.raises(InputError, match="fitted without texts; leave texts= out"):
+    with pytest.raises(InputError, match="fitted without texts, or bm25s is missing; leave texts= out"):
         ask(place, texts=place / "q.jsonl")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_texts_that_do_not_fit_are_refused(texts: list[str], message: str) -> No
 
 
 def test_a_pipeline_without_texts_takes_none(pipeline: Pipeline) -> None:
-    with pytest.raises(InputError, match="fitted without texts; search without texts, or fit it with them"):
+    with pytest.raises(InputError, match="fitted without texts, or bm25s is missing; search without texts"):
         pipeline.search(queries(), texts=ASKED)
 
 
@@ -269,6 +270,20 @@ def test_a_saved_pipeline_searches_with_words(kind: str, tmp_path: Path) -> None
     pipeline.save(tmp_path / "pipeline")
     assert Pipeline.load(tmp_path / "pipeline").words is None
     assert not (tmp_path / "pipeline" / "words").exists()
+
+
+def test_without_bm25s_a_saved_pipeline_searches_by_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = worded("evidence")
+    pipeline.save(tmp_path / "pipeline")
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    loaded = Pipeline.load(tmp_path / "pipeline")
+    (line,) = caplog.messages
+    assert "pip install -e '.[lexical]'" in line
+    assert torch.equal(loaded.search(queries(), 9).rows, pipeline.search(queries(), 9).rows)
+    with pytest.raises(InputError, match="bm25s is missing"):
+        loaded.search(queries(), texts=ASKED)
 
 
 @pytest.mark.parametrize(("kind", "how"), [("hnsw", {"m": 8, "ef_search": 64}), ("ivf", {"nlist": 4, "nprobe": 1})])

@@ -118,8 +118,16 @@ class Words:
         (folder / SETTINGS).write_text(json.dumps(self.settings))
 
     @classmethod
-    def load(cls, folder: Path, rows: int) -> "Words":
-        """Read a folder over so many rows; an InputError, a ValueError or what bm25s raises, if it is damaged."""
+    def load(cls, folder: Path, rows: int) -> "Words | None":
+        """Read a folder over so many rows; an InputError, a ValueError or what bm25s raises, if it is damaged.
+
+        Without bm25s the result is None, with a warning: texts are then not searched.
+        """
+        try:
+            _bm25s()
+        except InputError as fault:
+            logging.getLogger("nvf").warning("%s: searched without texts: %s", folder, fault)
+            return None
         settings = read_record(folder / SETTINGS)
         answers = torch.from_numpy(NpyFile(folder / ANSWERS, "answers").read())
         terms([""], **settings)  # fails unless they are settings
