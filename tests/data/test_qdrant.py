@@ -276,7 +276,7 @@ def test_without_qdrant_client_the_remedy_is_named(
 def test_a_folder_of_queries_is_asked_for(run: Callable[..., dict[str, Any]], storage: Path) -> None:
     overrides = ["data=qdrant", f"data.path={storage}", "data.collection=items", "trainer=debug"]
     overrides.append("data.distance=cosine")
-    with pytest.raises(InputError, match=r"data.dir is not set; name the folder that holds your queries: data.dir="):
+    with pytest.raises(InputError, match=r"data.dir is not set; name the folder that holds"):
         run(*overrides)
     run(*overrides, "queries=noisy", "queries.val_samples=50", "queries.test_samples=50")
 
