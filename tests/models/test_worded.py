@@ -135,13 +135,21 @@ def test_equal_sums_come_by_row_and_blocks_of_queries_change_nothing(monkeypatch
         torch.testing.assert_close(mine, theirs)
 
 
+class Watched(SoftAttention):
+    """A stage 1 that notes how many keys it has gathered at once."""
+
+    held = 0
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        self.held = max(self.held, rows.numel())
+        return super().keys_of(rows)
+
+
 def test_the_keys_of_listed_rows_are_held_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, words, held = made(300), some_words(300, count=100, listed=40), []
-    keys_of = attention.keys_of
+    attention = Watched(VectorMemory.synthetic(rows=300, dim=8, seed=0), transform="identity", worded=True)
     monkeypatch.setattr(module, "LISTED_AT_ONCE", 7 * 40 * 8)
-    attention.keys_of = lambda rows: held.append(rows.numel()) or keys_of(rows)  # type: ignore[method-assign]
-    attention.candidates(queries(100), 5, logsumexp=True, words=words)
-    assert max(held) == 7 * 40
+    attention.candidates(queries(100), 5, logsumexp=True, words=some_words(300, count=100, listed=40))
+    assert attention.held == 7 * 40
 
 
 def test_without_words_or_weights_nothing_changes() -> None:
