@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,10 @@ def test_bad_texts_are_named_with_file_and_line(
 def test_texts_that_are_no_text_file_are_named(worded: Path) -> None:
     (worded / "texts.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(InputError, match=r"texts\.jsonl"):
+        read(worded)
+    (worded / "texts.jsonl").unlink()
+    os.mkfifo(worded / "texts.jsonl")
+    with pytest.raises(InputError, match=r"texts\.jsonl is no regular file"):
         read(worded)
     (worded / "texts.jsonl").unlink()
     (worded / "texts.jsonl").mkdir()

@@ -136,6 +136,8 @@ def read_texts(path: Path, count: int) -> list[str] | None:
     """Read a file of `count` lines {"text": ...}, empty ones apart; None if it does not exist."""
     if not path.exists():
         return None
+    if not path.is_file():
+        raise InputError(f'{path} is no regular file; give a line {{"text": "..."}} a vector')
     texts, number = [], 0
     try:
         with path.open(encoding="utf-8-sig") as file:

@@ -45,7 +45,7 @@ def open_texts(path: Path, count: int, *, known: bool) -> list[str]:
     """Read the texts of so many queries, a line {"text": ...} each, for a pipeline that has `known` texts."""
     if not known:
         fault = "the pipeline was fitted without texts, or bm25s is missing"
-        raise InputError(f"texts={path}: {fault}; leave texts= out, or mend that")
+        raise InputError(f"texts={path}: {fault}; leave texts= out")
     if (texts := read_texts(path, count)) is None:
         raise InputError(f'texts={path} is missing; give each query a line {{"text": "..."}}')
     return texts
