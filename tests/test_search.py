@@ -23,6 +23,7 @@ from nvf.evaluation.evaluate import evaluate
 from nvf.files.ids import checked_ids
 from nvf.models.memory import unit
 from nvf.models.pipeline import Hits, Pipeline
+from nvf.models.words import Words
 from nvf.ops.products import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole
 from nvf.search import OPTIONS, search
@@ -234,11 +235,11 @@ BAD_SETTINGS = [
     ({"k": "many"}, "k=many is not a whole number of at least 1"),
     ({"k": -1}, "k=-1 is not a whole number of at least 1"),
     ({"device": "abacus"}, "device=abacus cannot be used (Expected one of cpu"),
-    ({"output": "a.csv"}, "output=a.csv is a folder, the file of the queries, or not .npy or .jsonl"),
-    ({"output": "answers"}, "output=answers is a folder, the file of the queries, or not .npy"),
+    ({"output": "a.csv"}, "output=a.csv is a folder, a file of the queries, or not .npy or .jsonl"),
+    ({"output": "answers"}, "output=answers is a folder, a file of the queries, or not .npy"),
     ({"output": "nowhere/a.npy"}, "nowhere/a.npy: there is no folder nowhere; create it"),
     ({"output": "folder.npy"}, "output=folder.npy is a folder"),
-    ({"output": "./q.npy", "queries": "q.npy"}, "output=q.npy is a folder, the file of the queries"),
+    ({"output": "./q.npy", "queries": "q.npy"}, "output=q.npy is a folder, a file of the queries"),
     ({"queries": "q.txt"}, "q.txt: .txt is not read; give .npy or .parquet"),
     ({"queries": "none.npy"}, "none.npy is missing; it holds the vectors of your queries"),
     ({"queries": "none.parquet"}, "none.parquet is missing, or no file; it holds column 'vector'"),
@@ -351,6 +352,70 @@ def test_it_starts_without_lightning_and_explains_itself_without_torch(place: Pa
             [sys.executable, "-c", use, words], cwd=place, env=os.environ, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1] == imported
+
+
+@pytest.fixture
+def worded(place: Path, pipeline: Pipeline) -> Pipeline:
+    """The saved pipeline with texts in place of the other, and a file of texts for 7 queries."""
+    pytest.importorskip("bm25s")
+    pipeline.attention.word_weights = torch.tensor([0.3, 0.1])
+    logged = [f"please number{row}" for row in range(9)]
+    pipeline.words = Words.gather([f"number{row} \u00fc" for row in range(30)], logged, torch.arange(9).unsqueeze(-1))
+    pipeline.save(place / "pipeline")
+    write_texts(place / "q.jsonl", 7)
+    return pipeline
+
+
+def write_texts(path: Path, count: int) -> list[str]:
+    texts = [f"number{11 * query % 31}" for query in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_words_are_searched_too(place: Path, worded: Pipeline, ending: str, count: int) -> None:
+    asked, texts = vectors(count), write_texts(place / "q.jsonl", count)
+    np.save(place / "q.npy", asked)
+    ask(place, texts=place / "q.jsonl", output=place / f"a{ending}")
+    rows, probabilities = read_answers(place / f"a{ending}")
+    hits = worded.search(asked, texts=texts)
+    assert rows == hits.rows.tolist()
+    np.testing.assert_allclose(probabilities, hits.probabilities, rtol=1e-5)
+    ask(place, output=place / f"a{ending}")
+    assert read_answers(place / f"a{ending}")[0] == worded.search(asked).rows.tolist() != rows
+
+
+BAD_TEXTS = [
+    ("", r"q\.jsonl has 0 texts for 7 vectors; give each its line"),
+    ('{"text": "a"}\n' * 8, r"q\.jsonl has 8 texts for 7 vectors"),
+    ('{"text": "a"}\n{"text": 7}\n', r"q\.jsonl: line 2: .*int; give a line"),
+    (None, r"texts=.*q\.jsonl is missing; give each query a line"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEXTS, ids=[message for _, message in BAD_TEXTS])
+def test_bad_texts_are_refused(place: Path, worded: Pipeline, content: str | None, message: str) -> None:
+    (place / "q.jsonl").unlink() if content is None else (place / "q.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        ask(place, texts=place / "q.jsonl")
+    assert not (place / "a.jsonl").exists()
+
+
+def test_texts_are_not_overwritten_nor_taken_without_need(place: Path, worded: Pipeline) -> None:
+    with pytest.raises(InputError, match="is a folder, a file of the queries"):
+        ask(place, texts=place / "q.jsonl", output=place / "q.jsonl")
+    worded.words = None
+    worded.save(place / "pipeline")
+    with pytest.raises(InputError, match="fitted without texts, or bm25s is missing; leave texts= out"):
+        ask(place, texts=place / "q.jsonl")
+
+
+def test_a_search_with_texts_says_one_line(place: Path, worded: Pipeline) -> None:
+    words = ["pipeline=pipeline", "queries=q.npy", "texts=q.jsonl", "output=a.jsonl"]
+    done = command(*words, module="nvf.search", cwd=place, fresh=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"7 queries in .*; answers in a\.jsonl\n", done.stdout)
 
 
 SMALL = (

@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from conftest import SMALL, SMALL_STEPS
 from nvf.dashboards import figures
-from nvf.dashboards.show import SWITCHES, check_dashboards, show, texts_of
+from nvf.dashboards.show import SWITCHES, check_dashboards, show
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.evaluation.evaluate import Outcomes, evaluate
@@ -216,24 +216,6 @@ def test_the_projector_has_a_name_for_every_point(
     if limit == 40:  # the rows shown are the queries' targets first
         rows = {line[1] for line in lines[1:] if line[0] == "row"}
         assert {line[1] for line in lines[1:] if line[0] == "query"} <= rows
-
-
-def test_texts_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert texts_of(None, 2) is None
-    assert texts_of(tmp_path, 2) is None
-    assert not caplog.records
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"i": 0, "text": "one"}\n\n{"text": "two"}\n')
-    assert texts_of(tmp_path, 2) == ["one", "two"]
-    assert texts_of(tmp_path, 3) is None
-    assert "2 texts for 3 rows" in caplog.text
-    for bad in ("{", '{"texts": 1}', '{"text": 1}', "[]", '{"text": "\\ud800"}', '"text"'):
-        caplog.clear()
-        path.write_text(bad)
-        assert texts_of(tmp_path, 1) is None
-        assert str(path) in caplog.text
-    path.write_bytes(b"\xff\xfe")
-    assert texts_of(tmp_path, 1) is None
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_run(

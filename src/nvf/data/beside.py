@@ -59,7 +59,7 @@ def read_texts(folder: Path, stem: str, count: int, columns: Mapping[str, Any] =
     """
     path = folder / ("texts.jsonl" if stem == "corpus" else f"{stem}_texts.jsonl")
     if path.exists():
-        return _text_lines(path, count)
+        return text_lines(path, count)
     path = folder / f"{f'{stem}_queries' if stem in SPLITS else stem}.parquet"
     if not path.exists() or (found := optional_column(open_table(path, columns, "vector"), columns, "text")) is None:
         return None
@@ -70,17 +70,26 @@ def read_texts(folder: Path, stem: str, count: int, columns: Mapping[str, Any] =
     return texts
 
 
-def _text_lines(path: Path, count: int) -> list[str]:
-    texts: list[str] = []
+def text_lines(path: Path, count: int) -> list[str]:
+    """Read a file of `count` lines {"text": ...}; empty lines are left out."""
+    if not path.is_file():
+        raise InputError(f'{path} is missing, or no regular file; give each vector a line {{"text": "..."}}')
+    texts, number = [], 0
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
-                texts.append(json.loads(line)["text"])
-                str.encode(texts[-1])  # fails for half a surrogate pair, and for what is no text
+                number += 1
+                if not line.strip():
+                    continue
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"its text is {type(text).__name__}")
+                text.encode()  # fails for half a surrogate pair
+                texts.append(text)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise InputError(f'{path}: line {len(texts) + 1}: {one_line(fault)}; give a line {{"text": "..."}}') from None
+        raise InputError(f'{path}: line {number}: {one_line(fault)}; give a line {{"text": "..."}}') from None
     if len(texts) != count:
-        raise InputError(f"{path} has {len(texts)} lines for {count} vectors; give each its line")
+        raise InputError(f"{path} has {len(texts)} texts for {count} vectors; give each its line")
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The files of `nvf.search`: query vectors, .npy or .parquet, and answers, which are written block by block.
+"""The files of `nvf.search`: query vectors, .npy or .parquet, their texts, and answers, written block by block.
 
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nvf.data.beside import text_lines
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.files.ids import shown
@@ -42,11 +43,21 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
     return file
 
 
-def check_output(output: Path, queries: Path) -> None:
-    """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
-    if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
-        fault = f"is a folder, the file of the queries, or not {' or '.join(ENDINGS)}"
-        raise InputError(f"output={output} {fault}; rename it")
+def open_texts(path: Path, count: int, *, known: bool) -> list[str]:
+    """Read the texts of so many queries, a line {"text": ...} each, for a pipeline that has `known` texts."""
+    if not known:
+        fault = "the pipeline was fitted without texts, or bm25s is missing"
+        raise InputError(f"texts={path}: {fault}; leave texts= out")
+    return text_lines(path, count)
+
+
+def check_output(output: Path, *asked: Path | None) -> None:
+    """Raise an InputError unless answers can be written there; a file may be replaced, but not one that is asked."""
+    theirs = {path.resolve() for path in asked if path is not None}
+    if output.suffix not in ENDINGS or output.is_dir() or output.resolve() in theirs:
+        raise InputError(
+            f"output={output} is a folder, a file of the queries, or not {' or '.join(ENDINGS)}; rename it"
+        )
 
 
 def check_ids(output: Path, ids: np.ndarray | None) -> None:

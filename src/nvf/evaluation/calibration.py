@@ -98,7 +98,7 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
         scores = (evidence @ given).masked_fill(padding, -math.inf)
         value = (scores.logsumexp(dim=-1) - mean_of(scores, right)).mean()
         (slope,) = torch.autograd.grad(value, given)
-        return float(value), slope.numpy()
+        return float(value.detach()), slope.numpy()
 
     if len(right):
         bounds = [(1e-3, None), *((0, None if channel in channels else 0) for channel in CHANNELS)]

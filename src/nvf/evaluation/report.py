@@ -22,7 +22,7 @@ def table(results: Figures, queries: int) -> str:
     titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
     rows = {"": list(titles.values())}
     for method, name in NAMES.items():
-        if (figures := results["test"][method]) is not None:
+        if (figures := results["test"].get(method)) is not None:
             rows[name] = [in_percent(figures[metric]) for metric in METRICS]
     lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows.items()]
     entries = [name.ljust(26) + text for part in (_figures, _origin) for name, text in part(results)]

@@ -56,7 +56,7 @@ def save(folder: Path, pipeline: Any) -> None:
         }
         if pipeline.words is not None:
             pipeline.words.save(partial / WORDS)
-        config["words"] = None if pipeline.words is None else pipeline.words.settings
+        config["words"] = pipeline.words is not None
         config["sha256"] = {name: sha256(partial / name) for name in _hashed(partial, config)}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
@@ -80,7 +80,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
             reranker, evidence = _second_stage(
                 memory, config["reranker"], weights, worded=config["attention"].get("worded", False)
             )
-        words = None if config["words"] is None else Words.load(folder / WORDS, config["words"], len(memory))
+        words = Words.load(folder / WORDS, len(memory)) if config["words"] else None
         pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         pipeline.words = words
         fill(pipeline, weights)
@@ -96,7 +96,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
 
 def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
     """Name the files whose hashes config.json has; that of the index is among its settings."""
-    words = sorted((folder / WORDS).rglob("*.*")) if config["words"] is not None else []
+    words = sorted((folder / WORDS).rglob("*.*")) if config["words"] else []
     ids = [IDS_FILE] if config["ids"] else []
     return [*FILES[1:], *ids, *(path.relative_to(folder).as_posix() for path in words)]
 
@@ -123,7 +123,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError("config.json has a value of another type")
     if not is_unchanged(config):
         raise InputError(f"{folder / 'config.json'} is damaged, or of another version; {SAVE_AGAIN}")
-    config.setdefault("words", None)  # an older version's has none
+    config.setdefault("words", False)  # an older version's has none
     if config["sha256"].keys() - _hashed(folder, config):
         raise ValueError("a file is missing")
     for name in _hashed(folder, config):

@@ -132,7 +132,8 @@ def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage 
     last = tried[-1]
     if (path := config["attention_checkpoint"]) is not None:
         attention, _ = load_attention(path, source.memory)
-        theirs, mine = {**attention.settings, "biased": False}, last.module.attention.settings
+        theirs = {**attention.settings, "biased": False, "worded": False}  # which are fitted after training
+        mine = last.module.attention.settings
         same = [stage for stage in tried if stage.module.attention.settings == theirs]
         if not same:
             raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")

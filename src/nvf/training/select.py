@@ -116,6 +116,8 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     """
     settings, attention, share = variant.config["attention"], variant.module.attention, 0.0
     strength, recorded = 0.0, isinstance(variant.data.source, Recorded)
+    if calibrates:
+        attention.word_weights = None  # a checkpoint's may have been fitted
     if calibrates and settings["keys"] == "moved" and recorded:
         strength = move_keys(attention, variant.data.queries("train"), held_out)
     if calibrates and settings["hub_correction"] and recorded:
