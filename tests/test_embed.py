@@ -185,6 +185,7 @@ def test_a_search_answers_with_the_documents_ids(place: Path, stub: Stub, run: C
         queries=place / "out/corpus.npy",
         output=place / "answers.jsonl",
         k=20,
+        texts=None,
         column="vector",
         device="cpu",
         index=None,
