@@ -24,7 +24,7 @@ def _no_warnings() -> None:
 def batch(kind: str, *, seed: int = 0, count: int = 400) -> QueryBatch:
     """Queries near their rows, with words of which the text, or the log, tells the target; noise; or words that lie."""
     source = Noisy(VectorMemory.synthetic(rows=ROWS, dim=8, seed=0), sigma=0.5)
-    queries, targets, _ = source.sample(count, stream(seed, "val"))
+    queries, targets, *_ = source.sample(count, stream(seed, "val"))
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(count, ROWS, 2, generator=generator)
     right = torch.arange(ROWS) == targets
