@@ -21,6 +21,7 @@ from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the move of keys towards logged queries
+PRIOR = 3.0  # nats that a deviation of evidence may be worth, by a standard deviation of the prior
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
@@ -74,7 +75,8 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
     """Set the weights of words to those with the least loss on held-out queries, or to zero if they do not help.
 
     The loss is that of a softmax over the rows that the words list and the ALONE best of stage 1, on the queries whose
-    target is one of them. It is convex in the weights and stage 1's temperature.
+    target is one of them. It is convex in the weights and stage 1's temperature. A normal prior, PRIOR wide, on each
+    weight times the deviation of its scores keeps the weights finite where every held-out query is answered right.
     """
     zero = torch.zeros(len(CHANNELS), device=attention.log_beta.device)
     attention.word_weights = zero
@@ -92,11 +94,13 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
     evidence, right = evidence[right.any(dim=-1)], right[right.any(dim=-1)]
     padding = evidence[..., 0].isneginf()
     evidence = evidence.masked_fill(padding.unsqueeze(-1), 0)
+    spread = evidence[~padding].std(dim=0, correction=0)  # (3,)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         given = torch.tensor(weights, requires_grad=True)
         scores = (evidence @ given).masked_fill(padding, -math.inf)
         value = (scores.logsumexp(dim=-1) - mean_of(scores, right)).mean()
+        value = value + (given * spread / PRIOR).square().sum() / (2 * len(right))
         (slope,) = torch.autograd.grad(value, given)
         return float(value.detach()), slope.numpy()
 

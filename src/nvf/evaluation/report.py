@@ -71,7 +71,10 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
         score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]
         told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
         told = told if variant["epochs"] else "exact search"
-        told += f", moved by {variant['key_strength']:g}" if variant.get("key_strength") else ""
+        if variant["keys"] == "moved":
+            told += (
+                f", keys moved by {variant['key_strength']:g}" if variant["key_strength"] else ", no move of keys helps"
+            )
         told += f", {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else ""
         yield "stage 1, by validation" if variant["chosen"] else "", f"{percent(score):>5}  {told}"
 
