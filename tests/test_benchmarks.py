@@ -233,6 +233,9 @@ def test_words_beside_exact_search_equal_a_loop(worded: baselines.Problem) -> No
 
 def test_nudge_is_asked_as_its_authors_say(problem: baselines.Problem) -> None:
     package = pytest.importorskip("nudge")
+    shift = 49 - int((problem.rows @ problem.train.queries.sum(dim=0)).argmax())  # the last row is near the mean query
+    train, val = (batch._replace(targets=(batch.targets + shift) % 50) for batch in (problem.train, problem.val))
+    problem = problem._replace(rows=problem.rows.roll(shift, 0), train=train, val=val)
     padded = F.pad(problem.train.targets, (0, 1), value=-1)
     step = baselines.nudged(package, "NUDGEN")
     exact = baselines.Search(torch.nn.Identity(), problem.rows)
@@ -295,21 +298,22 @@ def test_the_verdict_is_against_the_strongest() -> None:
         top1 = (torch.arange(100) < right).double()
         return adapters.Row(name, {"Top-1": top1, "nDCG@10": torch.full((100,), gain).double()}, 0, 0, "")
 
-    rows = [
-        row("exact search", 60, 0.9),
-        row("NUDGE-N", 70, 0.5),
-        row("NVF, stage 1", 90, 1),
-        row("NVF, pipeline", 75, 0.8),
-    ]
-    reach = 1.959964 * np.sqrt(0.05 * 0.95 / 100)
-    first, second, *safe = adapters.verdict(rows).splitlines()
-    assert first == f"- Top-1: +5.0 ({5 - 100 * reach:+.1f} to {5 + 100 * reach:+.1f}), above NUDGE-N"
+    others = [row("exact search", 60, 0.9), row("NUDGE-N", 70, 0.5), row("words + exact search", 76, 0.7)]
+    nvf = [row("NVF, stage 1", 90, 1), row("NVF, pipeline", 75, 0.8)]
+    reach = 100 * 1.959964 * np.sqrt(0.01 * 0.99 / 100)
+    first, second, *safe = adapters.verdict([*others, *nvf]).splitlines()
+    assert first == f"- Top-1: -1.0 ({-1 - reach:+.1f} to {-1 + reach:+.1f}), BELOW words + exact search"
     assert second.startswith("- nDCG@10: -10.0 (")
     assert second.endswith("BELOW exact search")
     assert safe == [
         "- Top-1: not significantly below exact search",
         "- nDCG@10: SIGNIFICANTLY BELOW exact search",
+        "- Top-1: not significantly below words + exact search",
+        "- nDCG@10: not significantly below words + exact search",
     ]
+    above, *_ = adapters.verdict([others[1], *nvf]).splitlines()
+    assert above.startswith("- Top-1: +5.0 (")
+    assert above.endswith("above NUDGE-N")
 
 
 def test_a_part_of_a_folder(folder: Path, texts: list[str], tmp_path: Path) -> None:
