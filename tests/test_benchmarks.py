@@ -234,8 +234,8 @@ def test_words_beside_exact_search_equal_a_loop(worded: baselines.Problem) -> No
 def test_nudge_is_asked_as_its_authors_say(problem: baselines.Problem) -> None:
     package = pytest.importorskip("nudge")
     shift = 49 - int((problem.rows @ problem.train.queries.sum(dim=0)).argmax())  # the last row is near the mean query
-    train, val = (batch._replace(targets=(batch.targets + shift) % 50) for batch in (problem.train, problem.val))
-    problem = problem._replace(rows=problem.rows.roll(shift, 0), train=train, val=val)
+    train = problem.train._replace(targets=(problem.train.targets + shift) % 50)
+    problem = problem._replace(rows=problem.rows.roll(shift, 0), train=train, val=train)  # so that moving rows helps
     padded = F.pad(problem.train.targets, (0, 1), value=-1)
     step = baselines.nudged(package, "NUDGEN")
     exact = baselines.Search(torch.nn.Identity(), problem.rows)
@@ -243,7 +243,7 @@ def test_nudge_is_asked_as_its_authors_say(problem: baselines.Problem) -> None:
     log, held_out = ({"q_embs": batch.queries.numpy(), "q_ans_indx": batch.targets.tolist()} for batch in problem[1:3])
     keys = package.NUDGEN(device=torch.device("cpu")).finetune_embeddings(problem.rows.numpy(), log, held_out)
     torch.testing.assert_close(found.keys, torch.from_numpy(keys))
-    assert not torch.equal(found.keys, problem.rows)
+    assert float((found.keys - problem.rows).abs().amax()) > 0.01
 
 
 def test_without_nudge_a_line_says_how_to_have_it(
