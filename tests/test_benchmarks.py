@@ -402,7 +402,7 @@ def test_the_original_recipe_has_the_models_of_its_configuration() -> None:
     attention = SoftAttention(source.memory, transform="mlp", normalize=False, beta=20.0)
     attention.transform.network.load_state_dict(stage_one.transform.state_dict())
     plain = F.cross_entropy(stage_one(batch.queries), batch.targets[:, 0])
-    torch.testing.assert_close(plain, attention.loss(*batch))
+    torch.testing.assert_close(plain, attention.loss(*batch[:3]))
 
     stage_two = recipes.Foveal(8, (16, 4), 0.1).eval()
     reranker = Reranker(8, kind="mlp", hidden=(16, 4)).eval()
@@ -457,7 +457,7 @@ def test_the_plain_loop_trains_as_lightning_does(stage: str, tmp_path: Path) -> 
     source = build_source(config)
     stage_one = SoftAttention(source.memory, transform="linear")
     module, data = loops.built(config, stage, source, stage_one)
-    how = fit_settings(config, stage, source.memory)
+    how = fit_settings(config, stage)
     fit(module, data, how, folder=tmp_path, name=stage, start_competes=False)
     other, _ = loops.built(config, stage, source, stage_one)
     generators = (stream(0, f"train/{stage}", 0, step, 0) for step in range(4))

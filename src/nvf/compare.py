@@ -14,7 +14,7 @@ FORMATS = ("text", "csv")
 OPTIONS = (
     Option("format", f"what is printed: {', '.join(FORMATS)}", "text"),
     Option("metric", f"what is compared: {', '.join(METRICS)}", "top1"),
-    Option("output", "a folder for comparison.md, .csv, .png and .svg; null: none of them", None, path),
+    Option("output", "a folder for comparison.md, .csv and .png; null: none of them", None, path),
 )
 
 

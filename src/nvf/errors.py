@@ -2,9 +2,8 @@
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,6 @@ def disk_is_full(fault: BaseException) -> bool:
     return getattr(fault, "errno", None) in FULL or any(words in str(fault) for words in FULL_IN_WORDS)
 
 
-def out_of_memory(fault: BaseException) -> bool:
-    """Tell whether an allocation failed: Python's, or one of torch's, which raises a RuntimeError."""
-    said = str(fault).lower() if isinstance(fault, RuntimeError) else ""
-    return isinstance(fault, MemoryError) or "can't allocate memory" in said or "out of memory" in said
-
-
 def explain(fault: BaseException, folder: Path) -> str | None:
     """Return words for a fault of the machine, in the folder unless it names a file; None for other faults."""
     place = getattr(fault, "filename", None) or folder
@@ -65,8 +58,9 @@ def explain(fault: BaseException, folder: Path) -> str | None:
         return f"the disk of {place} is full ({one_line(fault)}); make room"
     if isinstance(fault, OSError) and fault.errno in FORBIDDEN:
         return f"{place} cannot be written ({one_line(fault)}); fix its permissions"
-    if out_of_memory(fault):
-        return f"out of memory ({one_line(fault)}); set data.dtype=float16, or data.mapped=outputs/rows"
+    allocating = isinstance(fault, RuntimeError) and re.search("can.t allocate memory|out of memory", str(fault), re.I)
+    if allocating or isinstance(fault, MemoryError):
+        return f"out of memory ({one_line(fault)}); start anew with a lower batch_size or data.dtype=float16"
     return None
 
 
@@ -75,14 +69,3 @@ def check_place(folder: Path) -> None:
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise InputError(f"{folder} cannot be written: {nearest} is no writable folder; give hydra.run.dir=path")
-
-
-@contextmanager
-def fitting_in_memory(stage: str, remedies: Sequence[str]) -> Iterator[None]:
-    """Turn a failed allocation in the fit of a stage into an InputError with remedies."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as fault:
-        if not out_of_memory(fault):
-            raise
-        raise InputError(f"{stage}: out of memory ({one_line(fault)}); {', or '.join(remedies)}") from None

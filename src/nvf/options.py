@@ -58,6 +58,7 @@ def run(command: Callable[..., str], *, program: str, summary: str, options: Seq
     if {"-h", "--help"} & set(sys.argv):
         print(usage(program, summary, options))
         return
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for a terminal that knows ASCII alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that partial files are removed
     try:
         print(command(**parse(sys.argv[1:], options)))

@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parents[1] / "conf"  # in a wheel, or in the repository
 PATHS = ("data.dir", "data.mapped", "data.path", "cache", "attention_checkpoint", "reranker_checkpoint")
 PLACES = ("resume", "hydra.run.dir", "hydra.sweep.dir")
-COLUMNS = ("data.columns.id", "data.columns.vector", "data.columns.targets", "data.columns.time")
-TEXTS = (*PATHS, *PLACES, *COLUMNS, "data.url", "data.collection", "data.vector", "hydra.sweep.subdir")
+COLUMNS = tuple(f"data.columns.{role}" for role in ("id", "vector", "targets", "time", "text", "gains"))
+TEXTS = (*PATHS, *PLACES, *COLUMNS, "data.url", "data.collection", "data.vector", "data.text", "hydra.sweep.subdir")
 PARTS = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\\.|[^,])+""")  # between the commas of a sweep
 MEANT = re.compile(r"""$|null$|false$|['"]|.*\$\{|(choice|glob|shuffle|sort|tag)\(""", re.DOTALL)  # is Hydra's to read
 # What is built from a `_target_` takes arguments that conf/ does not list.

@@ -34,7 +34,6 @@ log = logging.getLogger("nvf")
 class Fitted:
     """A run, and what it has fitted so far."""
 
-    config: dict[str, Any]
     built: Built
     folder: Path
     started: float  # a `time.perf_counter()`
@@ -71,10 +70,10 @@ class Fitted:
 
 def save(run: Fitted) -> float:
     """Save the pipeline, evaluate, write and print the results, and return the objective for sweepers."""
-    model, source, index = run.model, run.built.source, None
+    config, model, source, index = run.built.config, run.model, run.built.source, None
     if isinstance(model, Pipeline):
         start = time.perf_counter()
-        model.index = build_index(model.attention.keys(), **run.config["index"])
+        model.index = build_index(model.attention.keys(), **config["index"])
         took = time.perf_counter() - start
         model.save(run.folder / "pipeline")
     with run.timed("evaluation"):
@@ -85,16 +84,16 @@ def save(run: Fitted) -> float:
             index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
         audit = audit_gradients(model, val_queries)
         _show(run, val_queries, val)
-    together = None
+    joint = None
     if run.joint is not None and run.before is not None:
         won = against(test.answered, run.before.answered)
-        together = {"kept": run.joint.kept, "before": run.before.figures, "against": won}
+        joint = {"kept": run.joint.kept, "before": run.before.figures, "against": won}
     total = time.perf_counter() - run.started
     results = {
         "test": test.figures,
         "val": val.figures,
         "against_exact": test.against_exact,
-        "joint": together,
+        "joint": joint,
         "selection": run.chosen.tried,
         "attention_fitted_by": run.chosen.fitted_by,
         "cut": {stage: how.cut for stage, how in (("attention", run.chosen), ("joint", run.joint)) if how and how.cut},
@@ -105,7 +104,7 @@ def save(run: Fitted) -> float:
         "index": index,
         "gradients": {**audit, "training": {stage: norms for stage, norms in run.gradients.items() if norms}},
         "seconds": {**run.seconds, "total": total},
-        "config": run.config,
+        "config": config,
         "versions": versions(),
         "memory": source.memory.fingerprint,
         "queries": fingerprint(test_queries),
@@ -125,13 +124,10 @@ def save(run: Fitted) -> float:
 
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
     """Draw what TensorBoard shows beside the curves."""
-    data, memory = run.config["data"], run.built.source.memory
-    texts = getattr(run.built.source, "texts", None)
-    clustered = data["name"] == "clustered"
-    labels = [row // data["rows_per_cluster"] for row in range(memory.given)] if clustered else None
+    config, texts = run.built.config, getattr(run.built.source, "texts", None)
     logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)
-    steps = logged * (run.config["trainer"].get("log_every_n_steps") or 1) or 1
+    steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
-        show(run.model, queries, val, run.config["dashboards"], run.folder, steps=steps, texts=texts, labels=labels)
+        show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

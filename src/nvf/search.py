@@ -16,45 +16,59 @@ if TYPE_CHECKING:
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
     Option("queries", "the vectors: .npy (n, D), or .parquet", read=path),
-    Option("output", "the answers, best first: .npy or .jsonl", read=path),
+    Option("output", "the answers, best first: .npy, .jsonl, or .trec, a TREC run", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
+    Option("texts", '.jsonl, a line {"text": ...} a query: has words searched too; null: vectors alone', None, path),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
 )
 
 
-def search(*, pipeline: Path, queries: Path, output: Path, k: Any, column: str, index: str | None, device: str) -> str:
+def search(
+    *,
+    pipeline: Path,
+    queries: Path,
+    output: Path,
+    k: Any,
+    texts: Path | None,
+    column: str,
+    index: str | None,
+    device: str,
+) -> str:
     """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.search_files import check_output, open_queries, write_answers
+    from nvf.data.search_files import check_ids, check_output, open_queries, open_texts, write_answers
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
 
-    check_output(output, queries)
+    check_output(output, queries, texts)
     if index not in (None, "flat"):
         raise InputError(f"index={index} is neither null nor flat; others are built in training: nvf.train index=hnsw")
     model = Pipeline.load(pipeline, find_device(device), index=index is None)
+    check_ids(output, model.memory.ids)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
     vectors = open_queries(queries, column, dim=model.memory.dim)
+    words = None if texts is None else open_texts(texts, len(vectors), known=model.words is not None)
 
     start = time.perf_counter()
-    write_answers(output, _answer(model, vectors, k), count=len(vectors), k=k)
+    write_answers(output, _answer(model, vectors, words, k), count=len(vectors), k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(len(vectors) / seconds)
     how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
     return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
 
 
-def _answer(model: "Pipeline", vectors: "ArrayFile", k: int) -> Iterator["Hits"]:
+def _answer(model: "Pipeline", vectors: "ArrayFile", texts: list[str] | None, k: int) -> Iterator["Hits"]:
     from tqdm import tqdm
 
     from nvf.ops.products import QUERY_BLOCK
 
-    total = -(-len(vectors) // QUERY_BLOCK)
-    for block in tqdm(vectors.blocks(QUERY_BLOCK), total=total, unit=" blocks", leave=False, delay=1):
-        yield model.search(block, k)
+    starts = range(0, len(vectors), QUERY_BLOCK)
+    blocks = zip(starts, vectors.blocks(QUERY_BLOCK), strict=True)
+    for start, block in tqdm(blocks, total=len(starts), unit=" blocks", leave=False, delay=1):
+        yield model.search(block, k, texts=None if texts is None else texts[start : start + QUERY_BLOCK])
 
 
 if __name__ == "__main__":

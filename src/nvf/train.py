@@ -31,15 +31,11 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     """Make one run, from resolved settings in plain containers to a complete run folder, which must exist.
 
     Its total seconds count from `started`, a `time.perf_counter()`. If it `goes_on`, it resumes what a stopped run of
-    these settings left in the folder. It returns the objective for sweepers, on validation: Top-1, or nDCG@10 where
-    queries have several right rows.
+    these settings left in the folder. It returns what a sweeper maximises: Top-1 or nDCG@10 on validation.
     """
-    data = config["data"]
-    if not data.get("dir", True) and (data["name"] == "embeddings" or config["queries"]["name"] == "recorded"):
-        raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     if follows():
         os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
-    # Imported here so that --help and a config error answer without importing torch.
+    # Imported here so that --help and a config error answer without torch.
     from nvf.dashboards.show import check_dashboards
     from nvf.models.ann_index import check_index
     from nvf.results import Fitted, save
@@ -61,8 +57,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         if own != folder:
             remove_traces(own)
     lock = None if rank else begin(folder, {"config": config, **circumstances(built.source)}, goes_on=goes_on)
-
-    run = Fitted(config, built, folder, started)
+    run = Fitted(built, folder, started)
     with run.timed("attention"):
         run.chosen = fit_attention(built, folder)
     run.model, run.gradients["attention"] = run.chosen.attention, run.chosen.gradients
@@ -93,7 +88,7 @@ def job(cfg: DictConfig) -> float:
     folder, sweep = Path(settings.runtime.output_dir), settings.mode is RunMode.MULTIRUN
     config = settled(cfg, settings.runtime.cwd if settings.job.chdir else "")
     again, started = bool(config["resume"]) or (sweep and restarted()), time.perf_counter() if sweep else START
-    in_turn = settings.launcher._target_.endswith("BasicLauncher")  # one job after the other, in this process
+    in_turn = settings.launcher._target_.endswith("BasicLauncher")
     with ending_in_words(folder, sweep=sweep, began=again, in_turn=in_turn):
         if sweep:
             sweeps.refuse_local_ddp(config)
@@ -128,20 +123,16 @@ def main() -> None:
 def run(*words: str) -> dict[str, Any]:
     """Make one run from Python, `nvf.train.run("data=clustered", "seed=1")`, and return its results.json.
 
-    It works in notebooks and threads too. What it says is printed if the program shows no log of its own.
-
-    Raises:
-        InputError: the words, the settings or the user's files are wrong.
-        KeyboardInterrupt: the run was stopped, and can be resumed.
+    It works in notebooks and threads too, and prints if the program shows no log of its own. Wrong words, settings or
+    files are an InputError; a run that is stopped, and can be resumed, ends in a KeyboardInterrupt.
     """
     started = time.perf_counter()
     config, folder, goes_on = composed(words)
-    if goes_on and sweeps.finished(folder, config) is not None:
-        return read_record(folder / "results.json")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with handlers_kept(), logged(folder / "train.log"):
-            train(config, folder, started, goes_on=goes_on)
+        if not goes_on or sweeps.finished(folder, config) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with handlers_kept(), logged(folder / "train.log"):
+                train(config, folder, started, goes_on=goes_on)
     except InputError:
         if not goes_on:
             remove_traces(folder)

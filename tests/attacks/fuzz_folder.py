@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from mutate import mutations
 
-from nvf.dashboards.show import texts_of
+from nvf.data import folder
 from nvf.data.folder import COLUMNS, read_memory, read_recorded
 from nvf.data.search_files import open_queries
 from nvf.errors import InputError
@@ -73,9 +73,7 @@ def read_ids(path: Path) -> None:
 
 
 def read_texts(path: Path) -> None:
-    texts = texts_of(path.parent, 50)
-    if texts is None:
-        raise InputError("it said so in a warning")
+    texts = folder.read_texts(path, 50)
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     assert texts == [json.loads(line)["text"] for line in lines if line.strip()]
 
@@ -132,12 +130,12 @@ def write_all(place: Path) -> None:
     """A good file for each door."""
     from conftest import to_collection, to_parquet, write_folder
 
-    folder = place / "folder"
-    write_folder(folder)
-    to_parquet(folder, place / "tables")
-    to_collection(folder, place / "storage")
-    (folder / "ids.json").write_text(json.dumps([f"item {row}" for row in range(50)]))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {row}"}) + "\n" for row in range(50)))
+    given = place / "folder"
+    write_folder(given)
+    to_parquet(given, place / "tables")
+    to_collection(given, place / "storage")
+    (given / "ids.json").write_text(json.dumps([f"item {row}" for row in range(50)]))
+    (given / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {row}"}) + "\n" for row in range(50)))
 
 
 def limit_memory() -> None:

@@ -29,13 +29,14 @@ from nvf.errors import InputError
 from nvf.files.records import sealed
 from nvf.models.ann_index import build_index
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import FEATURES, Evidence
+from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.models.words import Words
 from nvf.runs.comparison.runs import read_run
 from nvf.runs.comparison.table import compare
-from nvf.runs.resume import decided, recorded
+from nvf.runs.resume import recorded
 from nvf.runs.sweep import words
 from nvf.training import cache
 from nvf.training.checkpoints import load_attention
@@ -62,7 +63,14 @@ def digest(found: Any) -> str:
 
 def _search(folder: Path) -> Any:
     queries = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
-    return Pipeline.load(folder).search(queries, k=6)
+    pipeline = Pipeline.load(folder)
+    texts = None if pipeline.words is None else [f"item {row} please" for row in range(9)]
+    return pipeline.search(queries, k=6, texts=texts)
+
+
+def _folder(path: Path) -> Path:
+    """Of the pipeline that has this file."""
+    return next((folder for folder in path.parents if (folder / "config.json").exists()), path.parent)
 
 
 def _kept(path: Path) -> Any:
@@ -87,9 +95,12 @@ def _answered(folder: Path) -> Any:
 
 
 PIPELINE = ("config.json", "memory.safetensors", "weights.safetensors", "ids.json", "index.safetensors")
+INDEX = ("params.index.json", "vocab.index.json", *(f"{name}.csc.index.npy" for name in ("data", "indices", "indptr")))
+WORDS = ("settings.json", "answers.npy", *(f"{channel}/{name}" for channel in ("text", "log") for name in INDEX))
 CHECKPOINTS = "run/checkpoints"
 DOORS: dict[str, Callable[[Path], Any]] = {
     **{f"{kind}/{name}": lambda path: _search(path.parent) for kind in ("hnsw", "ivf") for name in PIPELINE},
+    **{f"ivf/words/{name}": lambda path: _search(_folder(path)) for name in WORDS},
     f"{CHECKPOINTS}/attention/best.safetensors": _attention,
     f"{CHECKPOINTS}/reranker/best.safetensors": _within,
     f"{CHECKPOINTS}/reranker/last.ckpt": saved_step,
@@ -97,11 +108,10 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "run/results.json": lambda path: _figures(path.parent),
     "run/answered.npy": lambda path: _answered(path.parent),
     "run/run.json": lambda path: recorded(path.parent),
-    "run/decisions.json": lambda path: decided(path.parent, "x", lambda: None),
     "sweeps/day/time/sweep.json": lambda path: words(path.parent),
 }
 # What has no hash, or none that is checked yet: a damaged figure is a figure.
-UNHASHED = ("run/results.json", "run/answered.npy", "run/decisions.json")
+UNHASHED = ("run/results.json", "run/answered.npy")
 
 
 def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
@@ -110,11 +120,15 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
     rows = VectorMemory.synthetic(rows=30, dim=8, seed=0)
     memory = VectorMemory.restore(rows.rows, rows.fingerprint, np.array([f"item {row}" for row in range(30)], object))
     plain = SoftAttention(memory, transform="residual", hidden=4, keys="learned", biased=True)
-    log = Evidence.gather(memory, unit(torch.randn(20, 8)), torch.randint(30, (20, 1)))
+    log = Evidence.gather(memory, unit(torch.randn(20, 8)), torch.randint(30, (20, 1)), worded=True)
+    weighing = EvidenceReranker(len(log.features), hidden=(4, 4))
     made = {
         "hnsw": Pipeline(plain, Reranker(8, kind="residual", hidden=(6, 4)), k=4),
-        "ivf": Pipeline(SoftAttention(memory), EvidenceReranker(len(FEATURES), hidden=(4, 4)), k=4, evidence=log),
+        "ivf": Pipeline(SoftAttention(memory, worded=True), weighing, k=4, evidence=log),
     }
+    asked = [f"where is item {row}" for row in range(20)]
+    made["ivf"].words = Words.gather([f"item {row}" for row in range(30)], asked, torch.arange(20).unsqueeze(-1))
+    made["ivf"].attention.word_weights += 0.1
     for kind, pipeline in made.items():
         pipeline.requires_grad_(False).eval()
         settings = {"m": 2, "ef_search": 12} if kind == "hnsw" else {"nlist": 5, "nprobe": 3}
@@ -124,7 +138,6 @@ def furnish(place: Path, train: Callable[[Path, Path], None]) -> None:
     (entry,) = (place / "cache").glob("*.safetensors")
     (place / "kept").mkdir()
     shutil.move(entry, place / "kept/attention.safetensors")
-    (place / "run/decisions.json").write_text('{"x": [1, 2]}')
     (place / "sweeps/day/time").mkdir(parents=True)
     (place / "sweeps/day/time/sweep.json").write_text(json.dumps(sealed({"overrides": ASKED})))
 
@@ -142,8 +155,8 @@ def opened(path: Path, door: str) -> str:
 
 def copies(path: Path, count: int, seed: int, *, forged: bool) -> Iterator[None]:
     """Put so many damaged copies in the file's place, with the hashes made right again if forged; then the file."""
-    folder = path.parent
-    before = {own: own.read_bytes() for own in folder.iterdir() if own.is_file()}
+    folder = _folder(path)
+    before = {own: own.read_bytes() for own in {*folder.iterdir(), *path.parent.iterdir()} if own.is_file()}
     for data in mutations(before[path], count, seed):
         path.write_bytes(data)
         if forged:

@@ -221,9 +221,7 @@ def test_too_little_memory_is_told_with_what_to_lower(tmp_path: Path) -> None:
         [sys.executable, "limited.py", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert re.match(
-        r"error: attention: out of memory \(.*\); lower attention.batch_size=1000000 to 500000, or ", done.stderr
-    ), done.stderr
+    assert re.match(r"error: out of memory \(.*\); start anew with a lower batch_size or ", done.stderr), done.stderr
 
 
 def test_rows_on_the_disk_that_change_in_a_run_cost_the_run_not_the_truth(tmp_path: Path) -> None:

@@ -304,5 +304,5 @@ def test_generated_queries_are_unit_and_answered(rows: int, dim: int, count: int
         assert ((found.targets >= 0) & (found.targets < rows)).all()
         assert source.oracle.shape == (rows, dim)
     attention = SoftAttention(memory, transform="identity")
-    fit_temperature(attention, found.queries, found.targets)
+    fit_temperature(attention, found)
     assert 0.09 <= float(attention.beta.detach()) <= 1001

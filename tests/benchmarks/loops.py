@@ -71,7 +71,7 @@ def with_lightning(config: Settings, stage: str, source: Source, attention: Soft
     module, data = built(config, stage, source, attention)
     ends = Ends()
     with tempfile.TemporaryDirectory() as folder, watched_by(ends):
-        how = fit_settings(config, stage, source.memory)
+        how = fit_settings(config, stage)
         fit(module, data, how, folder=Path(folder), name=stage, start_competes=False)
     return ends.seconds
 

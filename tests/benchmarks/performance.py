@@ -26,7 +26,6 @@ import scale
 import search_speed
 from nvf.files.atomic import atomic_write
 from nvf.options import Option, parse, path
-from nvf.runs.comparison.figure import COLOURS, INK
 from nvf.train import CONF
 from timing import OUTPUTS
 
@@ -46,6 +45,8 @@ OPTIONS = (
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)  # of ratios
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 MARKERS = "osD^v"
+COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00", "#5b3a8e")
+INK = "#222222"
 LOOKS = {"exact": ("#0072b2", "o"), "plain": ("#d55e00", "s"), "sampled": ("#009e73", "D")}
 REFERENCE = {"color": "#6a6a6a", "linewidth": 1.2, "zorder": 1}
 

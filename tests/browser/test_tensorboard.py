@@ -177,7 +177,7 @@ def test_the_hparams_table_has_the_test_figures(look: Look) -> None:
 def test_every_figure_is_among_the_images(look: Look) -> None:
     def shows(seen: dict[str, Any]) -> bool:
         loaded = [picture for picture in seen["pictures"] if picture["tag"] == "img" and picture["natural"] > 300]
-        return says("1_candidates", "2_attention", "3_ranks", "4_reliability")(seen) and len(loaded) >= 4
+        return says("1_candidates", "2_reliability")(seen) and len(loaded) >= 2
 
     look("images", "#images", shows)
 

@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from conftest import SMALL, SMALL_STEPS
 from nvf.dashboards import figures
-from nvf.dashboards.show import SWITCHES, check_dashboards, show, texts_of
+from nvf.dashboards.show import SWITCHES, check_dashboards, show
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
 from nvf.evaluation.evaluate import Outcomes, evaluate
@@ -81,9 +81,7 @@ CONFIGURED: Any = OmegaConf.to_container(OmegaConf.load(CONF / "dashboards" / "d
 SHOWN = {**CONFIGURED, "queries": 2}  # drawing takes its time
 FIGURES = {
     "candidates": "figures/1_candidates",
-    "heat_map": "figures/2_attention",
-    "ranks": "figures/3_ranks",
-    "reliability": "figures/4_reliability",
+    "reliability": "figures/2_reliability",
 }
 
 
@@ -164,8 +162,8 @@ def test_nothing_is_written_where_all_is_off(pipeline: Pipeline, batch: QueryBat
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"ranks": "yes"}, "dashboards.ranks=yes is neither true nor false; false leaves it out"),
-        ({"ranks": 1}, "dashboards.ranks=1 is neither true nor false"),
+        ({"reliability": "yes"}, "dashboards.reliability=yes is neither true nor false; false leaves it out"),
+        ({"reliability": 1}, "dashboards.reliability=1 is neither true nor false"),
         ({"queries": 0}, "dashboards.queries=0 is not a whole number of at least 1 and below 41; 1 to 40"),
         ({"queries": True}, "dashboards.queries=True is not a whole number"),
         ({"projector_points": 3}, "dashboards.projector_points=3 is not a whole number of at least 4"),
@@ -188,17 +186,6 @@ def test_queries_won_come_first_then_those_lost_then_the_rest() -> None:
     assert figures.exemplary(seen, 2).tolist() == [2, 1]  # stage 1 alone, against exact search
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 6, 40, 1000, 5000])
-def test_the_bins_of_ranks_hold_every_rank_once(rows: int) -> None:
-    ranks = np.random.default_rng(0).integers(1, rows + 1, size=500)
-    names, counts = figures.rank_histogram(ranks, rows)
-    assert counts.sum() == 500
-    for name, count in zip(names, counts, strict=True):
-        first, _, last = name.replace(",", "").partition("\u2013")
-        assert count == sum(int(first) <= rank <= int(last or first) for rank in ranks)
-    assert names[0] == "1"
-
-
 def test_texts_are_shortened_to_one_line() -> None:
     assert figures.shortened("a\n b\t c") == "a b c"
     assert figures.shortened("x" * 50, 10) == "x" * 9 + "\u2026"
@@ -208,18 +195,17 @@ def test_texts_are_shortened_to_one_line() -> None:
 def test_the_projector_has_a_name_for_every_point(
     pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, limit: int
 ) -> None:
-    texts, labels = [f"text\t{row}" for row in range(30)], np.arange(30) // 10
-    shown_events(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts, labels=labels)
+    texts = [f"text\t{row}" for row in range(30)]
+    shown_events(pipeline, batch, {**SHOWN, "projector_points": limit}, tmp_path, texts=texts)
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
     vectors = np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t")
     lines = [line.split("\t") for line in (tmp_path / embedding.metadata_path).read_text().splitlines()]
-    assert lines[0] == ["kind", "row", "cluster", "text", "query"]
+    assert lines[0] == ["kind", "row", "text", "query"]
     assert len(vectors) == len(lines) - 1 <= limit
     assert len({line[0] for line in lines[1:]}) == 3
-    for vector, (kind, row, cluster, text, query) in zip(vectors, lines[1:], strict=True):
+    for vector, (kind, row, text, query) in zip(vectors, lines[1:], strict=True):
         assert text == f"text {row}"
-        assert int(cluster) == int(row) // 10
         if kind == "row":
             expected = pipeline.memory.rows[int(row)]
         else:
@@ -230,24 +216,6 @@ def test_the_projector_has_a_name_for_every_point(
     if limit == 40:  # the rows shown are the queries' targets first
         rows = {line[1] for line in lines[1:] if line[0] == "row"}
         assert {line[1] for line in lines[1:] if line[0] == "query"} <= rows
-
-
-def test_texts_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert texts_of(None, 2) is None
-    assert texts_of(tmp_path, 2) is None
-    assert not caplog.records
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"i": 0, "text": "one"}\n\n{"text": "two"}\n')
-    assert texts_of(tmp_path, 2) == ["one", "two"]
-    assert texts_of(tmp_path, 3) is None
-    assert "2 texts for 3 rows" in caplog.text
-    for bad in ("{", '{"texts": 1}', '{"text": 1}', "[]", '{"text": "\\ud800"}', '"text"'):
-        caplog.clear()
-        path.write_text(bad)
-        assert texts_of(tmp_path, 1) is None
-        assert str(path) in caplog.text
-    path.write_bytes(b"\xff\xfe")
-    assert texts_of(tmp_path, 1) is None
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_run(

@@ -251,7 +251,7 @@ FAULTS = {
     "no queries": (lambda f: edit(f, "queries.npy", lambda a: a[:0]), r"queries.npy: shape \(0, 8\)"),
     "integers": (
         lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)),
-        r"type int64; give the vectors of your items as float16",
+        r"type int64; give the vectors of your items as",
     ),
     "dimensions": (lambda f: edit(f, "queries.npy", lambda a: a[:, :5]), r"queries.npy: 5 dimensions.*has 8"),
     "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: shape \(9,\) .* for 400 queries"),

@@ -16,6 +16,7 @@ import torch
 
 from conftest import command, to_collection, to_parquet
 from nvf import InputError, Pipeline
+from nvf.data.beside import texts_of_rows
 from nvf.data.folder import read_memory as read_folder
 from nvf.data.folder import read_recorded
 from nvf.evaluation.report import table
@@ -204,6 +205,27 @@ def test_a_named_vector_can_be_chosen(tmp_path: Path) -> None:
     assert read(tmp_path, collection="one").rows.tolist() == [[0.0, 1.0]]
 
 
+def test_texts_are_in_a_field_of_the_payload(tmp_path: Path) -> None:
+    storage = client.QdrantClient(path=str(tmp_path))
+    params = models.VectorParams(size=2, distance=models.Distance.COSINE)
+    storage.create_collection("items", vectors_config=params)
+    texts = {9: "nine", 4: "four", 7: ""}
+    vectors = {9: [1.0, 0.0], 4: [0.0, 1.0], 7: [1.0, 1.0]}
+    points = [
+        models.PointStruct(id=point, vector=vectors[point], payload={"body": texts[point], "n": point})
+        for point in texts
+    ]
+    storage.upsert("items", points)
+    storage.close()
+    memory = read(tmp_path, text="body")
+    assert memory.texts == ["four", "", "nine"]
+    assert texts_of_rows(tmp_path, memory) == ["four", "", "nine"]
+    assert read(tmp_path).texts is None
+    for field in ("n", "none"):
+        with pytest.raises(InputError, match=rf"collection items: point 4 has no text in its field '{field}'; give"):
+            read(tmp_path, text=field)
+
+
 FAULTS = {
     "neither": ({"path": None}, r"data.path=None and data.url=None; set one"),
     "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one"),
@@ -276,7 +298,7 @@ def test_without_qdrant_client_the_remedy_is_named(
 def test_a_folder_of_queries_is_asked_for(run: Callable[..., dict[str, Any]], storage: Path) -> None:
     overrides = ["data=qdrant", f"data.path={storage}", "data.collection=items", "trainer=debug"]
     overrides.append("data.distance=cosine")
-    with pytest.raises(InputError, match=r"data.dir is not set; name the folder that holds your queries: data.dir="):
+    with pytest.raises(InputError, match=r"data\.dir is not set"):
         run(*overrides)
     run(*overrides, "queries=noisy", "queries.val_samples=50", "queries.test_samples=50")
 

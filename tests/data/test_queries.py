@@ -23,14 +23,14 @@ def large() -> VectorMemory:
 
 
 def oracle_top1(source: QuerySource, count: int = 4000) -> float:
-    queries, targets = source.sample(count, stream(0, "test"))
+    queries, targets, *_ = source.sample(count, stream(0, "test"))
     return float(((queries @ source.oracle.T).argmax(dim=-1) == targets[:, 0]).float().mean())
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
 def test_queries_are_unit_and_repeat_with_their_generator(make, memory: VectorMemory) -> None:
     source = make(memory)
-    queries, targets = source.sample(50, stream(1, "train", 2, 3))
+    queries, targets, *_ = source.sample(50, stream(1, "train", 2, 3))
     again = source.sample(50, stream(1, "train", 2, 3))
     other = source.sample(50, stream(1, "train", 2, 4))
     torch.testing.assert_close(queries.norm(dim=-1), torch.ones(50))
@@ -41,7 +41,7 @@ def test_queries_are_unit_and_repeat_with_their_generator(make, memory: VectorMe
 
 
 def test_nearest_targets_are_the_closest_rows(memory: VectorMemory) -> None:
-    queries, targets = Nearest(memory).sample(100, stream(0, "test"))
+    queries, targets, *_ = Nearest(memory).sample(100, stream(0, "test"))
     distances = torch.cdist(queries, memory.rows)
     assert torch.equal(distances.argmin(dim=-1), targets[:, 0])
 
@@ -56,7 +56,7 @@ def test_oracles_reach_the_known_ceilings(large: VectorMemory, name: str, low: f
 
 @pytest.mark.parametrize("name", ["rotation", "mlp"])
 def test_a_warp_hides_the_rows_from_exact_search(large: VectorMemory, name: str) -> None:
-    queries, targets = SOURCES[name](large).sample(4000, stream(0, "test"))
+    queries, targets, *_ = SOURCES[name](large).sample(4000, stream(0, "test"))
     assert float((large.search(queries, 1).rows == targets).float().mean()) < 0.01
 
 

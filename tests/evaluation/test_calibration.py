@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import SMALL, SMALL_STEPS
-from nvf.data.queries import Noisy, QueryBatch
+from nvf.data.queries import Noisy, QueryBatch, each
 from nvf.evaluation.calibration import (
     SHARES,
     clearly_above,
@@ -68,11 +69,11 @@ def test_caution_wants_more_than_a_lucky_few() -> None:
     share = fit_hub_correction(attention, bank, held_out)
     plain = quality(SoftAttention(memory, transform="identity"), held_out)
     places = (quality(attention, held_out) & ~plain).nonzero().squeeze(-1)[:3]  # three wins and no loss
-    lucky = QueryBatch(*(torch.cat([part[places], part[plain][:50]]) for part in held_out))
+    lucky = each(held_out, lambda part: torch.cat([part[places], part[plain][:50]]))
     assert fit_hub_correction(attention, bank, lucky) > 0
     assert fit_hub_correction(attention, bank, lucky, cautious=True) == 0
     assert attention.bias is None
-    many = QueryBatch(*(part.repeat(50, 1) for part in held_out))
+    many = each(held_out, lambda part: part.repeat(50, 1))
     assert fit_hub_correction(attention, bank, many, cautious=True) == share
 
 
@@ -120,7 +121,7 @@ def test_temperatures_of_several_answers_are_the_best_of_a_grid(pipeline: Pipeli
     batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 1) % 30], dim=-1))
     batch.targets[::3, 1] = -1
     start = float(pipeline.attention.beta)
-    fit_temperature(pipeline.attention, *batch)
+    fit_temperature(pipeline.attention, batch)
     cosines = pipeline.attention(batch.queries) / pipeline.attention.beta
 
     def loss(beta: float) -> float:
@@ -214,8 +215,8 @@ def test_certain_held_out_queries_leave_every_gradient_alive(model: str, request
     pipeline: Pipeline = request.getfixturevalue(model)
     source = Noisy(pipeline.memory, sigma=0.01)
     drawn = source.sample(3000, stream(0, "val"))
-    held_out = QueryBatch(*(part[quality(pipeline, drawn)] for part in drawn))  # separable: the best factor is infinite
-    fit_temperature(pipeline.attention, *held_out)
+    held_out = each(drawn, itemgetter(quality(pipeline, drawn)))  # separable: the best factor is infinite
+    fit_temperature(pipeline.attention, held_out)
     fit_sharpness(pipeline, held_out)
     assert min(audit_gradients(pipeline, held_out)["parameters"].values()) > 1e-12
 

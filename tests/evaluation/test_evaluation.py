@@ -15,6 +15,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
+from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import ndcg
@@ -261,6 +262,29 @@ def test_the_gap_ends_at_the_lower_ceiling(pipeline: Pipeline, batch: QueryBatch
         assert figures["gap_closed"] == pytest.approx(expected)
 
 
+def test_words_alone_and_with_exact_search_equal_a_loop(pipeline: Pipeline, batch: QueryBatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(300, 30, generator=generator).argsort(dim=-1)[:, :7]
+    scores = torch.rand(300, 7, 2, generator=generator)
+    rows[0], scores[0] = -1, 0  # no word that any row has
+    batch = batch._replace(words=WordScores(rows, scores))
+    hybrid = SoftAttention(pipeline.memory, transform="identity", beta=2.0)
+    hybrid.word_weights = torch.tensor([0.5, 0.0])
+    figures = evaluate(pipeline, batch, k=4, oracle=None, hybrid=hybrid).figures
+    text = torch.zeros(300, 31).scatter(1, rows % 31, scores[..., 0])[:, :30]
+    expected = {"words": text, "hybrid": batch.queries @ pipeline.memory.rows.T + 0.5 * text}
+    for method, values in expected.items():
+        orders = values.argsort(dim=-1, descending=True, stable=True).tolist()
+        ranks = [order.index(target) + 1 for order, (target,) in zip(orders, batch.targets.tolist(), strict=True)]
+        assert figures[method]["top1"]["value"] == pytest.approx(share([r == 1 for r in ranks]))
+        assert figures[method]["mrr10"]["value"] == pytest.approx(np.mean([1 / r if r <= 10 else 0 for r in ranks]))
+    without = evaluate(pipeline, batch._replace(words=None), k=4, oracle=None, hybrid=hybrid).figures
+    assert without["words"] is without["hybrid"] is None
+    lines = table({**results(0.5, None, 0.6, 0.7, 0.9), "test": {**figures, "gap_closed_interval": None}}, 300)
+    assert "words alone " in lines
+    assert "words + exact " in lines
+
+
 @pytest.mark.parametrize("oracle", [False, True])
 def test_the_interval_of_the_gap_is_the_bootstrap_of_queries(oracle: bool) -> None:
     rng = np.random.default_rng(3)
@@ -294,6 +318,7 @@ def test_the_table_names_every_figure() -> None:
     assert "gap closed                 75.0 (69.0-81.0)  of stage 1 to oracle 80.0" in printed
     assert "3 queries won, 1 lost (McNemar p = 0.62)" in printed
     assert "Recall@7" in printed
+    assert "words alone" not in printed
     assert "oracle" not in table(results(0.5, None, 0.6, 0.75, 0.9), 1000)
     assert "log" not in printed
     assert "by validation" not in printed

@@ -95,9 +95,10 @@ def test_the_loss_survives_logits_of_any_size() -> None:
 
 @pytest.mark.parametrize("start", [0.5, 20.0, 900.0])
 def test_the_fitted_temperature_is_the_best_of_a_grid(memory: VectorMemory, start: float) -> None:
-    asked, targets = Noisy(memory, sigma=0.3).sample(400, stream(0, "val"))
+    held_out = Noisy(memory, sigma=0.3).sample(400, stream(0, "val"))
+    asked, targets, *_ = held_out
     attention = SoftAttention(memory, transform="identity", beta=start)
-    fit_temperature(attention, asked, targets)
+    fit_temperature(attention, held_out)
     cosines = attention(asked) / attention.beta
     grid = torch.logspace(-1, 3, 401)
     prior = (grid / start).log().square() / 2 / 400  # of deviation 1 on log beta, a query

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.ops.ranks import MISS, are_targets, candidate_ranks, ndcg, recall, target_ranks
+from nvf.ops.ranks import MISS, are_targets, candidate_ranks, gains_of, ndcg, ndcg_of, recall, target_ranks
 
 
 @given(
@@ -55,6 +55,32 @@ def test_recall_and_ndcg_equal_a_loop() -> None:
             gain = sum(hit / math.log2(place + 2) for place, hit in enumerate(hits))
             ideal = sum(1 / math.log2(place + 2) for place in range(min(depth, len(right))))
             assert float(ndcg(found, targets)[i]) == pytest.approx(gain / ideal)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 10, 12])
+def test_graded_ndcg_equals_a_loop(depth: int) -> None:
+    generator = torch.Generator().manual_seed(depth)
+    scores = torch.rand(50, 12, generator=generator)
+    targets = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(50)])
+    targets[:, 1:] = targets[:, 1:].where(torch.rand(50, 4, generator=generator) < 0.7, -1)  # padding is anywhere
+    gains = torch.randint(1, 5, targets.shape, generator=generator) * (targets >= 0) / 2
+    order = scores.argsort(dim=-1, descending=True)[:, :depth]
+    found = ndcg(gains_of(order, targets, gains), targets, gains).tolist()
+    for query, ndcg_of_query in enumerate(found):
+        worth = dict(zip(targets[query].tolist(), gains[query].tolist(), strict=True))
+        gained = [worth.get(row, 0) for row in order[query].tolist()]
+        best = sorted((gain for row, gain in worth.items() if row >= 0), reverse=True)[:depth]
+        expected, ideal = (sum(gain / math.log2(place + 2) for place, gain in enumerate(of)) for of in (gained, best))
+        assert ndcg_of_query == pytest.approx(expected / ideal)
+    if depth == 10:
+        assert found == ndcg_of(scores, targets, gains).tolist()
+
+
+def test_equal_gains_are_no_gains() -> None:
+    targets = torch.tensor([[3, 1, -1], [0, -1, -1]])
+    scores = torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
+    for gain in (1.0, 3.0):
+        torch.testing.assert_close(ndcg_of(scores, targets, gain * (targets >= 0)), ndcg_of(scores, targets))
 
 
 @pytest.mark.parametrize("answers", range(1, 13))

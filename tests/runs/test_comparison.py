@@ -82,17 +82,6 @@ def test_seeds_are_means_with_t_intervals_and_pairs(tmp_path: Path) -> None:
     assert found.rows[1].p_test == "paired t-test"
 
 
-@pytest.mark.filterwarnings("error")
-def test_runs_that_a_clock_has_cut_otherwise_are_not_put_together(tmp_path: Path) -> None:
-    for seed, epochs in enumerate([3, 4, 3]):
-        path = put(tmp_path / str(seed), {"seed": seed, "data": {"budget_s": 60}}, val=0.9 + epochs / 100)
-        cut = {"attention": {"by": "data.budget_s=60", "kept": {"epochs": epochs}, "asked": {"epochs": 14}}}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "cut": cut}))
-    found = compare([tmp_path])
-    assert found.columns == ("cut.attention.kept.epochs",)
-    assert [(row.value("cut.attention.kept.epochs"), len(row.runs)) for row in found.rows] == [(4, 1), (3, 2)]
-
-
 def test_equal_differences_prove_nothing_and_certain_shares_have_no_nan(tmp_path: Path) -> None:
     for seed in range(3):
         put(tmp_path / f"a{seed}", {"seed": seed, "k": 1}, val=0.99, test=(1.0, 1.0, 0.9)[seed])
@@ -278,9 +267,9 @@ def test_every_sweep_has_its_files(tmp_path: Path, sweep: str) -> None:
         for seed in range(2):
             put(tmp_path / f"{i}-{seed}", {"seed": seed, **settings}, val=0.9 - 0.01 * i + 0.004 * seed)
     comparison = compare([tmp_path])
-    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .png, .svg"
+    assert write(comparison, tmp_path) == f"written to {tmp_path}: comparison.md, .csv, .png"
     files = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "png", "svg")}
+    assert files == {f"comparison.{ending}" for ending in ("md", "csv", "png")}
     assert "\x1b" not in comparison.text()
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.size[0] >= 1000
@@ -308,7 +297,7 @@ def test_the_command_needs_no_torch_and_prints_the_table_alone(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert [row["k"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["2", "1"]
     assert "k=2/worse/results.json is left out" in done.stderr
-    assert len(list((tmp_path / "made" / "here").iterdir())) == 4
+    assert len(list((tmp_path / "made" / "here").iterdir())) == 3
 
     for wrong, message in (
         ("fromat=csv", "'fromat=csv' is not name=value"),

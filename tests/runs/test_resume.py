@@ -12,7 +12,7 @@ import nvf.train
 from conftest import SMALL, command, compose_config
 from nvf.errors import InputError, explain
 from nvf.files.atomic import atomic_write
-from nvf.runs.resume import begin, decided, recorded, remove_traces
+from nvf.runs.resume import begin, recorded, remove_traces
 
 WORDS = [*SMALL, "trainer=debug", "stage=attention", "dashboards=none"]
 HOLD = "import sys, filelock as f; k = f.FileLock(sys.argv[1]); k.acquire(); print('held', flush=True); input()"
@@ -66,13 +66,6 @@ def test_traces_of_a_run_that_never_began_are_removed_and_nothing_else(tmp_path:
         remove_traces(folder)
         assert folder.exists() == kept
         lock.release()
-
-
-def test_what_the_clock_decided_is_decided_once(tmp_path: Path) -> None:
-    assert decided(tmp_path / "a", "x", lambda: [1, 2]) == [1, 2]
-    assert decided(tmp_path / "a", "x", lambda: pytest.fail("it was decided")) == [1, 2]
-    assert decided(tmp_path / "a", "y", lambda: 3, writes=False) == 3
-    assert decided(tmp_path / "a", "y", lambda: 4) == 4
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])

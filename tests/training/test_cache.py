@@ -13,7 +13,6 @@ import torch
 
 from conftest import SMALL, SMALL_STEPS, compose_config, without_time, write_folder
 from nvf import InputError, Pipeline
-from nvf.files.records import write_record
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.training import cache
@@ -113,22 +112,6 @@ def test_how_often_a_fit_is_saved_changes_no_bits(run: Run, tmp_path: Path) -> N
     assert without_time(often) == without_time(never)
     weights = [(tmp_path / n / "pipeline/weights.safetensors").read_bytes() for n in ("1", "1000")]
     assert weights[0] == weights[1]
-
-
-def test_what_a_clock_has_cut_is_reused_where_it_cuts_the_same(tmp_path: Path, folder: Path) -> None:
-    words = ["data=embeddings", f"data.dir={folder}", "attention=linear", "reranker.folds=null", "data.budget_s=10"]
-    config = compose_config(*words, f"cache={tmp_path / 'cache'}", "trainer.enable_progress_bar=false")
-    reused = []
-    for name, seconds in {"slow": 5.0, "fast": 2.5, "as slow": 4.0}.items():
-        (tmp_path / name).mkdir()
-        write_record(tmp_path / name / "decisions.json", {"seconds an epoch of attention takes": seconds})
-        chosen = selection.fit_attention(build(config), tmp_path / name)
-        assert chosen.cut is not None
-        assert chosen.cut["kept"]["epochs"] == int(0.65 * 10 / seconds)
-        reused.append(chosen.fitted_by and Path(chosen.fitted_by["folder"]).name)
-    assert reused == [None, None, "slow"]
-    again = selection.fit_attention(build(config), tmp_path / "slow")  # a run that is resumed: its own fit
-    assert again.fitted_by is None
 
 
 def test_a_damaged_entry_is_fitted_anew(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

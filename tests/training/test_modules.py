@@ -250,16 +250,18 @@ def test_a_joint_step_is_the_sum_of_both_losses(memory: VectorMemory) -> None:
         assert torch.equal(judged.ranks == 1, found.log_probs.argmax(dim=-1) == place[:, 0])
 
 
+@pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize("k", [4, 12])
-def test_every_stage_validates_the_ndcg_of_the_lists(memory: VectorMemory, k: int) -> None:
+def test_every_stage_validates_the_ndcg_of_the_lists(memory: VectorMemory, k: int, graded: bool) -> None:
     torch.manual_seed(0)
     pipeline = Pipeline(SoftAttention(memory), Reranker(8), k=k).eval()
     asked = Noisy(memory, sigma=0.4).sample(50, torch.Generator().manual_seed(0))
-    batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 3) % 30], dim=-1))
+    gains = torch.tensor([1.0, 3.0]).expand(50, 2) if graded else None
+    batch = QueryBatch(asked.queries, torch.cat([asked.targets, (asked.targets + 3) % 30], dim=-1), gains=gains)
     data = VectorDataModule(Recorded(memory, {"val": batch}), seed=0, batch_size=50, attention=pipeline.attention, k=k)
     settings = {"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0}
     expected, (candidates,) = quality(pipeline, batch), data.val_dataloader()
-    outside = ndcg_of(pipeline(batch.queries).ranking, batch.targets)
+    outside = ndcg_of(pipeline(batch.queries).ranking, batch.targets, gains)
     modules = {
         "attention": (AttentionModule(pipeline.attention, lr=1e-3, schedule="constant", k=k), batch),
         "reranker": (RerankerModule(pipeline, **settings), candidates),

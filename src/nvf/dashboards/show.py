@@ -17,10 +17,11 @@ from nvf.errors import InputError, check_number
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
+from nvf.runs.settings import flatten
 from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
-SWITCHES = ("scalars_page", "candidates", "heat_map", "ranks", "reliability", "projector")
+SWITCHES = ("scalars_page", "candidates", "reliability", "projector")
 CEILINGS = ("exact", "oracle", "coverage")
 PAGE = {
     "both stages and their ceilings, on validation queries": {
@@ -43,13 +44,8 @@ def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
     metrics["hp/coverage"] = figures["coverage"]["value"]
     for method, error in figures["calibration_error"].items():
         metrics[f"hp/{method}/calibration_error"] = error["value"]
-    settings: dict[str, bool | int | float | str] = {}
-    for group in SETTINGS:
-        value = results["config"][group]
-        named = (
-            {f"{group}.{name}": leaf for name, leaf in value.items()} if isinstance(value, Mapping) else {group: value}
-        )
-        settings |= {n: leaf if isinstance(leaf, bool | int | float | str) else str(leaf) for n, leaf in named.items()}
+    leaves = flatten({group: results["config"][group] for group in SETTINGS})
+    settings = {name: leaf if isinstance(leaf, int | float | str) else str(leaf) for name, leaf in leaves.items()}
     with SummaryWriter(str(folder)) as writer:
         writer.add_hparams(settings, metrics, run_name=".")
 
@@ -74,12 +70,11 @@ def show(
     *,
     steps: int = 1,
     texts: Sequence[str] | None = None,
-    labels: Sequence[int] | None = None,
 ) -> None:
     """Write what TensorBoard shows of a fitted model: a page of scalars, images, and the projector's points.
 
     The evaluation `found` is of the same validation queries; the settings are those of conf/dashboards. The ceilings'
-    level lines are `steps` long. Texts and labels (clusters) are of the N rows.
+    level lines are `steps` long. Texts are of the N rows.
     """
     if not any(settings[name] for name in SWITCHES):
         return
@@ -96,25 +91,20 @@ def show(
                     for step in (0, steps):
                         value = level["value"] if name == "coverage" else level[metric]["value"]
                         writer.add_scalar(f"{metric}/{name}", value, step)
-        for tag, figure in draw(model.eval(), batch, found, settings, texts):
+        for tag, figure in draw(found, settings, texts):
             writer.add_figure(tag, figure)
         if settings["projector"]:
             attention = model.attention if isinstance(model, Pipeline) else model
-            _add_points(writer, attention, batch, settings["projector_points"], texts, labels)
+            _add_points(writer, attention, batch, settings["projector_points"], texts)
 
 
 def _add_points(
-    writer: SummaryWriter,
-    attention: SoftAttention,
-    batch: QueryBatch,
-    limit: int,
-    texts: Sequence[str] | None,
-    labels: Sequence[int] | None,
+    writer: SummaryWriter, attention: SoftAttention, batch: QueryBatch, limit: int, texts: Sequence[str] | None
 ) -> None:
     """Write at most `limit` points, at least 4, each with its kind and the row that it is or is answered by.
 
     A quarter are queries, evenly spaced, a quarter the same queries transformed, and the rest are rows: the queries'
-    targets if there is room, then others, evenly spaced. Texts and labels (clusters) are of the N rows.
+    targets if there is room, then others, evenly spaced.
     """
     first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # a query's first target; others may be padding
     targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
@@ -128,8 +118,6 @@ def _add_points(
     of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
     kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
     columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first column colours and names the points
-    if labels is not None:
-        columns["cluster"] = [int(labels[row]) for row in of]
     if texts is not None:
         columns["text"] = [" ".join(texts[row][:100].split()) for row in of]  # without tabs, which separate columns
     columns["query"] = [""] * len(rows) + queries.tolist() * 2

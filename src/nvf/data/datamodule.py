@@ -31,6 +31,7 @@ class CandidateBatch(NamedTuple):
     valid: Tensor  # (B,) bool, true where any candidate is
     evidence: Tensor  # (B, k, F); F = 0 for a reranker that weighs none
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
+    gains: Tensor | None  # (B, m), as in `QueryBatch`
 
 
 class LoggedBatch(NamedTuple):
@@ -39,6 +40,7 @@ class LoggedBatch(NamedTuple):
     queries: Tensor  # (B, D)
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
     words: WordScores | None  # what the queries' words match, if there are texts
+    gains: Tensor | None  # (B, m), as in `QueryBatch`
     logged_as: Tensor  # (B,) int64
 
 
@@ -161,7 +163,8 @@ class VectorDataModule(L.LightningDataModule):
         else:
             evidence = self.evidence(attention, batch.queries, top, batch.words, logged_as=logged_as)
         labels = are_targets(top.rows, batch.targets)
-        return CandidateBatch(batch.queries, top.rows, top.scores, labels, labels.any(dim=-1), evidence, batch.targets)
+        valid = labels.any(dim=-1)
+        return CandidateBatch(batch.queries, top.rows, top.scores, labels, valid, evidence, batch.targets, batch.gains)
 
     def queries(self, split: str) -> QueryBatch:
         """Return a fixed set of queries: `val`, `test`, or a finite `train`."""
@@ -193,7 +196,8 @@ class VectorDataModule(L.LightningDataModule):
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
             part = each(queries, itemgetter(places))
             found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
-        batch = CandidateBatch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
+        batch = CandidateBatch(*joined)
         if split != "train":
             return batch
         if not batch.valid.any():

@@ -1,37 +1,34 @@
 """Readers of a folder of the user's own embeddings, which is either all .npy or all .parquet.
 
     corpus.npy, and ids.json if the rows have ids; or corpus.parquet, with columns for vectors and ids
-    queries.npy, targets.npy and perhaps times.npy; or queries.parquet, with columns for all three
-    or {train,val,test}_queries and {train,val,test}_targets in place of queries and targets
+    queries.npy, targets.npy and perhaps gains.npy and times.npy; or queries.parquet, with columns for all four
+    or {train,val,test}_queries, _targets and _gains in place of queries, targets and gains
+    texts.jsonl and {queries,train,val,test}_texts.jsonl if there are texts; or columns of the .parquet files
 
 See docs/real-embeddings.md. Every fault is an InputError that names the file, the row and the remedy.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from nvf.data.beside import COLUMNS, checked_gains, open_table, optional_column, read_gains, read_texts, texts_of_rows
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.data.splits import SPLITS, deal, merge, repeats
-from nvf.errors import InputError, one_line
-from nvf.files.ids import FILE, checked_ids, plain_uuid, read_ids, target_rows
+from nvf.errors import InputError
+from nvf.files.ids import FILE, checked_ids, padded, plain_uuid, read_ids, target_rows
 from nvf.files.npy import NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
 from nvf.models.evidence import OF_THE_LOG, law_of
 from nvf.models.memory import VectorMemory, check_dim, unit
 from nvf.models.words import Words
 
-if TYPE_CHECKING:
-    from nvf.data.parquet import ParquetFile
-
 TIMES = "times.npy"
-COLUMNS: Mapping[str, Any] = {"id": "id", "vector": "vector", "targets": "targets", "time": None}
 log = logging.getLogger("nvf")
 
 
@@ -42,7 +39,7 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
     """
     folder = Path(folder)
     if _format(folder, "corpus") == "parquet":
-        table = _table(folder / "corpus.parquet", columns, "vector", "id")
+        table = open_table(folder / "corpus.parquet", columns, "vector", "id")
         ids = checked_ids(table.ids(columns["id"])[0], len(table), f"{table.path}: column {columns['id']!r}")
         return VectorMemory(table, ids=ids, distinct=True, **stored)
     vectors = open_vectors(folder / "corpus.npy", "the vectors of your items")
@@ -97,10 +94,10 @@ def read_recorded(
             "queries; remove them from one split, or give all queries in one file and let NVF split them",
             *(folder, count, len(splits[b].queries), b, a),
         )
-    texts, index = texts_of_rows(folder, memory), None
+    texts, index = texts_of_rows(folder, memory, columns), None
     if texts is not None and words is not None:
-        files = {stem: (folder / f"{stem}_texts.jsonl", len(batch.queries)) for stem, batch in named.items()}
-        lines = {stem: some for stem, given in files.items() if (some := read_texts(*given)) is not None}
+        read = {stem: read_texts(folder, stem, len(batch.queries), columns) for stem, batch in named.items()}
+        lines = {stem: some for stem, some in read.items() if some is not None}
         if len(lines) == len(named):
             of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
             asked = {split: [lines[of_split[split]][place] for place in dealt[split][1]] for split in SPLITS}
@@ -121,34 +118,6 @@ def _index(train: QueryBatch, texts: list[str], logged: list[str], words: Mappin
     return Words.gather(texts, [] if misled else logged, train.targets, **words)
 
 
-def texts_of_rows(folder: str | Path, memory: VectorMemory) -> list[str] | None:
-    """Return the text of each row, those of equal vectors joined; None where the folder has no texts.jsonl."""
-    texts = read_texts(Path(folder) / "texts.jsonl", memory.given)
-    if texts is None or memory.row_of_vector is None:
-        return texts
-    of_row: list[list[str]] = [[] for _ in range(len(memory))]
-    for row, text in zip(memory.row_of_vector.tolist(), texts, strict=True):
-        of_row[row].append(text)
-    return ["\n".join(dict.fromkeys(some)) for some in of_row]
-
-
-def read_texts(path: Path, count: int) -> list[str] | None:
-    """Read a file of `count` lines {"text": ...}; None if it does not exist."""
-    if not path.exists():
-        return None
-    texts = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                texts.append(json.loads(line)["text"])
-                str.encode(texts[-1])  # fails for half a surrogate pair, and for what is no text
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise InputError(f'{path}: line {len(texts) + 1}: {one_line(fault)}; give a line {{"text": "..."}}') from None
-    if len(texts) != count:
-        raise InputError(f"{path} has {len(texts)} lines for {count} vectors; give each its line")
-    return texts
-
-
 def _format(folder: Path, stem: str) -> str | None:
     """Return the ending of the file with this name, npy or parquet; None if there is no such file."""
     given = [kind for kind in ("npy", "parquet") if (folder / f"{stem}.{kind}").exists()]
@@ -157,27 +126,29 @@ def _format(folder: Path, stem: str) -> str | None:
     return given[0] if given else None
 
 
-def _table(path: Path, columns: Mapping[str, str], *roles: str) -> "ParquetFile":
-    from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
-
-    return ParquetFile(path, {f"data.columns.{role}": columns[role] for role in roles})
-
-
 def _read_pair(
     folder: Path, prefix: str, kind: str, memory: VectorMemory, columns: Mapping[str, str], by_id: bool
 ) -> QueryBatch:
     path = named = folder / f"{prefix}queries.{kind}"
     ids: np.ndarray | range | None = memory.ids
+    gains = None
     if kind == "parquet":
-        table = _table(path, columns, "vector", "targets")
+        table = open_table(path, columns, "vector", "targets")
         names, counts = table.ids(columns["targets"])
         targets = np.array([plain_uuid(name) for name in names] if by_id else names, dtype=object)
         queries = torch.from_numpy(table.read())
+        if found := optional_column(table, columns, "gains"):
+            name = f"{path}: column {columns['gains']!r}"
+            if (differ := found[1] != counts).any():
+                row = int(differ.argmax())
+                raise InputError(f"{name}: row {row} has {found[1][row]} for {counts[row]} targets; give each one")
+            gains = checked_gains(found[0], counts, name)
     else:
         named = folder / f"{prefix}targets.npy"
         queries = torch.from_numpy(open_vectors(path, "the vectors of your queries").read())
         array = _read_targets(named, "id" if by_id else "row of corpus.npy", len(queries))
         targets, counts = array[array != -1], (array != -1).sum(axis=1)
+        gains = read_gains(folder / f"{prefix}gains.npy", array != -1)
         ids = ids if by_id else range(memory.given)
     check_vectors(queries, str(path))
     check_dim(queries.shape[1], memory.dim, str(path))
@@ -187,10 +158,16 @@ def _read_pair(
         raise InputError(f"{named}: {matrix}; give each query the rows or ids of its ones alone, padded with -1")
     if (counts == 0).any():
         raise InputError(f"{named}: row {(counts == 0).argmax()} has no target; give it one or remove this query")
+    worth = None
+    if gains is not None:  # the best first, so that of two gains of a row the larger counts
+        table_of_gains = padded(gains, counts)
+        order = np.argsort(-table_of_gains, axis=1, kind="stable")
+        rows, worth = (np.take_along_axis(of, order, axis=1) for of in (rows, table_of_gains))
     rows = memory.rows_of(torch.from_numpy(rows)).numpy()
     for place in range(1, rows.shape[1]):  # a row that a query names twice counts once
         rows[(rows[:, :place] == rows[:, place, None]).any(axis=1), place] = -1
-    return QueryBatch(unit(queries), torch.from_numpy(rows))
+    of_targets = None if worth is None else torch.from_numpy(np.where(rows >= 0, worth, 0))
+    return QueryBatch(unit(queries), torch.from_numpy(rows), gains=of_targets)
 
 
 def _read_targets(path: Path, what: str, queries: int) -> np.ndarray:
@@ -213,7 +190,7 @@ def _read_times(folder: Path, kind: str, columns: Mapping[str, str], count: int)
         raise InputError(f"data.columns.time={column} names a column of .parquet files; write {path} instead")
     else:
         path = folder / "queries.parquet"
-        times = _table(path, columns, "vector", "time").times(column)
+        times = open_table(path, columns, "vector", "time").times(column)
     if times.dtype.kind not in "iufM" or times.shape != (count,):
         found = f"times have shape {times.shape} and type {times.dtype} for {count} queries"
         raise InputError(f"{path}: {found}; give one number a query, (n,)")

@@ -1,8 +1,4 @@
-"""Reader of vectors, ids, targets and times in columns of .parquet files, a block of rows at a time.
-
-Every fault is an InputError that names the file, the row or the column, and the remedy. Importing this module without
-pyarrow raises one too.
-"""
+"""Reader of columns of .parquet files, a block of rows at a time; a fault, or no pyarrow, is an InputError."""
 
 import math
 import uuid
@@ -28,9 +24,8 @@ ROWS_A_BYTE = 1024  # more than even equal vectors reach, run-length encoded and
 
 
 class ParquetFile(ArrayFile):
-    """The vectors in a column of a .parquet file, (n, D), and the ids or times in its other columns.
+    """The vectors in a column of a .parquet file, (n, D), or of a folder of such parts, which are joined by name.
 
-    The path may be a folder of parts, `corpus.parquet/part-0.parquet`, which are joined in the order of their names.
     `columns` has the names of the columns that are read, by the option that gives each; the first holds the vectors.
     """
 
@@ -44,10 +39,12 @@ class ParquetFile(ArrayFile):
         with self._damage_named():
             self._states = [state_of(part.stat()) for part in self.parts]
             self.shape = (sum(_claimed_rows(part, columns) for part in self.parts), 0)
-            kind = pq.read_schema(self.parts[0]).field(self.column).type
+            schema = pq.read_schema(self.parts[0])
+            self.names, kind = schema.names, schema.field(self.column).type
             if not pa.types.is_floating(getattr(kind, "value_type", pa.null())):
-                fault = f"{path}: column {self.column!r} has type {kind}"
-                raise InputError(f"{fault}; give lists of float16, float32 or float64")
+                raise InputError(
+                    f"{path}: column {self.column!r} has type {kind}; give lists of float16, float32 or float64"
+                )
             if not len(self):
                 raise InputError(f"{path} has no rows; write it anew")
             _, first, _ = next(self._values(self.column, 1))
@@ -65,10 +62,7 @@ class ParquetFile(ArrayFile):
                 yield np.array(values.to_numpy(zero_copy_only=False), self.dtype).reshape(-1, self.shape[1])
 
     def ids(self, column: str) -> tuple[list[Any], np.ndarray]:
-        """Return the ids in a column of ids or of lists of ids, row by row, and how many each row has, (n,).
-
-        UUIDs are spelled out. Floats and decimals become integers where that is exact, and stay as they are elsewhere.
-        """
+        """Return the ids in row order, and how many each row has, (n,); whole floats and decimals become integers."""
         ids: list[Any] = []
         counts = []
         with self._damage_named():

@@ -1,8 +1,4 @@
-"""Reader of a Qdrant collection as the memory: its vectors and point ids, read in pages and sorted by id.
-
-Every fault is an InputError that names the setting, the point where there is one, and the remedy. Importing this module
-without qdrant-client raises one too.
-"""
+"""Reader of a Qdrant collection as the memory; a fault, or no qdrant-client, is an InputError."""
 
 import os
 import warnings
@@ -38,35 +34,31 @@ def read_memory(
     collection: str | None,
     vector: str | None = None,
     distance: str | None = None,
+    text: str | None = None,
     **stored: Any,
 ) -> VectorMemory:
     """Read the vectors of a collection as a memory, (N, D), whose rows have the point ids and are sorted by them.
 
-    Give either `path`, the folder of a local storage, which must not be open elsewhere, or the `url` of a server; the
-    key that it may ask for is read from the environment, QDRANT_API_KEY. `vector` names one of several vectors a point.
-
-    Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled out too. Rows are
-    searched by cosine, as the collection does by its own distance if that is Cosine, or Dot or Euclid between vectors
-    of one length; distance="cosine" accepts others too. `stored` may say `dtype` and `mapped` of the memory.
-
-    Raises:
-        InputError: contradictory settings, or a collection that cannot be read or orders otherwise than cosine.
+    Give either `path`, the folder of a local storage that is not open elsewhere, or the `url` of a server, whose key is
+    read from the environment. `vector` names one of several vectors a point, and `text` the field of the payload with
+    the point's text. Ids are integers, or strings that spell UUIDs; in a collection that has both, integers are spelled
+    out too. A collection that orders otherwise than cosine is refused unless distance="cosine". `stored` may say
+    `dtype` and `mapped` of the memory.
     """
     if distance not in (None, "cosine"):
-        raise InputError(
-            f"data.distance={distance} is neither null, the collection's own, nor cosine; give one of them"
-        )
+        raise InputError(f"data.distance={distance} is neither null, the collection's own, nor cosine; give one")
     if (path is None) == (url is None):
         raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
-    where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
-    if path is not None:
-        where, remedy = f"data.path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
     try:
         with closing(_open(path, url)) as client:
-            own, ids, vectors = _read(client, collection, vector)
+            own, ids, vectors, texts = _read(client, collection, vector, text)
     except InputError:
         raise
     except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
+        where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
+        if path is not None:
+            where = f"data.path={path}"
+            remedy = "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
         raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
     if len(set(map(type, ids))) > 1:
         ids = [str(point) for point in ids]
@@ -77,12 +69,14 @@ def read_memory(
     shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
     alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
     if not alike and distance is None:
+        lengths = f"its vectors have lengths from {shortest:.4g} to {longest:.4g}"
+        order_differs = f"searches by {own}, and {lengths}, so that cosine orders them otherwise"
         raise InputError(
-            f"collection {collection} searches by {own}, and its vectors have lengths from {shortest:.4g} to "
-            f"{longest:.4g}, so that cosine orders them otherwise; data.distance=cosine searches by cosine all the same"
+            f"collection {collection} {order_differs}; data.distance=cosine searches by cosine all the same"
         )
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own
+    memory.texts = [texts[row] for row in order] if text is not None else None
     return memory
 
 
@@ -95,8 +89,10 @@ def _open(path: str | None, url: str | None) -> QdrantClient:
         return QdrantClient(path=path)
 
 
-def _read(client: QdrantClient, collection: str | None, vector: str | None) -> tuple[str, list[int | str], np.ndarray]:
-    """Return the distance that the collection searches by, all ids, and all vectors, (N, D) float32."""
+def _read(
+    client: QdrantClient, collection: str | None, vector: str | None, text: str | None
+) -> tuple[str, list[int | str], np.ndarray, list[str]]:
+    """Return the distance that the collection searches by, all ids, all vectors, (N, D) float32, and all texts."""
     if collection is None or not client.collection_exists(collection):
         names = sorted(one.name for one in client.get_collections().collections)  # which a key may forbid
         raise InputError(f"data.collection={collection} does not exist; choose one of: {', '.join(names)}")
@@ -109,13 +105,15 @@ def _read(client: QdrantClient, collection: str | None, vector: str | None) -> t
         fault = f"data.vector={vector} is no vector of collection {collection} of which a point has one"
         raise InputError(f"{fault}; choose one of: {', '.join(filter(None, named)) or 'none with a name'}")
     ids: list[int | str] = []
+    texts: list[str] = []
     pages: list[np.ndarray] = []
     wanted: Any = True if vector is None else [vector]
+    shown: Any = False if text is None else [text]
     offset = None
     with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:
         while offset is not None or not pages:
             points, offset = client.scroll(
-                collection, limit=PAGE, offset=offset, with_payload=False, with_vectors=wanted
+                collection, limit=PAGE, offset=offset, with_payload=shown, with_vectors=wanted
             )
             if not points:
                 break
@@ -123,9 +121,15 @@ def _read(client: QdrantClient, collection: str | None, vector: str | None) -> t
             if lacking := [one.id for one, given in zip(points, vectors, strict=True) if not given]:
                 point = f"collection {collection}: point {lacking[0]}"
                 raise InputError(f"{point} has no vector {vector or ''}; give it one or remove it")
+            if text is not None:
+                said: list[Any] = [(one.payload or {}).get(text) for one in points]
+                if lacking := [one.id for one, words in zip(points, said, strict=True) if not isinstance(words, str)]:
+                    point = f"collection {collection}: point {lacking[0]}"
+                    raise InputError(f"{point} has no text in its field {text!r}; give it one, or leave out data.text")
+                texts += said
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))
     if not pages:
         raise InputError(f"collection {collection} is empty; fill it, or choose another: data.collection=name")
-    return named[vector].distance.value, ids, np.concatenate(pages)
+    return named[vector].distance.value, ids, np.concatenate(pages), texts

@@ -1,7 +1,4 @@
-"""Guard of Qdrant's local storages, whose points are pickles: a storage is opened only if every point is harmless.
-
-A pickle is a program, which may import and call whatever it names. Those of points name two classes and call nothing.
-"""
+"""Guard of Qdrant's local storages: their points are pickles, programs, which may name two classes and call nothing."""
 
 import json
 import pickle
@@ -31,10 +28,7 @@ SCHEMA = {
 
 
 def check_storage(folder: Path) -> None:
-    """Raise an InputError unless the collections of a local storage hold nothing but points; nothing in it is run.
-
-    JSON and sqlite3 raise exceptions of their own for damaged files.
-    """
+    """Raise unless the collections of a local storage hold nothing but points; nothing in it is run."""
     for name in json.loads((folder / "meta.json").read_text())["collections"]:
         path, remedy = folder / "collection" / name / "storage.sqlite", "write the collection anew with qdrant-client"
         if not path.is_file():  # as in older versions, too

@@ -30,6 +30,7 @@ class QueryBatch(NamedTuple):
     queries: Tensor  # (B, D)
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
     words: WordScores | None = None  # what the queries' words match, if there are texts
+    gains: Tensor | None = None  # (B, m) what each target is worth, 0 where there is none; None: all are worth 1
 
 
 def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -53,9 +54,9 @@ def score_blocks(batch: Batch, rows: int) -> list[Batch]:
 
 
 def fingerprint(batch: QueryBatch) -> str:
-    """Return the hash of queries, targets and words: `sha256:` and 64 hexadecimal digits."""
+    """Return the hash of queries, targets, words and gains: `sha256:` and 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for part in (*batch[:2], *(batch.words or ())):
+    for part in (*batch[:2], *(batch.words or ()), *(() if batch.gains is None else (batch.gains,))):
         digest.update(str((part.dtype, tuple(part.shape))).encode())
         digest.update(as_bytes(part))
     return f"sha256:{digest.hexdigest()}"

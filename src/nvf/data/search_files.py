@@ -1,51 +1,71 @@
-"""The files of `nvf.search`: query vectors, .npy or .parquet, and answers, which are written block by block.
+"""The files of `nvf.search`: query vectors, .npy or .parquet, their texts, and answers, written block by block.
 
     .npy      one structured array, (n,): rows (k,) int64 of the memory, probabilities (k,) float32
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
+    .trec     a line an answer, as trec_eval and ir-measures read it: query Q0 id rank score nvf
 
-Answers are best first; `query` counts from 0 in the order of the queries; `ids` are row numbers if the memory has none.
+Answers are best first; `query` counts from 0, and `rank` from 1; `ids` are row numbers if the memory has none.
 """
 
 import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from nvf.data.beside import text_lines
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
+from nvf.files.ids import shown
 from nvf.files.npy import ROWS, ArrayFile, open_vectors
 from nvf.files.vectors import check_largest, largest
 from nvf.models.memory import check_dim
 from nvf.models.pipeline import Hits
 
-ENDINGS = (".npy", ".jsonl")
+ENDINGS = (".npy", ".jsonl", ".trec")
 
 
 def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
     """Open and check the vectors in a .npy file, or in a column of lists in a .parquet file, (n, dim)."""
-    file: ArrayFile
-    if path.suffix == ".npy":
-        file = open_vectors(path, "the vectors of your queries")
-    elif path.suffix == ".parquet":
+    if path.suffix not in (".npy", ".parquet"):
+        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+    if path.suffix == ".parquet":
         from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
 
-        file = ParquetFile(path, {"column": column})
+        file: ArrayFile = ParquetFile(path, {"column": column})
     else:
-        raise InputError(f"{path}: {path.suffix or 'no ending'} is not read; give .npy or .parquet")
+        file = open_vectors(path, "the vectors of your queries")
     check_dim(file.shape[1], dim, str(path))
     check_largest(torch.cat([largest(torch.from_numpy(block)) for block in file.blocks(ROWS)]), str(path))
     return file
 
 
-def check_output(output: Path, queries: Path) -> None:
-    """Raise an InputError unless answers to these queries can be written there; an earlier file may be replaced."""
-    if output.suffix not in ENDINGS or output.is_dir() or output.resolve() == queries.resolve():
+def open_texts(path: Path, count: int, *, known: bool) -> list[str]:
+    """Read the texts of so many queries, a line {"text": ...} each, for a pipeline that has `known` texts."""
+    if not known:
+        fault = "the pipeline was fitted without texts, or bm25s is missing"
+        raise InputError(f"texts={path}: {fault}; leave texts= out")
+    return text_lines(path, count)
+
+
+def check_output(output: Path, *asked: Path | None) -> None:
+    """Raise an InputError unless answers can be written there; a file may be replaced, but not one that is asked."""
+    theirs = {path.resolve() for path in asked if path is not None}
+    if output.suffix not in ENDINGS or output.is_dir() or output.resolve() in theirs:
         raise InputError(
-            f"output={output} is a folder, the file of the queries, or not {' or '.join(ENDINGS)}; rename it"
+            f"output={output} is a folder, a file of the queries, or not {' or '.join(ENDINGS)}; rename it"
         )
+
+
+def check_ids(output: Path, ids: np.ndarray | None) -> None:
+    """Raise an InputError if an id cannot stand in a TREC run, which spaces part into fields."""
+    named = [] if ids is None or output.suffix != ".trec" else ids.tolist()
+    if wrong := [name for name in named if len(str(name).split()) != 1]:
+        fault = f"the id {shown(wrong[0])} is empty or has spaces, which a TREC run cannot hold"
+        raise InputError(f"output={output}: {fault}; give .jsonl")
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
@@ -63,6 +83,25 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
                 file.write(answers.tobytes())
                 continue
             names = (rows if ids is None else ids).tolist()
-            for of_query, shares, query in zip(names, probabilities.tolist(), numbers, strict=False):
-                answer = {"query": query, "ids": of_query, "probabilities": shares}
-                file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            line, shares = (
+                (_run_lines, _descending(probabilities)) if output.suffix == ".trec" else (_answer, probabilities)
+            )
+            for of_query, scores, query in zip(names, shares.tolist(), numbers, strict=False):
+                file.write(line(query, of_query, scores).encode())
+
+
+def _answer(query: int, ids: list[Any], probabilities: list[float]) -> str:
+    return json.dumps({"query": query, "ids": ids, "probabilities": probabilities}, ensure_ascii=False) + "\n"
+
+
+def _run_lines(query: int, ids: list[Any], scores: list[float]) -> str:
+    ranked = enumerate(zip(ids, scores, strict=True), 1)
+    return "".join(f"{query} Q0 {name} {rank} {score} nvf\n" for rank, (name, score) in ranked)
+
+
+def _descending(probabilities: np.ndarray) -> np.ndarray:
+    """Lower each score, (b, k), below the one before it: readers of a TREC run sort by scores, and ties by ids."""
+    scores = np.array(probabilities)
+    for place in range(1, scores.shape[1]):
+        scores[:, place] = np.minimum(scores[:, place], np.nextafter(scores[:, place - 1], np.float32(-np.inf)))
+    return scores

@@ -24,9 +24,8 @@ def deal(
     """Merge identical queries, shuffle them by seed, and deal them to the three splits.
 
     Where `times`, (n,), say when each query was asked, training comes before validation and this before the test; a
-    repeated query counts as of its first time, and the shuffle decides between equal times. Too few distinct queries
-    for three splits are an InputError, which names `path`, the file that holds them. Each split has its queries and the
-    places of their first lines.
+    repeated query counts as of its first time, and the shuffle decides between equal times. Each split has its queries
+    and the places of their first lines.
     """
     by_time = np.arange(len(batch.queries)) if times is None else np.argsort(times, kind="stable")
     if times is not None:
@@ -44,10 +43,7 @@ def deal(
 
 
 def repeats(splits: Mapping[str, QueryBatch]) -> dict[str, int]:
-    """Count, for each pair "a/b" of splits that share queries, those of b that equal one of a in every bit.
-
-    Pairs come in the order train/val, train/test, val/test; those that share nothing are left out.
-    """
+    """Count, for each pair "a/b" of splits that share queries, those of b that equal one of a in every bit."""
     bits = {name: row_hashes(splits[name].queries) for name in SPLITS}
     counts = {f"{a}/{b}": int(np.isin(bits[b], bits[a]).sum()) for a, b in combinations(SPLITS, 2)}
     return {pair: count for pair, count in counts.items() if count}
@@ -60,5 +56,11 @@ def merge(batch: QueryBatch) -> tuple[QueryBatch, np.ndarray]:
     if len(first) == len(query):
         return batch, first
     place, column = np.nonzero(batch.targets.numpy() >= 0)
-    pairs = np.unique([query[place], batch.targets.numpy()[place, column]], axis=1)  # sorted by query
-    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], np.bincount(pairs[0])))), first
+    given = [query[place], batch.targets.numpy()[place, column]]
+    pairs, of_pair = np.unique(given, axis=1, return_inverse=True)  # sorted by query
+    counts, gains = np.bincount(pairs[0]), None
+    if batch.gains is not None:
+        most = np.zeros(pairs.shape[1], np.float32)  # what any of the lines says that the pair is worth
+        np.maximum.at(most, of_pair.reshape(-1), batch.gains.numpy()[place, column])
+        gains = torch.from_numpy(padded(most, counts)).clamp(min=0)
+    return QueryBatch(batch.queries[first], torch.from_numpy(padded(pairs[1], counts)), gains=gains), first

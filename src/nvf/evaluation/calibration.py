@@ -20,6 +20,7 @@ from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the move of keys towards logged queries
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
@@ -39,6 +40,36 @@ def fit_temperature(attention: SoftAttention, batch: QueryBatch) -> None:
         attention.log_beta.add_(math.log(factor))
 
 
+@torch.no_grad()
+def move_keys(
+    attention: SoftAttention, log: QueryBatch, held_out: QueryBatch, *, strengths: Sequence[float] = STRENGTHS
+) -> float:
+    """Move each row's key towards the logged queries that it answers, as far as validates best; return how far.
+
+    A row with n logged queries, z transformed, has delta = strength sum(z - mean of all z) / (n + 1): few queries move
+    it less than many, and what all queries have in common moves none. Half of the keys' hubness is subtracted where
+    strengths are compared, and a strength is not taken that is clearly worse than none on rows without logged queries.
+    """
+    assert attention.delta is not None
+    moved, targets = attention.moved(log.queries), log.targets
+    query, place = (targets >= 0).nonzero(as_tuple=True)
+    rows = targets[query, place]
+    counts = torch.bincount(rows, minlength=len(attention.memory)).unsqueeze(-1)
+    sums = torch.zeros_like(attention.delta).index_add_(0, rows, (moved - moved.mean(dim=0))[query])
+    new = ~((held_out.targets >= 0) & (counts.squeeze(-1) > 0)[held_out.targets]).any(dim=-1)  # (B,)
+    qualities: dict[float, Tensor] = {}
+    for strength in strengths:
+        attention.delta.copy_(strength * sums / (counts + 1))
+        fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
+        found = quality(attention, held_out)
+        if not qualities or not clearly_above(next(iter(qualities.values()))[new], found[new]):
+            qualities[strength] = found
+    attention.bias = None
+    best = max(qualities, key=lambda strength: float(qualities[strength].double().sum()))
+    attention.delta.copy_(best * sums / (counts + 1))
+    return best
+
+
 def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence[str] = CHANNELS) -> None:
     """Set the weights of words to those with the least loss on held-out queries, or to zero if they do not help.
 
@@ -48,7 +79,7 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
     zero = torch.zeros(len(CHANNELS), device=attention.log_beta.device)
     attention.word_weights = zero
     without, parts = quality(attention, held_out), []
-    for queries, targets, words in blocks(held_out, QUERY_BLOCK):
+    for queries, targets, words, _ in blocks(held_out, QUERY_BLOCK):
         assert words is not None
         with torch.no_grad():
             alone = attention.candidates(queries, min(ALONE, len(attention.memory))).rows
@@ -67,7 +98,7 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
         scores = (evidence @ given).masked_fill(padding, -math.inf)
         value = (scores.logsumexp(dim=-1) - mean_of(scores, right)).mean()
         (slope,) = torch.autograd.grad(value, given)
-        return float(value), slope.numpy()
+        return float(value.detach()), slope.numpy()
 
     if len(right):
         bounds = [(1e-3, None), *((0, None if channel in channels else 0) for channel in CHANNELS)]
@@ -85,7 +116,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets, words in score_blocks(batch, len(pipeline.memory)):
+    for queries, targets, words, _ in score_blocks(batch, len(pipeline.memory)):
         top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
         scores.append(pipeline.rerank(queries, top, words))
         labels.append(are_targets(top.rows, targets))
@@ -122,10 +153,10 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
     by, parts = by or criterion(batch.targets), []
-    for queries, targets, words in score_blocks(batch, len(model.memory)):
+    for queries, targets, words, gains in score_blocks(batch, len(model.memory)):
         pipeline = isinstance(model, Pipeline)
         scores = model(queries, words, answer=False).ranking if pipeline else model(queries, words)
-        parts.append(ndcg_of(scores, targets) if by == "ndcg10" else target_ranks(scores, targets) == 1)
+        parts.append(ndcg_of(scores, targets, gains) if by == "ndcg10" else target_ranks(scores, targets) == 1)
     return torch.cat(parts)
 
 

@@ -16,7 +16,7 @@ from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
 from nvf.ops.products import QUERY_BLOCK, inner_products
-from nvf.ops.ranks import DEEPEST, are_targets, ndcg, recall, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, gains_of, ndcg, recall, target_ranks
 from nvf.ops.topk import blockwise_topk, first_topk
 from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
 
@@ -113,7 +113,7 @@ def _answer(
     oracle: Tensor | None,
     hybrid: SoftAttention | None,
 ) -> Outcomes:
-    queries, targets, words = batch
+    queries, targets, words, worth = batch
     rows = model.memory.rows
     scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
     if oracle is not None and oracle is not rows:
@@ -130,9 +130,11 @@ def _answer(
         scores["attention"] = model(queries, words)
         candidates, logits = first_topk(scores["attention"], k), {"attention": scores["attention"]}
     depth = min(max(k, DEEPEST), len(rows))
-    hits = {method: are_targets(first_topk(of_rows, depth), targets) for method, of_rows in scores.items()}
+    best = {method: first_topk(of_rows, depth) for method, of_rows in scores.items()}
+    hits = {method: are_targets(rows_of, targets) for method, rows_of in best.items()}
     ranks = {method: target_ranks(of_rows, targets) for method, of_rows in scores.items()}
-    gains = {method: ndcg(of[:, :DEEPEST], targets) for method, of in hits.items()}
+    found = {method: gains_of(rows_of[:, :DEEPEST], targets, worth) for method, rows_of in best.items()}
+    gains = {method: ndcg(of, targets, worth) for method, of in found.items()}
     recalls = {method: recall(of[:, :k], targets) for method, of in hits.items()}
     if oracle is rows:
         for measure in (ranks, gains, recalls):

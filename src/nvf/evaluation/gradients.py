@@ -32,8 +32,8 @@ def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
 def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[str, Any]:
     """Return norms of the gradient of the model's loss on the first AUDITED queries, frozen parameters included.
 
-    There is one norm for each of PARTS, None if the model lacks the part or the norm is not finite; under `parameters`
-    one for each parameter; `finite`, whether all are; `vanished`, the names of parameters whose norm is zero.
+    Each of PARTS has a norm, None if the model lacks the part or the norm is not finite, and under `parameters` each
+    parameter; `finite` says whether all are, and `vanished` names the parameters whose norm is zero.
     """
     model.eval()
     queries = batch.queries[:AUDITED].clone().requires_grad_(True)

@@ -22,7 +22,7 @@ def table(results: Figures, queries: int) -> str:
     titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
     rows = {"": list(titles.values())}
     for method, name in NAMES.items():
-        if (figures := results["test"][method]) is not None:
+        if (figures := results["test"].get(method)) is not None:
             rows[name] = [in_percent(figures[metric]) for metric in METRICS]
     lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows.items()]
     entries = [name.ljust(26) + text for part in (_figures, _origin) for name, text in part(results)]
@@ -71,6 +71,7 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
         score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]
         told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
         told = told if variant["epochs"] else "exact search"
+        told += f", moved by {variant['key_strength']:g}" if variant.get("key_strength") else ""
         told += f", {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else ""
         yield "stage 1, by validation" if variant["chosen"] else "", f"{percent(score):>5}  {told}"
 
@@ -78,18 +79,15 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
 def remarks(results: Figures) -> list[str]:
     """Return a line, with a remedy, for each thing that went wrong; test figures decide nothing."""
     figures, lines = results["val"], []
-    remedies = {
-        (
-            "pipeline",
-            "attention",
-        ): "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention",
-        ("attention", "exact"): "try attention=linear or attention=residual, or a lower attention.lr",
-    }
-    for methods, remedy in remedies.items():
-        found, bound = (figures[method] and figures[method]["top1"] for method in methods)
-        if found is not None and found["high"] < bound["value"] and figures["oracle"] != figures[methods[1]]:
-            one, other = (f"{NAMES[method]} ({percent(figures[method]['top1']['value'])})" for method in methods)
-            lines.append(f"On validation queries, {one} is below {other}: {remedy}.")
+    alone = "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention"
+    other = "try attention=linear or attention=residual, or a lower attention.lr"
+    for method, bound, remedy in (("pipeline", "attention", alone), ("attention", "exact", other)):
+        if figures[method] is None or figures["oracle"] == figures[bound]:
+            continue
+        found, least = figures[method]["top1"], figures[bound]["top1"]["value"]
+        if found["high"] < least:
+            below = f"{NAMES[method]} ({percent(found['value'])}) is below {NAMES[bound]} ({percent(least)})"
+            lines.append(f"On validation queries, {below}: {remedy}.")
     if (law := results.get("log")) and law["ignored"]:
         reason = "the log spreads queries over items more evenly than chance, so past counts say nothing of future ones"
         lines.append(f"The reranker ignores {', '.join(law['ignored'])}: {reason}.")

@@ -2,9 +2,8 @@
 
     python -m nvf.examples.upstream
 
-Each of 500 rows of a memory has a payload of 8 numbers, which a frozen head computes. The encoder sees each row only
-through a hidden map, with noise. Its loss is how far the head's output for the retrieved vector is from the payload.
-Through the pipeline's soft answer a gradient reaches the encoder; through the row ranked first, none does.
+Each of 500 rows has a payload of 8 numbers, which a frozen head computes. The encoder sees rows by a noisy map, and its
+loss is how far the head's output for the retrieved vector is from the payload. Only the soft answer passes a gradient.
 """
 
 import torch

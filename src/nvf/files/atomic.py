@@ -14,12 +14,8 @@ from nvf.errors import InputError, disk_is_full
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a hidden path to write a file or a folder at, and rename it to `path` if the block ends without an error.
 
-    A file replaces a file, a folder replaces a folder. The content reaches the disk before the renaming, so even after
-    a power failure `path` has either its old or its new content.
-
-    Raises:
-        InputError: the parent folder does not exist.
-        OSError: the disk is full; the error names the path, whichever library was writing.
+    A file replaces a file, a folder replaces a folder. The content reaches the disk first, so even after a power
+    failure `path` has its old or its new content. If the disk is full, the OSError names the path.
     """
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; create it, or give another path")
@@ -46,15 +42,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
     except OSError:
         if not path.is_dir():  # some systems cannot flush a folder
             raise
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """Return the ids, (N,) for N > 0 rows, as int64, uint64 or objects: integers or strings that all differ."""
+    """Return the ids, (N,) for N > 0 rows, as int64 or objects: integers or strings, all different."""
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
@@ -45,9 +45,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
     least, most = int(min(values)), int(max(values))
     if least < -(2**63) or most >= 2**64:
         raise InputError(f"{name}: the ids {shown(least)} to {shown(most)} do not fit into 64 bits; {remedy}")
-    # Without a dtype numpy would take float64, which rounds, if some of them exceed int64.
-    dtype = np.int64 if most < 2**63 else np.uint64 if least >= 0 else object
-    return np.array([int(value) for value in values], dtype=dtype)
+    return np.array([int(value) for value in values], dtype=np.int64 if most < 2**63 else object)
 
 
 def plain_uuid(name: Any) -> Any:
@@ -75,10 +73,9 @@ def write_ids(ids: np.ndarray, path: Path) -> None:
 
 
 def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.ndarray, name: str) -> np.ndarray:
-    """Return the rows, (n, m) int64 padded with -1, that have the ids of the targets, (t,), query by query.
+    """Return the rows, (n, m) int64 padded with -1, of targets, (t,), `counts` a query, (n,), which are ids of rows.
 
-    `counts`, (n,), says how many targets each query has; `ids`, (N,), are those of the rows, or range(N) where targets
-    are row numbers; `name` is the targets' file. A target that is no row's id is an InputError.
+    `ids`, (N,), are those of all rows, or range(N) for row numbers. A target that is no row's id is an InputError.
     """
     if ids is None:
         raise InputError(f"{name} names its targets by id, but the memory has no ids; give it ids")
@@ -91,14 +88,14 @@ def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.
         rows = np.array([row_of.get(value, -1) for value in targets.tolist()], dtype=np.int64)
     if (unknown := rows < 0).any():
         first = int(unknown.argmax())
-        place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
-        fault = f"target {shown(targets.tolist()[first])} is {known} ({unknown.sum()} such targets)"
-        raise InputError(f"{place}: {fault}; correct or remove them")
+        place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}: target"
+        fault = f"{shown(targets.tolist()[first])} is {known} ({unknown.sum()} such targets)"
+        raise InputError(f"{place} {fault}; correct or remove them")
     return padded(rows, counts)
 
 
 def padded(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Lay out values that come query by query, (t,), `counts` a query, (n,), as (n, m), padded with -1."""
-    rows = np.full((len(counts), int(counts.max())), -1)
+    rows = np.full((len(counts), int(counts.max())), -1, values.dtype)
     rows[np.arange(rows.shape[1]) < counts[:, None]] = values
     return rows

@@ -1,48 +1,24 @@
-"""The rows of a memory that stays on disk (data.mapped): a file that is written once and then memory-mapped.
-
-The file is read-only, so that nothing writes to it by mistake. If it is truncated all the same, the process that reads
-the missing rows ends by SIGBUS, which Python cannot catch; after `faulthandler.enable()` it prints a traceback.
-"""
+"""The rows of a memory on disk (data.mapped): a read-only, mapped file. Cutting it kills its readers by SIGBUS."""
 
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.files.records import sha256
 
 State = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class RowsFile:
-    """A file of rows, and its state when it was mapped."""
-
-    path: Path
-    state: State
-
-    def check_unchanged(self) -> None:
-        """Raise an InputError if the file is no longer the one that was mapped."""
-        if not self.path.exists() or state_of(self.path.stat()) != self.state:
-            what = f"{self.path} was changed or removed while its rows were used"
-            raise InputError(f"{what}; start again, and let nothing write to data.mapped")
-
-
 def mapped_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, blocks: Callable[[], Iterable[Tensor]]
-) -> tuple[Tensor, RowsFile]:
-    """Map the rows, (N, D), in the file at `path`.
-
-    The rows' SHA-256 is in a file beside it. If either file is missing or they do not match, the rows are written again
-    from the blocks.
-    """
+) -> tuple[Tensor, State]:
+    """Map rows, (N, D), from a file, written from blocks unless its noted SHA-256 fits; return them and its state."""
     noted = path.with_suffix(".sha256")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # jobs of a sweep may share the rows
@@ -55,8 +31,7 @@ def mapped_rows(
             with atomic_write(noted) as partial:
                 partial.write_text(sha256(path))
         state = state_of(path.stat())
-        rows = torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
-    return rows, RowsFile(path, state)
+        return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape), state
 
 
 def as_bytes(rows: Tensor) -> memoryview:
@@ -65,5 +40,5 @@ def as_bytes(rows: Tensor) -> memoryview:
 
 
 def state_of(status: os.stat_result) -> State:
-    """Return what changes when a file is replaced or written: device, inode, time of the last write, and size."""
+    """Return what changes when a file is replaced or written: device, inode, time of the last write, size."""
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size

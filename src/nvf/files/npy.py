@@ -1,8 +1,4 @@
-"""Arrays in files that are read a block at a time, and the reader of .npy files.
-
-Files are read, never memory-mapped, because the process dies if a mapped file is cut short. No pickle is loaded, and no
-memory is taken that the file's size cannot fill.
-"""
+"""Arrays in files that are read a block at a time, never memory-mapped: cutting a mapped file kills the process."""
 
 import io
 import math
@@ -41,7 +37,7 @@ class ArrayFile:
 
 
 class NpyFile(ArrayFile):
-    """A .npy file of plain values that is as large as its header claims; `what` it holds is said in errors."""
+    """A .npy file of `what`, as large as its header claims, so no memory is taken for what is not there; no pickle."""
 
     def __init__(self, path: Path, what: str) -> None:
         if not path.is_file():
@@ -51,13 +47,12 @@ class NpyFile(ArrayFile):
             with path.open("rb") as file:
                 self._state = state_of(os.fstat(file.fileno()))
                 start = io.BytesIO(file.read(HEADER))
-            read = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
-            self.shape, self._columns_first, self._stored = read[npy_format.read_magic(start)](start)
+            read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
+            self.shape, self._columns_first, self._stored = read[npy_format.read_magic(start)[0]](start)
             self._offset, size = start.tell(), self._state[-1]
             plain = self._stored.kind != "V" and not self._stored.hasobject and min(self.shape) >= 0
             if not plain or math.prod(self.shape) * self._stored.itemsize > size - self._offset:
-                claim = f"its header claims shape {self.shape} and type {self._stored}"
-                raise ValueError(f"{claim}, which {size:,} bytes do not hold, or which are no plain values")
+                raise ValueError(f"{size:,} bytes do not hold plain values, {self.shape} {self._stored}, as it claims")
         except Exception as fault:  # numpy, its tokenizer and Python's parser raise many types for a damaged header
             what = f"is truncated or not a plain .npy array ({one_line(fault)})"
             raise InputError(f"{path} {what}; write it with numpy.save") from None
@@ -87,8 +82,7 @@ class NpyFile(ArrayFile):
 def open_vectors(path: Path, what: str) -> NpyFile:
     """Open a matrix of vectors, (n, D) float16, float32 or float64, whose values are neither read nor checked yet."""
     array = NpyFile(path, what)
-    if len(array.shape) != 2 or 0 in array.shape:
-        raise InputError(f"{path}: shape {array.shape}; give {what} as a non-empty (n, D) matrix")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InputError(f"{path}: type {array.dtype}; give {what} as float16, float32 or float64")
+    if len(array.shape) != 2 or 0 in array.shape or array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        remedy = f"give {what} as a non-empty (n, D) matrix of float16, float32 or float64"
+        raise InputError(f"{path}: shape {array.shape}, type {array.dtype}; {remedy}")
     return array

@@ -1,11 +1,7 @@
-"""JSON files that may be damaged or made by others: reading, writing and hashing them.
-
-Hashes find damage, not forgery: whoever can write a file can also write its hash.
-"""
+"""JSON files that may be damaged: reading, writing and hashing them. Hashes find damage, not forgery."""
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,30 +18,19 @@ def own_file(path: Path) -> bool:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file, whose numbers must be finite and whose integers must fit into 64 bits.
-
-    Raises:
-        ValueError: anything else, or an object that is too large or nested too deeply.
-        OSError: the file cannot be read.
-    """
+    """Read the object in a JSON file; a ValueError for anything else, too much of it, or a number beyond 64 bits."""
     if not path.is_file():
         raise ValueError(f"{path.name} is no regular file")
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size} bytes, more than {LARGEST}")
-    text = path.read_text(encoding="utf-8")
     try:
-        record = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
+        record = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
+        json.dumps(record, allow_nan=False)  # a ValueError for a number that is not finite
     except (RecursionError, MemoryError) as fault:
         raise ValueError(f"{path.name} is too deep or too large ({type(fault).__name__})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path.name} holds no object but {type(record).__name__}")
     return record
-
-
-def _number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"it holds {text}")
-    return number
 
 
 def _integer(text: str) -> int:
@@ -61,9 +46,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_settings(settings: Any) -> None:
-    """Raise a ValueError unless settings that were read from JSON are short plain text that a message can quote."""
-    text = json.dumps(settings)
-    if len(text) > LONGEST or "\\" in text:  # JSON escapes every character that is not plain ASCII
+    """Raise a ValueError unless settings that were read from JSON are short plain ASCII, which a message can quote."""
+    if len(text := json.dumps(settings)) > LONGEST or "\\" in text:  # JSON escapes other characters
         raise ValueError(f"its settings are longer than {LONGEST} characters, or not of plain characters")
 
 

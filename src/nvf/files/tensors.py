@@ -23,11 +23,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights into a model; a model on the meta device, which has no memory yet, keeps copies of them.
-
-    Raises:
-        ValueError: the names, shapes or kinds of numbers are not the model's, or a number is not finite.
-    """
+    """Load finite weights of the model's names and shapes, or raise a ValueError; a meta model keeps copies of them."""
     mine = model.state_dict()
     if strange := sorted(map(str, mine.keys() ^ weights.keys())):
         raise ValueError(f"{strange[0]} is missing or unknown among the weights")

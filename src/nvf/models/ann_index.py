@@ -1,11 +1,10 @@
 """An approximate first stage: about the best rows for stage 1, from a FAISS index over its keys.
 
-FAISS is the extra `nvf[faiss]`, imported on first use. Its wheel brings an OpenMP runtime of its own. On Linux it uses
-torch's if torch is imported first, as here; in the other order both have their own, and threads are set in both. On
-macOS two may crash with `OMP: Error #15` (github.com/faiss-wheels/faiss-wheels/issues/73): use conda-forge's packages.
+FAISS is the extra `nvf[faiss]`, imported on first use. Its wheel may bring an OpenMP runtime beside torch's, so threads
+are set in both; on macOS two may crash (github.com/faiss-wheels/faiss-wheels/issues/73): use conda-forge's packages.
 
-FAISS trusts its own files: a forged one could lead a search out of its memory. So an index is saved as plain tensors
-without its keys, every number that a search follows is checked when they are read, and the keys are the pipeline's.
+FAISS trusts its own files: a forged one could lead a search out of its memory. So an index is saved as plain tensors,
+and every number that a search follows is checked when they are read.
 """
 
 import logging
@@ -41,15 +40,10 @@ GATHERED = 2**22  # numbers of gathered keys held at a time
 
 
 class Index:
-    """A FAISS index of inner products over N keys, (N, D'), from `build_index` or `read_index`.
-
-    It holds FAISS's own object, its kind, `ivf` or `hnsw`, and all settings of that kind.
-    """
+    """A FAISS index of inner products over N keys, (N, D'), with its kind, `ivf` or `hnsw`, and all its settings."""
 
     def __init__(self, made: Any, kind: str, settings: Mapping[str, Any]) -> None:
-        self.kind = kind
-        self.settings = dict(settings)
-        self._made = made
+        self.kind, self.settings, self._made = kind, dict(settings), made
         if kind == "ivf":
             made.nprobe = settings["nprobe"]
         else:
@@ -69,10 +63,8 @@ class Index:
     def check_fits(self, keys: Tensor) -> None:
         """Raise an InputError unless the index has as many keys, as wide as these."""
         if (len(self), self._made.d) != tuple(keys.shape):
-            raise InputError(
-                f"the index has {len(self)} keys of width {self._made.d}, but the pipeline {len(keys)} of width "
-                f"{keys.shape[1]}; build it from the pipeline's own keys"
-            )
+            has = f"{len(self)} keys of width {self._made.d}, but the pipeline {len(keys)} of width {keys.shape[1]}"
+            raise InputError(f"the index has {has}; build it from the pipeline's own keys")
 
     def write(self, path: Path) -> dict[str, Any]:
         """Write what the index adds to its keys, and return what `read_index` needs to know beside the file."""
@@ -81,11 +73,10 @@ class Index:
 
 
 def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Index | None:
-    """Build an index over a pipeline's keys: `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
+    """Build an index over keys, (N, D'): `pipeline.index = build_index(pipeline.attention.keys(), "hnsw")`.
 
-    Keys are (N, D') of any float type; settings replace those in KINDS. `flat` is exact search, which needs no index:
-    None is returned. The same keys make the same `ivf`, and with one thread the same `hnsw`; several threads insert
-    keys in varying order. An unknown kind or setting, a value out of its limits, or no FAISS raise an InputError.
+    Settings replace those in KINDS. `flat` is exact search, which needs no index: None is returned. The same keys make
+    the same `ivf`, and with one thread the same `hnsw`; several threads insert keys in varying order.
     """
     count, dim = keys.shape
     check_index({"kind": kind, **settings}, rows=count)
@@ -110,39 +101,28 @@ def build_index(keys: Tensor, kind: str = "hnsw", **settings: int | None) -> Ind
 
 
 def check_index(settings: Mapping[str, Any], *, rows: int, fits: Sequence[str] = ("reranker",)) -> None:
-    """Raise an InputError unless an index of N rows can be built with these settings: `kind`, and some of its own.
-
-    A run that `fits` no reranker has no pipeline whose search would use the index.
-    """
-    given = {name: value for name, value in settings.items() if name != "kind"}
+    """Raise an InputError unless a run that `fits` these stages can build an index of N rows with these settings."""
     if (kind := settings["kind"]) not in KINDS:
         raise InputError(f"index.kind={kind} is unknown; choose one of {', '.join(KINDS)}")
-    for name, value in given.items():
+    for name in settings.keys() - {"kind"}:
         if name not in KINDS[kind]:
             has = ", ".join(KINDS[kind]) or "none"
             raise InputError(f"index.{name} is no setting of index={kind}; its settings: {has}")
-        if name != "nlist" or value is not None:
+        if (value := settings[name]) is not None or name != "nlist":
             limits = {"minimum": 2, "below": LARGEST_M + 1} if name == "m" else {"minimum": 1}
             remedy = f"{KINDS[kind][name] or 'null'} is the default"
             check_number(f"index.{name}", value, **limits, whole=True, remedy=remedy)
-    if (given.get("nlist") or 0) > rows:
-        raise InputError(f"index.nlist={given['nlist']} exceeds the memory's {rows} rows; lower it, or give null")
-    if kind == "flat":
-        return
-    if "reranker" not in fits:
-        raise InputError(
-            f"index={kind} is for the search of a pipeline, which stage=attention does not make; "
-            "choose stage=reranker, or index=flat"
-        )
-    _faiss()
+    if (nlist := settings.get("nlist") or 0) > rows:
+        raise InputError(f"index.nlist={nlist} exceeds the memory's {rows} rows; lower it, or give null")
+    if kind != "flat":
+        if "reranker" not in fits:
+            what = f"index={kind} is for the search of a pipeline, which stage=attention does not make"
+            raise InputError(f"{what}; choose stage=reranker, or index=flat")
+        _faiss()
 
 
 def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | None:
-    """Make an index again from the pipeline's keys, the file that `write` wrote, and what it returned about it.
-
-    Without FAISS the result is None, with a warning: search is then exact. A file that is missing, is not the one that
-    was written, or is no such index over so many keys raises an InputError.
-    """
+    """Make an index again from keys, its file and what `write` returned; without FAISS it is None, with a warning."""
     remedy = "save the pipeline again, or search exactly with index=flat, Pipeline.load(..., index=False)"
     if not own_file(path):
         raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
@@ -168,16 +148,14 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
 def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> TopK:
     """Return about what `blockwise_topk(queries, keys, k, logsumexp=True)` does, from an index of the keys.
 
-    The rows are about the k best, with their exact scores, from the keys; queries for which the index finds fewer than
-    k rows are answered exactly. The sum of exp(score) is exact over the rows returned, and over the other rows R it is
-    estimated without bias from those of a fixed uniform sample, S, that are among them: (|R| / |S|) sum over S. The
-    expectation of its logarithm, which is returned, is a little too low.
+    The rows are about the k best, with exact scores; queries for which the index finds fewer are answered exactly. The
+    sum of exp(score) is exact over these rows; over the others, R, it is estimated without bias from those in a fixed
+    uniform sample, S, as (|R| / |S|) sum over S. The expectation of its logarithm, which is returned, is a little low.
     """
     if k >= min(SAMPLE, len(keys)):
         return blockwise_topk(queries, keys, k, logsumexp=True)
     _, rows = index.search(queries, k)
-    short = (rows < 0).any(dim=-1)
-    if short.any():
+    if (short := (rows < 0).any(dim=-1)).any():
         rows[short] = blockwise_topk(queries[short], keys, k).rows
     rows = rows.sort(dim=-1).values  # so that of equal scores the smallest rows come first
     size = max(1, GATHERED // (k * keys.shape[1]))
@@ -217,17 +195,12 @@ def _unpacked_ivf(tensors: dict[str, Tensor], settings: dict[str, Any], keys: np
     quantizer.add(centroids)
     made = faiss.IndexIVFFlat(quantizer, dim, nlist, faiss.METRIC_INNER_PRODUCT)
     made.is_trained = True
-    for start in range(0, count, BLOCK):
-        some, of_some = keys[start : start + BLOCK], cells[start : start + BLOCK]
-        made.add_core(len(some), faiss.swig_ptr(some), None, faiss.swig_ptr(of_some))
+    made.add_core(count, faiss.swig_ptr(keys), None, faiss.swig_ptr(cells))
     return made
 
 
 def _packed_hnsw(made: Any) -> dict[str, Tensor]:
-    """Return each key's number of levels, (N,), its neighbours level by level, and the key where searches begin.
-
-    The neighbours of all keys are one list, in which -1 stands for none.
-    """
+    """Return each key's number of levels, (N,), all neighbours, by key and level, -1 for none, and the first key."""
     graph, arrays = made.hnsw, _faiss().vector_to_array
     levels, neighbors = torch.from_numpy(arrays(graph.levels)), torch.from_numpy(arrays(graph.neighbors))
     return {"levels": levels, "neighbors": neighbors, "entry": torch.tensor([graph.entry_point], dtype=torch.int32)}
@@ -245,14 +218,11 @@ def _unpacked_hnsw(tensors: dict[str, Tensor], settings: dict[str, Any], keys: n
     if levels[entry[0]] != levels.max():
         raise ValueError("entry is no key of the highest level")
     for level in range(levels.max()):
-        present = np.flatnonzero(levels > level)
         slots = np.arange(starts[level], starts[level + 1])
-        for start in range(0, len(present), BLOCK):
-            theirs = neighbors[offsets[present[start : start + BLOCK], None] + slots]
-            if (levels[theirs] <= level)[theirs >= 0].any():  # a search would read slots that they do not have
-                raise ValueError(f"neighbors of level {level} are not all on that level")
-    for start in range(0, count, BLOCK):
-        faiss.downcast_index(made.storage).add(keys[start : start + BLOCK])
+        theirs = neighbors[offsets[:-1][levels > level, None] + slots]
+        if (levels[theirs] <= level)[theirs >= 0].any():  # a search would read slots that they do not have
+            raise ValueError(f"neighbors of level {level} are not all on that level")
+    faiss.downcast_index(made.storage).add(keys)
     for name, array in (("levels", levels), ("offsets", offsets.astype(np.uint64)), ("neighbors", neighbors)):
         faiss.copy_array_to_vector(array, getattr(made.hnsw, name))
     made.hnsw.entry_point, made.hnsw.max_level = int(entry[0]), int(levels.max()) - 1
@@ -264,8 +234,7 @@ def _taken(
     tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, least: int = 0, end: int = 0
 ) -> np.ndarray:
     """Return the tensor's array; a ValueError for another shape or type, or values outside least..end - 1."""
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+    if (tensor := tensors.get(name)) is None or tensor.shape != shape or tensor.dtype != dtype:
         found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} is {found}, but should be {shape} {dtype}")
     array = tensor.contiguous().numpy()
@@ -283,7 +252,5 @@ def _faiss() -> Any:
     try:
         return import_module("faiss")
     except ImportError as fault:
-        raise InputError(
-            f"an index needs FAISS, which cannot be imported ({one_line(fault)}); "
-            "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
-        ) from None
+        remedy = "pip install -e '.[faiss]' in NVF's folder, or search exactly with index=flat"
+        raise InputError(f"an index needs FAISS, which cannot be imported ({one_line(fault)}); {remedy}") from None

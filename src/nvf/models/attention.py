@@ -17,8 +17,9 @@ from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.topk import TopK, blockwise_topk
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
-KEYS = ("frozen", "learned")
+KEYS = ("frozen", "moved", "learned")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LISTED_AT_ONCE = 2**24  # numbers in the keys of rows that words list, held at once; 64 MB of float32
 AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
 
 
@@ -58,8 +59,9 @@ class SoftAttention(nn.Module):
 
     beta = exp(log_beta) is learned, so that the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
-    the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; the values V stay
-    frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero until it is set.
+    the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; with "moved" delta
+    is set from a log instead. The values V stay frozen. The bias b, one number a row, corrects hubs; it exists if
+    `biased`, and is zero until it is set.
 
     If `worded`, a query's `WordScores` s, (B, N, 2) but for the rows with scores of zero, are evidence too: the logits
     are then beta (z K^T + b + s w). The weights w, (2,), are at least zero, and zero until they are set; s is constant.
@@ -103,7 +105,10 @@ class SoftAttention(nn.Module):
             self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
-        self.delta = nn.Parameter(torch.zeros_like(memory.rows, dtype=torch.float32)) if keys == "learned" else None
+        self.delta: nn.Parameter | None = None
+        if keys != "frozen":
+            start = torch.zeros_like(memory.rows, dtype=torch.float32)
+            self.delta = nn.Parameter(start, requires_grad=keys == "learned")
         self.register_buffer("bias", nothing if biased else None)
         self.register_buffer("word_weights", nothing.new_zeros(len(CHANNELS)) if worded else None)
         hidden = None if hidden is None else int(hidden)
@@ -173,17 +178,16 @@ class SoftAttention(nn.Module):
 
     def total(self, projected: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the log-sum-exp of all logits, (B,), differentiable once, without ever holding (B, N)."""
-        return self._plus_words_total(logsumexp(projected, self.keys()), projected, words)
-
-    def _plus_words_total(self, total: Tensor, projected: Tensor, words: WordScores | None) -> Tensor:
-        """Return a log-sum-exp over all rows with what words add to it: sum exp(logit) (exp(bonus) - 1)."""
+        total = logsumexp(projected, self.keys())
         if words is None or self.word_weights is None:
             return total
-        bonus = self.word_bonus(words.scores).to(total.dtype)
-        some = bonus > 0
-        bonus = bonus.where(some, 1.0)
-        added = self.logits_of(projected, words.rows) + bonus + (-(-bonus).exp()).log1p()  # log(exp(bonus) - 1)
-        return total.logaddexp(added.masked_fill(~some, -math.inf).logsumexp(dim=-1))
+        return _plus_words_total(total, self._listed(projected, words), self.word_bonus(words.scores))
+
+    def _listed(self, projected: Tensor, words: WordScores) -> Tensor:
+        """Return the logits without words of the rows that the words list, (B, L); blocks bound the keys held."""
+        size = max(1, LISTED_AT_ONCE // (words.rows.shape[1] * projected.shape[1]))
+        blocks = zip(projected.split(size), words.rows.split(size), strict=True)
+        return torch.cat([self.logits_of(*block) for block in blocks])
 
     def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
         return self.plus_words(inner_products(self.project(queries), self.keys()), words)  # (B, N)
@@ -222,14 +226,14 @@ class SoftAttention(nn.Module):
         """
         if words is None or self.word_weights is None:
             return top
-        listed = self.logits_of(projected, words.rows, words)
+        listed, bonus = self._listed(projected, words), self.word_bonus(words.scores)
         again = (top.rows.unsqueeze(-1) == words.rows.unsqueeze(1)).any(dim=-1)  # (B, k)
         rows = torch.cat([top.rows, words.rows.clamp(min=0)], dim=-1)
-        scores = torch.cat([top.scores.masked_fill(again, -math.inf), listed.to(top.scores.dtype)], dim=-1)
+        scores = torch.cat([top.scores.masked_fill(again, -math.inf), (listed + bonus).to(top.scores.dtype)], dim=-1)
         rows, order = rows.sort(dim=-1)  # so that of equal scores the smallest rows come first
         scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         k = top.rows.shape[1]
-        total = None if top.logsumexp is None else self._plus_words_total(top.logsumexp, projected, words)
+        total = None if top.logsumexp is None else _plus_words_total(top.logsumexp, listed, bonus)
         return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total)
 
 
@@ -241,6 +245,15 @@ def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
     if queries.shape[-1:] != (dim,) or queries.dtype not in FLOATS:
         raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; {remedy}")
     return queries
+
+
+def _plus_words_total(total: Tensor, logits: Tensor, bonus: Tensor) -> Tensor:
+    """Add to a log-sum-exp, (B,), what a bonus on some of its logits, (B, L), adds: exp(logit) (exp(bonus) - 1)."""
+    bonus = bonus.to(total.dtype)
+    some = bonus > 0
+    bonus = bonus.where(some, 1.0)
+    added = logits + bonus + (-(-bonus).expm1()).log()  # log(exp(bonus) - 1), for small and large ones
+    return total.logaddexp(added.masked_fill(~some, -math.inf).logsumexp(dim=-1))
 
 
 def attention_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -47,11 +47,10 @@ def shared_out(log_attention: Tensor, scores: Tensor) -> Tensor:
 def exact(log_attention: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
     """Return the log-probabilities of all rows, (B, N): the candidates share their mass out, the others keep theirs.
 
-    The candidates are rows with scores, (B, k) each; `log_attention` is (B, N), stage 1's log-probabilities. The
-    gradient does not see that another row may become a candidate; between these jumps it is exact.
+    The candidates are rows with scores, (B, k); `log_attention` is (B, N), stage 1's. The gradient is exact but for the
+    jumps where another row becomes a candidate.
     """
-    inside = shared_out(log_attention.gather(-1, rows), scores)
-    return log_attention.scatter(-1, rows, inside)
+    return log_attention.scatter(-1, rows, shared_out(log_attention.gather(-1, rows), scores))
 
 
 def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temperature: float) -> Tensor:
@@ -59,11 +58,9 @@ def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temp
 
     The threshold's logarithm is logistic around the midpoint between the k-th and the next row's: row i is a candidate
     with the probability m_i = sigmoid((log a_i - midpoint) / temperature), and the first j rows are the candidates with
-    the probability m_j - m_{j+1}. The average over j needs no sampling, sums to one, is continuous where rows
-    change places, and tends to `exact` as the temperature tends to zero.
-
-    `rows` are (B, w), w > k, in descending order of attention, with scores (B, w); no other row is ever a candidate.
-    The temperature is above 0, in units of the logits.
+    the probability m_j - m_{j+1}. The average over j needs no sampling, sums to one, is continuous where rows change
+    places, and tends to `exact` as the temperature, in units of the logits, tends to zero. `rows` are (B, w), w > k,
+    best first, with scores (B, w); no other row is ever a candidate.
     """
     ours = log_attention.gather(-1, rows)  # (B, w)
     degree = (ours - ours[..., k - 1 : k + 1].mean(dim=-1, keepdim=True)) / temperature

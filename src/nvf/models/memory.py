@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.ids import checked_ids
-from nvf.files.mapped_rows import RowsFile, as_bytes, mapped_rows
+from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
 from nvf.files.npy import ArrayFile
 from nvf.files.vectors import BLOCK, check_largest, check_vectors, largest
 from nvf.ops.random_streams import stream
@@ -23,27 +23,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class VectorMemory(nn.Module):
-    """N frozen unit rows, (N, D), made from vectors of any length and any float type.
+    """N frozen unit rows, (N, D), made from vectors of any length and any float type; bad ones are an InputError.
 
     The rows are a non-persistent buffer: they follow the module to a device but stay out of checkpoints, which name
     their memory by its `fingerprint`, the SHA-256 of the vectors as given.
 
     Args:
         vectors: (N, D), or a file of them, of which one block is held at a time.
-        ids: what the user calls the vectors, an integer or a string each; no part of the fingerprint.
+        ids: what the user calls the vectors, different integers or strings; no part of the fingerprint.
         dtype: of the rows, float32, float16 or bfloat16; what is computed with them is float32.
         mapped: a folder for a file of the rows, from which they are read when needed; None keeps them in memory.
         distinct: whether vectors whose rows are equal in every bit become one row, so that N counts different rows.
-
-    Raises:
-        InputError: no matrix of floats, a row that is zero or not finite, an unknown dtype, a folder that cannot be
-            written, a file that changes meanwhile, or ids that are not one a row, of one type and all different.
     """
 
     rows: Tensor
     row_of_vector: Tensor | None  # the row of each given vector, int64; None where each has a row of its own
     vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
-    file: RowsFile | None = None  # the file from which the rows are mapped
+    file: tuple[Path, State] | None = None  # the file from which the rows are mapped, and its state then
+    texts: list[str] | None = None  # of the vectors as they were given, if these come with texts
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
@@ -58,7 +55,7 @@ class VectorMemory(nn.Module):
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"data.dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
-        shape, kind = _shape_and_type(vectors)
+        shape, kind = tuple(vectors.shape), _torch_type(vectors)
         if len(shape) != 2 or not kind.is_floating_point or 0 in shape:
             raise InputError(f"memory has shape {shape} and type {kind}; give non-empty floats, (N, D)")
         self.ids = None if ids is None else checked_ids(ids, shape[0], "memory")
@@ -126,7 +123,7 @@ class VectorMemory(nn.Module):
 
     @property
     def given(self) -> int:
-        """How many vectors were given, equal ones included."""
+        """The number of vectors as given, equal ones included."""
         return len(self) if self.row_of_vector is None else len(self.row_of_vector)
 
     @property
@@ -144,8 +141,10 @@ class VectorMemory(nn.Module):
 
     def check_unchanged(self) -> None:
         """Raise an InputError if the rows are mapped from a file that has changed since."""
-        if self.file is not None:
-            self.file.check_unchanged()
+        path, state = self.file or (None, None)
+        if path and not (path.exists() and state_of(path.stat()) == state):
+            what = f"{path} was changed or removed while its rows were used"
+            raise InputError(f"{what}; start again, and let nothing write to data.mapped")
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the vectors of some rows, (...) -> (..., D), in float32 if they are kept in less."""
@@ -159,10 +158,7 @@ class VectorMemory(nn.Module):
 
 @torch.no_grad()
 def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
-    """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta, in blocks.
-
-    Searches return a hub too often; query-bank normalisation (arXiv 2112.12777) subtracts a share of this from scores.
-    """
+    """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta (arXiv 2112.12777)."""
     total = blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp
     assert total is not None
     return (total - math.log(len(queries))) / beta
@@ -171,20 +167,14 @@ def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
 @torch.no_grad()
 def neighbours(keys: Tensor, count: int) -> Tensor:
     """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, without itself."""
-    size, rows = max(1, BLOCK // max(count + 1, keys.shape[1])), []
-    for block, own in zip(keys.split(size), torch.arange(len(keys), device=keys.device).split(size), strict=True):
-        best = blockwise_topk(block, keys, count + 1).rows
-        itself = best == own.unsqueeze(-1)
-        itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
-        rows.append(best[~itself].view(len(block), count).int())
-    return torch.cat(rows)
+    best = blockwise_topk(keys, keys, count + 1).rows
+    itself = best == torch.arange(len(keys), device=keys.device).unsqueeze(-1)
+    itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
+    return best[~itself].view(-1, count).int()
 
 
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
-
-    Memory, search, layer and baseline all normalise here, so that one query has one vector and ties break alike.
-    """
+    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
     return F.normalize((wide / largest.masked_fill(largest == 0, 1)).to(dtype), dim=-1)
@@ -204,14 +194,12 @@ def factorize(values: np.ndarray) -> np.ndarray:
     return first.argsort().argsort()[group]
 
 
-def _shape_and_type(vectors: Tensor | ArrayFile) -> tuple[tuple[int, ...], torch.dtype]:
-    sample = vectors if isinstance(vectors, Tensor) else torch.from_numpy(np.empty(0, vectors.dtype))
-    return tuple(vectors.shape), sample.dtype
+def _torch_type(vectors: Tensor | ArrayFile) -> torch.dtype:
+    return vectors.dtype if isinstance(vectors, Tensor) else torch.from_numpy(np.empty(0, vectors.dtype)).dtype
 
 
 def _digest(vectors: Tensor | ArrayFile) -> Any:
-    shape, kind = _shape_and_type(vectors)
-    return hashlib.sha256(f"{kind} {shape}".encode())
+    return hashlib.sha256(f"{_torch_type(vectors)} {tuple(vectors.shape)}".encode())
 
 
 def _unit_blocks(
@@ -228,8 +216,7 @@ def _unit_blocks(
 
 def _mapped(
     vectors: Tensor | ArrayFile, content: str, dtype: str, folder: Path, vector_of_row: Tensor | None
-) -> tuple[Tensor, RowsFile]:
-    """Map the unit rows of vectors with this hash from a file in the folder, which is written unless it exists."""
+) -> tuple[Tensor, tuple[Path, State]]:
     kept = torch.full((len(vectors),), vector_of_row is None)
     if vector_of_row is not None:
         kept[vector_of_row.cpu()] = True
@@ -242,9 +229,10 @@ def _mapped(
         if digest.hexdigest() != content:
             raise InputError("the vectors changed while they were read; start again when nothing writes to them")
 
-    name = f"{content}-{dtype}{'' if vector_of_row is None else '-distinct'}.rows"
+    path = folder / f"{content}-{dtype}{'' if vector_of_row is None else '-distinct'}.rows"
     try:
-        return mapped_rows(folder / name, (int(kept.sum()), vectors.shape[1]), DTYPES[dtype], blocks)
+        rows, state = mapped_rows(path, (int(kept.sum()), vectors.shape[1]), DTYPES[dtype], blocks)
+        return rows, (path, state)
     except (OSError, RuntimeError) as fault:
         raise InputError(
             f"data.mapped={folder} cannot hold the rows ({one_line(fault)}); name another folder, or null"

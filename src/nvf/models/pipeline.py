@@ -244,7 +244,7 @@ class Pipeline(nn.Module):
         if texts is None:
             return None
         if self.words is None:
-            raise InputError("the pipeline was fitted without texts; search without texts, or fit it with them")
+            raise InputError("the pipeline was fitted without texts, or bm25s is missing; search without texts")
         if isinstance(texts, str) or len(texts) != len(queries) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{len(texts)} texts are not one string for each of {len(queries)} queries; give as many")
         device = self.memory.rows.device

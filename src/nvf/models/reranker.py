@@ -19,8 +19,7 @@ class Reranker(nn.Module):
 
     `mlp` scores by Linear-ReLU-Dropout-Linear-ReLU-Linear alone. `residual` adds what stage 1 knows:
     w_a logit + w_c beta cos(q, c) + mlp. At the start w_a = 1 and w_c and the last layer are zero, which is stage 1's
-    order. The last layer has no bias, since a constant for all candidates changes no softmax. An unknown kind, widths
-    that are not two, or a dropout outside [0, 1) raise an InputError.
+    order. The last layer has no bias, since a constant for all candidates changes no softmax.
     """
 
     def __init__(self, dim: int, *, kind: str = "mlp", hidden: Sequence[int] = (128, 64), dropout: float = 0.1) -> None:
@@ -36,10 +35,7 @@ class Reranker(nn.Module):
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
 
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
-        """Return the scores, (B, k), of unit candidates, (B, k, D), for unit queries, (B, D).
-
-        Stage 1's logits are (B, k); its inverse temperature beta brings the cosine to their scale.
-        """
+        """Return scores, (B, k), of unit candidates, (B, k, D), with stage 1's logits, (B, k), for queries, (B, D)."""
         queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
         scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
         if self.kind == "residual":
@@ -54,10 +50,7 @@ class Reranker(nn.Module):
             weight.mul_(factor)
 
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Return W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b.
-
-        The (B, k, 4D) tensor of the concatenated features is never built.
-        """
+        """Return W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b."""
         w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
         from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
         outputs = F.linear(candidates, w_candidate - w_difference) + from_query.unsqueeze(1)  # (B, k, hidden)
@@ -66,10 +59,7 @@ class Reranker(nn.Module):
 
 
 class EvidenceReranker(nn.Module):
-    """Scores logit + w x + mlp(x), (B, k), where x is the candidates' evidence, standardised over training candidates.
-
-    At the start w and the network's last layer are zero, which is stage 1's order.
-    """
+    """Scores logit + w x + mlp(x), (B, k), from candidates' standardised evidence x; at the start, stage 1's order."""
 
     starts_at_stage_one = True
     mean: Tensor
@@ -106,7 +96,6 @@ class EvidenceReranker(nn.Module):
 
 
 def _settings(kind: str, hidden: Sequence[int], dropout: float) -> dict[str, Any]:
-    """Return the settings as plain values, or raise an InputError for those that make no network."""
     check_number("reranker.dropout", dropout, minimum=0, below=1, remedy="0.1 is the usual value")
     if not isinstance(hidden, list | tuple) or len(hidden) != 2:
         raise InputError(f"reranker.hidden={hidden} is not two widths; [128, 64] is the default")
@@ -125,9 +114,9 @@ def _network(hidden: Sequence[int], dropout: float, *, zero: bool, inputs: int |
 
 
 def reranker_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """-log of the probability of a right candidate, mean over these and over the valid samples; zero if none is valid.
+    """-log of the probability of a right candidate, mean over these and over the samples that have any; else zero.
 
-    Labels are (B, k) bool, true where the candidate is right, as the scores are; a sample is valid if any is.
+    Scores are (B, k), and so are labels, bool, true where the candidate is right.
     """
     valid = labels.any(dim=-1)
     right = scores.masked_fill(~labels, 0).sum(dim=-1) / labels.sum(dim=-1).clamp(min=1)

@@ -1,7 +1,4 @@
-"""A pipeline's folder on disk: settings and hashes in config.json, tensors in safetensors, and ids and an index if any.
-
-Nothing in a folder can run code, take more room than its files have, or have files elsewhere read.
-"""
+"""A pipeline's folder: config.json, tensors, ids, an index. Nothing in it runs code or has files elsewhere read."""
 
 import json
 import os
@@ -59,7 +56,7 @@ def save(folder: Path, pipeline: Any) -> None:
         }
         if pipeline.words is not None:
             pipeline.words.save(partial / WORDS)
-        config["words"] = None if pipeline.words is None else pipeline.words.settings
+        config["words"] = pipeline.words is not None
         config["sha256"] = {name: sha256(partial / name) for name in _hashed(partial, config)}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
@@ -83,7 +80,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
             reranker, evidence = _second_stage(
                 memory, config["reranker"], weights, worded=config["attention"].get("worded", False)
             )
-        words = None if config["words"] is None else Words.load(folder / WORDS, config["words"], len(memory))
+        words = Words.load(folder / WORDS, len(memory)) if config["words"] else None
         pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         pipeline.words = words
         fill(pipeline, weights)
@@ -99,7 +96,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
 
 def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
     """Name the files whose hashes config.json has; that of the index is among its settings."""
-    words = sorted((folder / WORDS).rglob("*.*")) if config["words"] is not None else []
+    words = sorted((folder / WORDS).rglob("*.*")) if config["words"] else []
     ids = [IDS_FILE] if config["ids"] else []
     return [*FILES[1:], *ids, *(path.relative_to(folder).as_posix() for path in words)]
 
@@ -107,16 +104,14 @@ def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
 def _check_replaceable(folder: Path) -> None:
     """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} exists and is not a pipeline folder; choose another path")
-    if others := sorted(names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))):
-        raise InputError(f"{folder} holds {others[0]}, which is no pipeline's; move it, or choose another path")
+    others = names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))
+    if others or len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and is not a pipeline folder, or holds other files; choose another path")
 
 
 def _check_own(path: Path) -> None:
     if not own_file(path):
-        remedy = f"a pipeline folder holds {', '.join(FILES)}; {SAVE_AGAIN}"
-        raise InputError(f"{path} is missing, or no regular file in its folder; {remedy}")
+        raise InputError(f"{path} is missing, or no regular file in its folder; {SAVE_AGAIN}")
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -128,7 +123,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError("config.json has a value of another type")
     if not is_unchanged(config):
         raise InputError(f"{folder / 'config.json'} is damaged, or of another version; {SAVE_AGAIN}")
-    config.setdefault("words", None)  # an older version's has none
+    config.setdefault("words", False)  # an older version's has none
     if config["sha256"].keys() - _hashed(folder, config):
         raise ValueError("a file is missing")
     for name in _hashed(folder, config):
@@ -138,26 +133,24 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
-    tensors, ids = read_tensors(folder / "memory.safetensors"), None
+    tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
-    if config["ids"]:
-        count = len(rows if row_of_vector is None else row_of_vector)
-        ids = read_ids(folder / IDS_FILE, count, remedy=SAVE_AGAIN)
+    given = len(rows if row_of_vector is None else row_of_vector)
+    ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
 
 
 def _second_stage(
     memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor], *, worded: bool
 ) -> tuple[Any, Any]:
-    """Return the untrained reranker of a saved pipeline, and its evidence, if any."""
     if settings["kind"] != "evidence":
         return Reranker(memory.dim, **settings), None
     parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")
-    given = {name: value for name, value in settings.items() if name != "kind"}
     with torch.device("cpu"):
         evidence = Evidence(memory, worded=worded, **parts)
-    return EvidenceReranker(len(evidence.features), **given), evidence
+    reranker = EvidenceReranker(len(evidence.features), hidden=settings["hidden"], dropout=settings["dropout"])
+    return reranker, evidence

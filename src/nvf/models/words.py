@@ -3,6 +3,8 @@
 Both are BM25 scores by `bm25s`, the extra `nvf[lexical]`, which is imported on first use.
 """
 
+import json
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -15,12 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError, one_line
+from nvf.files.npy import NpyFile
+from nvf.files.records import read_record
 
 CHANNELS = ("text", "log")  # what a query is matched with: a row's text, and the logged queries that the row answers
 LISTED = 64  # rows that each channel lists for a query; all others count as rows without its words
 K1, B = 0.9, 0.4  # how soon a repeated word, and the length of a text, cease to matter
 GRAM, STEM = 4, 5  # letters of a part of a word, and of the beginning that stands for a word in a pair
 TEXTS_AT_ONCE = 1024
+SETTINGS, ANSWERS = "settings.json", "answers.npy"  # files beside the folders of the channels
+HOW = {  # an index is made, and read, whatever its own file says
+    **{"k1": K1, "b": B, "method": "lucene", "idf_method": "lucene", "delta": 0.5, "corpus": None},
+    **{"dtype": "float32", "int_dtype": "int32", "backend": "numpy", "csc_backend": "numpy"},
+}
 REMEDY = "pip install -e '.[lexical]' in NVF's folder"
 
 
@@ -55,15 +64,15 @@ class Words:
         """Index the text of each row, and each logged query with the rows that answer it; no `logged` are no channel.
 
         Raises:
-            InputError: bm25s is missing, or there is no such stemmer or list of stop words.
+            InputError: bm25s is missing, there is no such stemmer or list of stop words, or no row's text has a word.
         """
-        settings = {"stemmer": stemmer, "stopwords": stopwords}
-        indexes = {}
+        settings, indexes = {"stemmer": stemmer, "stopwords": stopwords}, {}
         for channel, some in zip(CHANNELS, (texts, logged), strict=True):
-            if some:
-                index = _bm25s().BM25(k1=K1, b=B)
-                index.index(terms(some, **settings), show_progress=False)
-                indexes[channel] = index
+            if any(words := terms(some, **settings)):
+                indexes[channel] = _bm25s().BM25(**HOW)
+                indexes[channel].index(words, show_progress=False)
+        if "text" not in indexes:
+            raise InputError(f"none of the {len(texts)} texts has a word to search for; set data.words=null")
         return cls(indexes, answers, settings)
 
     def scores(self, texts: Sequence[str], *, logged: bool = False) -> WordScores:
@@ -73,7 +82,7 @@ class Words:
         """
         starts = range(0, len(texts), TEXTS_AT_ONCE)
         blocks = [self._block(texts[start : start + TEXTS_AT_ONCE], start if logged else None) for start in starts]
-        width = max((block.rows.shape[1] for block in blocks), default=0)
+        width = max((block.rows.shape[1] for block in blocks), default=1)
         rows, scores = torch.full((len(texts), width), -1), torch.zeros(len(texts), width, len(CHANNELS))
         for start, block in zip(starts, blocks, strict=True):
             rows[start : start + len(block.rows), : block.rows.shape[1]] = block.rows
@@ -101,35 +110,56 @@ class Words:
         return _by_row(rows, scores)
 
     def save(self, folder: Path) -> None:
-        """Write the folder that `load` reads: bm25s's own files, which hold no pickle, and `answers.npy`."""
+        """Write the folder that `load` reads: bm25s's own files, which hold no pickle, the answers and the settings."""
         folder.mkdir()
         for channel, index in self.indexes.items():
             index.save(folder / channel, show_progress=False)
-        np.save(folder / "answers.npy", self.answers.numpy(), allow_pickle=False)
+        np.save(folder / ANSWERS, self.answers.numpy(), allow_pickle=False)
+        (folder / SETTINGS).write_text(json.dumps(self.settings))
 
     @classmethod
-    def load(cls, folder: Path, settings: dict[str, Any], rows: int) -> "Words":
-        """Read a folder over so many rows; a ValueError, or what bm25s raises, if it is damaged."""
-        answers = torch.from_numpy(np.load(folder / "answers.npy", allow_pickle=False))
-        indexes = {
-            channel: _bm25s().BM25.load(folder / channel, show_progress=False)
-            for channel in CHANNELS
-            if (folder / channel).is_dir()
-        }
+    def load(cls, folder: Path, rows: int) -> "Words | None":
+        """Read a folder over so many rows; an InputError, a ValueError or what bm25s raises, if it is damaged.
+
+        Without bm25s the result is None, with a warning: texts are then not searched.
+        """
+        try:
+            _bm25s()
+        except InputError as fault:
+            logging.getLogger("nvf").warning("%s: searched without texts: %s", folder, fault)
+            return None
+        settings = read_record(folder / SETTINGS)
+        answers = torch.from_numpy(NpyFile(folder / ANSWERS, "answers").read())
+        terms([""], **settings)  # fails unless they are settings
+        if answers.dtype != torch.int64 or answers.ndim != 2 or bool(((answers < -1) | (answers >= rows)).any()):
+            raise ValueError("the answers to logged queries do not fit the memory")
         sizes = {"text": rows, "log": len(answers)}
-        for channel, index in indexes.items():
-            data, places, starts = (index.scores[name] for name in ("data", "indices", "indptr"))
-            if not (index.scores["num_docs"] == sizes[channel] and len(data) == len(places) == starts[-1]):
-                raise ValueError(f"{channel} does not fit the memory")
-            if (np.diff(starts) < 0).any() or (len(places) and not 0 <= places.min() <= places.max() < sizes[channel]):
-                raise ValueError(f"{channel} names rows that there are not")
-        if (
-            "text" not in indexes
-            or answers.dtype != torch.int64
-            or not bool(((answers >= -1) & (answers < rows)).all())
-        ):
-            raise ValueError("its words do not fit the memory")
-        return cls(indexes, answers, settings)
+        found = [channel for channel in CHANNELS if channel == "text" or (folder / channel).is_dir()]
+        return cls({channel: _read(folder / channel, sizes[channel]) for channel in found}, answers, settings)
+
+
+def _read(folder: Path, size: int) -> Any:
+    """Return an index over so many texts; an error, see `Words.load`, unless every query can be answered from it."""
+    for path in folder.glob("*.npy"):
+        NpyFile(path, "an index of words")  # which is as large as it claims
+    index = _bm25s().BM25.load(folder, show_progress=False, **HOW)
+    vocabulary, scores = index.vocab_dict, index.scores
+    data, places, starts = (scores[name] for name in ("data", "indices", "indptr"))
+    count = len(starts) - 1
+    if (
+        type(scores["num_docs"]) is not int
+        or scores["num_docs"] != size
+        or {part.ndim for part in (data, places, starts)} != {1}
+        or (data.dtype, places.dtype.kind, starts.dtype.kind) != (np.float32, "i", "i")
+        or not len(data) == len(places) == starts[-1] > starts[0] == 0
+        or (np.diff(starts) < 0).any()
+        or not 0 <= places.min() <= places.max() < size
+        or not 0 <= data.min() <= data.max() < np.inf
+        or sorted(vocabulary.values()) != [*range(count + 1)]  # the last of which is no word
+        or vocabulary[""] != count
+    ):
+        raise ValueError(f"{folder.name} is no index of {size} texts")
+    return index
 
 
 def terms(texts: Sequence[str], *, stemmer: Any = None, stopwords: Any = None) -> list[list[str]]:
@@ -142,7 +172,7 @@ def terms(texts: Sequence[str], *, stemmer: Any = None, stopwords: Any = None) -
     how = {"token_pattern": r"(?u)\w+", "stemmer": stem, "return_ids": False, "show_progress": False}
     try:
         found = _bm25s().tokenize(list(texts), stopwords=stopwords or [], **how)
-    except ValueError as fault:
+    except (ValueError, TypeError) as fault:
         raise InputError(f"data.words.stopwords={stopwords}: {one_line(fault)}; null keeps all words") from None
     return [[*words, *_parts(words), *_pairs(words)] for words in found]
 
@@ -169,13 +199,15 @@ def _by_row(rows: Tensor, scores: Tensor) -> WordScores:
 def _stemmer(language: str) -> Any:
     try:
         return import_module("Stemmer").Stemmer(language)
-    except (ImportError, KeyError) as fault:
+    except (ImportError, KeyError, AttributeError) as fault:
         remedy = "null needs none; a language needs pip install PyStemmer"
         raise InputError(f"data.words.stemmer={language} cannot be used ({one_line(fault)}); {remedy}") from None
 
 
 def _bm25s() -> Any:
     try:
-        return import_module("bm25s")
+        bm25s = import_module("bm25s")
     except ImportError as fault:
         raise InputError(f"words need bm25s, which cannot be imported ({one_line(fault)}); {REMEDY}") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, and would say what it does
+    return bm25s

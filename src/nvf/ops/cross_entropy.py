@@ -27,18 +27,14 @@ def mean_of(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, queries: int, rows: int) -> None:
-    """Raise an InputError unless targets are (B, m) int64 rows of the memory, padded with -1, at least one a query.
-
-    Their values are checked only on the CPU, outside of transforms and traces.
-    """
+    """Raise an InputError unless targets are (B, m) int64 rows of the memory, padded with -1, at least one a query."""
     remedy = f"give each of the {queries} queries rows in 0..{rows - 1}, padded with -1"
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 2 or len(targets) != queries:
         raise InputError(f"targets are no ({queries}, m) tensor of int64; {remedy}")
     if can_branch_on(targets):
-        if bool(((targets < -1) | (targets >= rows)).any()):
-            raise InputError(f"targets hold rows outside the memory; {remedy}")
-        if bool((targets < 0).all(dim=-1).any()):
-            raise InputError(f"targets: a query has none; {remedy}")
+        outside = ((targets < -1) | (targets >= rows)).any()
+        if bool(outside | (targets < 0).all(dim=-1).any()):
+            raise InputError(f"targets hold rows outside the memory, or none for a query; {remedy}")
 
 
 def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
@@ -48,11 +44,7 @@ def scores_of(queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 
 
 def logsumexp(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return log sum exp of queries @ keys.T over all rows, (B,), holding one block of scores at a time.
-
-    It is differentiable once. The gradient on the queries is summed beside the total; for that on learned keys the
-    scores are computed again.
-    """
+    """Return log sum exp of queries @ keys.T over all rows, (B,), differentiable once, in blocks of scores."""
     return _LogSumExp.apply(queries, keys)
 
 
@@ -101,18 +93,12 @@ def sampled_cross_entropy(
     sample: Tensor,
     hard: Tensor | None = None,
 ) -> Tensor:
-    """Estimate the loss from the targets, hard negatives of each query, and a sample that all queries share.
+    """Estimate the loss from targets, (B, m), hard negatives, (B, h), and a `stratified` sample, (M,), for all queries.
 
-    The estimated sum of exp(score) over all rows is unbiased: a target or hard negative counts once, a row of the
-    sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
-    probabilities. The logarithm of the sum is too low on average, by less the larger the sample is.
-
-    Args:
-        queries: (B, D).
-        keys: gives the keys, (..., D), of any of the `count` = N rows, (...).
-        targets: (B, m).
-        sample: (M,), from `stratified`.
-        hard: (B, h) different rows; those that are targets do not count twice.
+    The estimated sum of exp(score) over all `count` rows is unbiased: a target or hard negative counts once, a row of
+    the sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
+    probabilities. The logarithm of the sum is too low on average, by less the larger the sample is. `keys` gives the
+    keys, (..., D), of rows, (...).
     """
     known = targets
     if hard is not None:

@@ -8,10 +8,7 @@ from torch import Tensor
 
 
 class FrozenCache:
-    """Keeps the last value that was computed from tensors without gradients; from others it computes every time.
-
-    A tensor that needs gradients may change unnoticed: torch's fused optimisers leave its version as it was.
-    """
+    """Keeps the last value computed from tensors without gradients; torch may change others without a new version."""
 
     def __init__(self) -> None:
         self._sources: list[tuple[Tensor, int, torch.device]] = []

@@ -23,18 +23,12 @@ def score_block(device: torch.device) -> int:
 
 
 def can_branch_on(tensor: Tensor) -> bool:
-    """Whether Python may look at a tensor's values: on the CPU, outside transforms and traces.
-
-    On another device the program would wait for the values; under a trace there are none yet.
-    """
+    """Whether Python may look at values: on the CPU, where it need not wait, and outside transforms and traces."""
     return _on_cpu(tensor) and not is_transformed()
 
 
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor:
-    """Return rows @ queries.T, (w, B), without a gradient, for rows (w, D) of any float type.
-
-    `by_query` lays the products of one query, not those of one row, side by side in memory.
-    """
+    """Return rows @ queries.T, (w, B), for rows of any float type; `by_query` lays a query's products side by side."""
     rows = rows.to(queries.dtype)
     return (queries @ rows.T).T if by_query else rows @ queries.T
 
@@ -68,10 +62,7 @@ class RunningLogSumExp:
         self.total = torch.zeros_like(self.largest)  # of exp(score - largest)
 
     def add_(self, scores: Tensor, largest: Tensor) -> Tensor:
-        """Count a block of scores, (w, B), given the largest of each query, (B,).
-
-        The scores become exp(score - largest), in place; the result, (B,), is the factor by which earlier sums shrink.
-        """
+        """Turn scores, (w, B), into exp(score - largest) in place; return the factor by which earlier sums shrink."""
         before, self.largest = self.largest, torch.maximum(self.largest, largest)
         shrunk = (before - self.largest).exp()
         self.total = self.total * shrunk + scores.sub_(self.largest).mul_(LOG2_E).exp2_().sum(dim=0)

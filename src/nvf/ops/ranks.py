@@ -1,7 +1,7 @@
 """The ranks of each query's right rows, and the metrics made from them.
 
-Throughout, `targets` are (B, m) different rows, padded with -1, and `found` is (B, k) bool: which of the k best rows
-are targets, best first.
+`targets` are (B, m) different rows, padded with -1; `found`, (B, k) bool, says which of the k best rows are targets.
+`gains`, (B, m), say what each target is worth to its query, and are 0 for padding; None stands for gains of 1.
 """
 
 import torch
@@ -16,8 +16,7 @@ DEEPEST = 10  # ranks below this one count alike
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the rank, from 1, of each query's best-ranked target, (B,), given the scores of all rows, (B, N).
 
-    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all rows alike gains
-    nothing. With fewer than 16 queries or 40 rows the scores of equal rows may differ in their last bits.
+    Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all alike gains nothing.
     """
     padding = targets < 0
     right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
@@ -38,18 +37,32 @@ def recall(found: Tensor, targets: Tensor) -> Tensor:
     return found.sum(dim=-1) / (targets >= 0).sum(dim=-1)
 
 
-def ndcg(found: Tensor, targets: Tensor) -> Tensor:
-    """Return the normalised discounted cumulative gain, (B,): each target that was found counts 1 / log2(1 + rank)."""
+def gains_of(rows: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return what each of the rows, (B, k), is worth to its query, (B, k): the gain of a target, else 0."""
+    same = rows.unsqueeze(-1) == targets.unsqueeze(1)
+    return same.any(dim=-1) if gains is None else (same * gains.unsqueeze(1)).sum(dim=-1)
+
+
+def ndcg(found: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return the normalised discounted cumulative gain, (B,): each target that was found counts gain / log2(1 + rank).
+
+    `found`, (B, k), are the `gains_of` the k best rows.
+    """
     places = torch.arange(2, found.shape[-1] + 2, device=found.device, dtype=torch.float64)
     discounts = 1 / places.log2()  # (k,); in float32, a perfect order may come to less than 1
-    ideal = discounts.cumsum(dim=0)  # the gain of 1, 2, ... targets at the top
-    count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
-    return ((found * discounts).sum(dim=-1) / ideal[count - 1]).float()
+    if gains is None:
+        count = (targets >= 0).sum(dim=-1).clamp(max=len(discounts))
+        ideal = discounts.cumsum(dim=0)[count - 1]  # of 1, 2, ... targets at the top
+    else:
+        best = gains.sort(dim=-1, descending=True).values[:, : len(discounts)]
+        ideal = (best * discounts[: best.shape[1]]).sum(dim=-1)
+    return ((found * discounts).sum(dim=-1) / ideal).float()
 
 
-def ndcg_of(scores: Tensor, targets: Tensor) -> Tensor:
+def ndcg_of(scores: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
     """Return nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
-    return ndcg(are_targets(first_topk(scores, min(DEEPEST, scores.shape[1])), targets), targets)
+    best = first_topk(scores, min(DEEPEST, scores.shape[1]))
+    return ndcg(gains_of(best, targets, gains), targets, gains)
 
 
 def criterion(targets: Tensor) -> str:
@@ -58,9 +71,6 @@ def criterion(targets: Tensor) -> str:
 
 
 def candidate_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the rank, from 1, of each query's best-ranked right candidate, (B,); MISS where none is right.
-
-    Scores and labels, whether a candidate is right, are (B, k), in stage 1's order, which decides between equal scores.
-    """
+    """Return the rank of each query's best right candidate, (B,), or MISS; both are (B, k), in stage 1's order."""
     positions = torch.arange(scores.shape[-1], device=scores.device).where(labels, -1)  # (B, k), padded like targets
     return target_ranks(scores, positions).where(labels.any(dim=-1), MISS)

@@ -7,14 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.ops.products import (
-    QUERY_BLOCK,
-    RunningLogSumExp,
-    can_branch_on,
-    inner_products,
-    products,
-    score_block,
-)
+from nvf.ops.products import QUERY_BLOCK, RunningLogSumExp, can_branch_on, inner_products, products, score_block
 
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
 SPARSE_ROWS = 2**15  # over more rows than these
@@ -42,21 +35,12 @@ def blockwise_topk(
 ) -> TopK:
     """Return the k largest of each query's products with the keys, holding one block of scores at a time.
 
-    On a CPU, equal rows come smallest first, whatever the blocks, the batch and the threads, see `resolve_near_ties`.
-    Elsewhere their order is that of torch.topk.
-
-    Args:
-        queries: (B, D).
-        keys: (N, D) of any float type.
-        k: in 1..N.
-        logsumexp: whether the log-sum-exp over all N scores is wanted.
-        scores_per_block: how many scores are held at a time; None is the device's own number.
-        sparse_from: queries from which `_Sparse` finds the k largest.
+    Queries are (B, D), keys (N, D) of any float type. On a CPU, equal rows come smallest first, whatever the blocks,
+    the batch and the threads, see `resolve_near_ties`; elsewhere in the order of torch.topk.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
-        parts = queries.split(QUERY_BLOCK)  # at least one
-        found = [_topk(part, keys, k, logsumexp, budget, sparse_from) for part in parts]
+        found = [_topk(part, keys, k, logsumexp, budget, sparse_from) for part in queries.split(QUERY_BLOCK)]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
@@ -66,7 +50,7 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, s
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
     sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > SPARSE_ROWS
     more = min(k + 1, len(keys))  # one more than wanted shows whether the k-th is a near tie
-    best = _Sparse(count, more) if sparse else _Dense(more)
+    best = (_Sparse if sparse else _Dense)(queries, more, len(keys))
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start = 0
     for part in keys.split(max(more, budget // max(1, count))):
@@ -76,7 +60,7 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, s
             total.add_(scores, largest)
         start += len(part)
         del scores  # so that the next block takes its place in the cache
-    scores, rows = resolve_near_ties(queries, keys, *best.result(), k)
+    scores, rows = resolve_near_ties(queries, keys, best.scores, best.rows, k)
     return TopK(scores, rows, None if total is None else total.result())
 
 
@@ -84,12 +68,10 @@ def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, s
 def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k best of the rows; on a CPU, near ties are ordered by their exact products, and equal ones by row.
 
-    The last bits of a product depend on where in a block its row lies. So two scores are a near tie if they differ by
-    less than sqrt(D) epsilons of the query's length: rounding errors add up as a random walk does, and keys are about
-    as long as 1. The products of near ties are computed again in float64, each by itself. Where the k-th row nearly
-    ties with the next, those of all rows that may be among the k best are.
-
-    Scores and rows are (B, k + 1), or all N where k = N, best first. Queries are float32 or float64.
+    Scores and rows are (B, k + 1), or all N where k = N, best first; queries are float32 or float64. The last bits of a
+    product depend on where in a block its row lies. So two scores are a near tie if they differ by less than sqrt(D)
+    epsilons of the query's length, as rounding errors add up like a random walk and keys are about as long as 1. Near
+    ties, and where the k-th is one all rows that may be among the k best, are computed again in float64, one by one.
     """
     if not can_branch_on(scores):
         return scores[:, :k], rows[:, :k]
@@ -120,11 +102,16 @@ def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: 
     size = max(1, NEAR_TIES // queries.shape[1])
     pairs = zip(query.split(size), row.split(size), strict=True)
     exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
-    order = exact.argsort(descending=True, stable=True)
-    order = order[query[order].argsort(stable=True)]  # query by query, and of equal products the first rows first
-    first = torch.searchsorted(query[order], torch.arange(len(queries)))
-    kept = order[first.unsqueeze(-1) + torch.arange(k)]
+    kept = _best_of_each(query, exact, len(queries), k)
     return exact[kept].to(queries.dtype), row[kept]
+
+
+def _best_of_each(query: Tensor, scores: Tensor, count: int, k: int) -> Tensor:
+    """Return the places, (count, k), of each query's k largest among the scores, (P,); of equal ones the first."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[query[order].argsort(stable=True)]
+    first = torch.searchsorted(query[order], torch.arange(count))
+    return order[first.unsqueeze(-1) + torch.arange(k)]
 
 
 def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
@@ -136,10 +123,7 @@ def best_rows(scores: Tensor, queries: Tensor, keys: Tensor, k: int) -> Tensor:
 
 
 def first_topk(scores: Tensor, k: int) -> Tensor:
-    """Return the places of the k largest scores, (B, k), best first; of equal ones the first.
-
-    Off the CPU and in a transform or trace it is torch.topk, which takes any of equal ones.
-    """
+    """Return the places of the k largest scores, (B, k), best first; on a CPU, of equal ones the first."""
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
@@ -151,23 +135,17 @@ def first_topk(scores: Tensor, k: int) -> Tensor:
 class _Dense:
     """The k largest scores of each query, by a top-k of every block. Off the CPU nothing waits for the device."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, queries: Tensor, k: int, rows: int) -> None:
         self.k = k
-        self.best: list[tuple[Tensor, Tensor]] = []
+        self.scores, self.rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
         values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # any of equals, see `resolve_near_ties`
-        largest = values[:, 0]
-        self.best.append((values, rows + start))
-        if len(self.best) > 1:
-            values, rows = (torch.cat(parts, dim=-1) for parts in zip(*self.best, strict=True))
-            values, order = values.sort(dim=-1, descending=True, stable=True)
-            self.best = [(values[:, : self.k], rows.gather(-1, order[:, : self.k]))]
-        return largest
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        return self.best[0]
+        both = torch.cat([self.scores, values], dim=-1)
+        self.scores, order = (part[:, : self.k] for part in both.sort(dim=-1, descending=True, stable=True))
+        self.rows = torch.cat([self.rows, rows + start], dim=-1).gather(-1, order)
+        return values[:, 0]
 
 
 class _Sparse:
@@ -177,10 +155,10 @@ class _Sparse:
     after the first blocks few groups reach a query's k-th best so far. Of equal scores the smallest rows are kept.
     """
 
-    def __init__(self, queries: int, k: int) -> None:
-        self.k = k
-        self.least = torch.full((queries,), -math.inf)  # a lower bound of each query's k-th best
-        self.scores, self.rows = torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64)
+    def __init__(self, queries: Tensor, k: int, rows: int) -> None:
+        self.k, self.end = k, rows
+        self.least = queries.new_full((len(queries),), -math.inf)  # a lower bound of each query's k-th best
+        self.scores, self.rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, scores and rows that may be among the best
         self.due = 0  # rows seen when those that wait are merged next
 
@@ -199,34 +177,19 @@ class _Sparse:
             matter = ~(tops < self.least)  # NaN matters
         query, group = matter.T.nonzero(as_tuple=True)
         offset = (GROUP * group).unsqueeze(-1) + torch.arange(GROUP)  # (pairs, GROUP)
-        offset.clamp_(max=width - 1)  # the last row stands for those that a group lacks
-        values = scores.view(-1).take(offset * count + query.unsqueeze(-1))
-        keep = ~(values < self.least[query].unsqueeze(-1))  # NaN is kept
-        keep[:, 1:] &= offset.diff(dim=-1) > 0  # the last row once
+        values = scores.view(-1).take(offset.clamp(max=width - 1) * count + query.unsqueeze(-1))
+        keep = ~(values < self.least[query].unsqueeze(-1)) & (offset < width)  # NaN is kept
         pair, place = keep.nonzero(as_tuple=True)
         self.waiting.append((query[pair], values[pair, place], offset[pair, place] + start))
-        if start + width >= self.due:
+        if start + width >= min(self.due, self.end):
             self._merge()
             self.due = 2 * (start + width)
         return tops.amax(dim=0)
 
     def _merge(self) -> None:
-        if not self.waiting:
-            return
-        kept = torch.arange(len(self.scores)).repeat_interleave(self.scores.shape[1])
+        kept = torch.arange(len(self.least)).repeat_interleave(self.scores.shape[1])
         waiting = [(kept, self.scores.flatten(), self.rows.flatten()), *self.waiting]
-        self.waiting = []
         query, scores, rows = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-        query, order = query.sort(stable=True)  # and of equal scores still the smallest rows first
-        counts = torch.bincount(query, minlength=len(self.least))
-        place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        padded = scores.new_full((len(counts), int(counts.max())), -math.inf)  # a line for each query
-        rows_of = rows.new_full(padded.shape, -1)
-        padded[query, place], rows_of[query, place] = scores[order], rows[order]
-        scores, order = padded.sort(dim=-1, descending=True, stable=True)
-        self.scores, self.rows = scores[:, : self.k], rows_of.gather(-1, order[:, : self.k])
+        best = _best_of_each(query, scores, len(self.least), self.k)
+        self.scores, self.rows, self.waiting = scores[best], rows[best], []
         self.least = self.scores[:, -1].contiguous()
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        self._merge()
-        return self.scores, self.rows

@@ -1,4 +1,4 @@
-"""What lets a run resume: the record of its settings and data, what it decided by the clock, a lock on its folder.
+"""What lets a run resume: the record of its settings and data, and a lock on its folder.
 
 What is computed between two fits, such as the calibration, is not saved: a resumed run computes it again.
 """
@@ -7,20 +7,19 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
 
-RECORD, DECISIONS, LOCK = "run.json", "decisions.json", ".lock"
+RECORD, LOCK = "run.json", ".lock"
 TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that was refused before a fit
-T = TypeVar("T")
 log = logging.getLogger("nvf")
 
 
@@ -52,7 +51,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     lock, curves = locked(folder), "events.out.tfevents.*"
     if not goes_on:
         checkpoints = (folder / "checkpoints").rglob("last.ckpt")
-        for left in (*checkpoints, *folder.glob(DECISIONS), *folder.glob(curves), *folder.glob(f"*/{curves}")):
+        for left in (*checkpoints, *folder.glob(curves), *folder.glob(f"*/{curves}")):
             left.unlink()  # from an earlier run in the same folder
         write_record(folder / RECORD, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
@@ -64,22 +63,6 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     for left in folder.glob(curves):  # are written again at the end of the run
         left.unlink()
     return lock
-
-
-def decided(folder: Path, name: str, decide: Callable[[], T], *, writes: bool = True) -> T:
-    """Return what `decide` finds, a JSON value, or what it found before the run was resumed.
-
-    Of several processes only one `writes`; the others must then take its value.
-    """
-    path = folder / DECISIONS
-    decisions = _read(path) if path.exists() else {}
-    if name in decisions:
-        return decisions[name]
-    value = decide()
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_record(path, {**decisions, name: value})
-    return value
 
 
 def requeued(place: str | None = None) -> Path | None:
@@ -99,6 +82,8 @@ def remove_traces(folder: Path) -> None:
         with suppress(InputError):
             locked(folder)
             shutil.rmtree(folder)
+            if not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
 
 
 def locked(folder: Path) -> FileLock:

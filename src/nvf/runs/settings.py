@@ -40,6 +40,11 @@ def key(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, canonical(value)) for name, value in settings.items()))
 
 
+def on_one_device(trainer: Mapping[str, Any]) -> bool:
+    """Tell whether a Trainer with these arguments needs no other process."""
+    return trainer.get("devices", "auto") in (1, "1") and trainer.get("num_nodes", 1) == 1
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Tell whether a value has a place on an axis."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

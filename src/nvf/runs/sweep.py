@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from nvf.errors import InputError
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
 from nvf.runs.resume import locked, recorded
-from nvf.runs.settings import key, material
+from nvf.runs.settings import key, material, on_one_device
 from nvf.runs.signals import command_to_resume
 
 RECORD = "sweep.json"  # in a sweep's folder: the words that asked for it
@@ -59,7 +59,9 @@ def finished(folder: Path, config: Mapping[str, Any]) -> float | None:
         results = read_record(folder / "results.json")
         complete = {"test", "val", "gradients", "seconds", "versions", "memory"} <= results.keys()
         if complete and key(material(results["config"])) == key(material(config)):
-            return float((results["val"]["pipeline"] or results["val"]["attention"])["top1"]["value"])
+            by_ndcg = any(variant["val_ndcg10"] is not None for variant in results["selection"])
+            figures = results["val"]["pipeline"] or results["val"]["attention"]
+            return float(figures["ndcg10" if by_ndcg else "top1"]["value"])
     return None
 
 
@@ -84,14 +86,10 @@ def threads(launcher: Mapping[str, Any]) -> int | None:
 
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
     """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them."""
-    trainer = config["trainer"]
-    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
-    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    one |= devices in ("auto", -1, "-1", None) and trainer.get("accelerator") == "cpu"
-    if not (one and nodes == 1) and "SLURM_NTASKS" not in os.environ:
+    if not on_one_device(config["trainer"]) and "SLURM_NTASKS" not in os.environ:
         raise InputError(
-            f"trainer.devices={devices} trainer.num_nodes={nodes} in a sweep: each process would repeat the sweep "
-            "or the program; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm"
+            f"trainer.devices={config['trainer'].get('devices', 'auto')} in a sweep: each process would repeat the "
+            "sweep or the program; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm"
         )
 
 

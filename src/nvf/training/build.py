@@ -1,4 +1,4 @@
-"""From settings to objects, once: what is wrong with a setting is refused here, before any work."""
+"""From settings to objects: what is wrong with a setting is refused here, before any work."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -10,8 +10,9 @@ from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
+from nvf.runs.settings import on_one_device
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
-from nvf.training.devices import SHARDED, on_one_device
+from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
 from nvf.training.stages import (
     Settings,
@@ -52,12 +53,9 @@ class Built:
 
 
 def build(config: Settings, source: Source | None = None) -> Built:
-    """Turn the settings of a run, resolved and as plain containers, into objects.
+    """Turn a run's settings into objects; whatever is wrong with them or with the user's files is an InputError.
 
     A `source` takes the place of the memory and the queries that the settings describe.
-
-    Raises:
-        InputError: whatever is wrong with the settings or the user's files.
     """
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
@@ -70,7 +68,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
         evidence = None
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
-            queries, targets, words = source.splits["train"]
+            queries, targets, words, _ = source.splits["train"]
             evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
@@ -82,12 +80,10 @@ def build(config: Settings, source: Source | None = None) -> Built:
 
 
 def build_source(config: Settings) -> Source:
-    """The memory and the queries over it, everything about them checked.
-
-    Raises:
-        InputError: whatever is wrong with the settings or the user's files.
-    """
+    """The memory and the queries over it, everything about them checked."""
     data, queries = config["data"], config["queries"]
+    if not data.get("dir", True) and (data["name"] == "embeddings" or queries["name"] == "recorded"):
+        raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     memory = make(data["memory"], "data.memory")
     if merged := memory.given - len(memory):
         log.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
@@ -136,7 +132,8 @@ def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage 
     last = tried[-1]
     if (path := config["attention_checkpoint"]) is not None:
         attention, _ = load_attention(path, source.memory)
-        theirs, mine = {**attention.settings, "biased": False}, last.module.attention.settings
+        theirs = {**attention.settings, "biased": False, "worded": False}  # which are fitted after training
+        mine = last.module.attention.settings
         same = [stage for stage in tried if stage.module.attention.settings == theirs]
         if not same:
             raise InputError(f"attention_checkpoint={path} has settings {theirs}, but this run has {mine}; {OTHER}")
@@ -155,9 +152,8 @@ def _check_numbers(config: Settings, source: Source) -> None:
                 check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
     if (every := config["save_every"]) is not None:
         check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
-    for limit in ("work", "budget_s"):
-        if (value := config["data"].get(limit)) is not None:
-            check_number(f"data.{limit}", value, above=0, remedy="null sets no limit")
+    if (work := config["data"].get("work")) is not None:
+        check_number("data.work", work, above=0, remedy="null sets no limit")
     kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
     if "reranker" in config["stage"]["fit"] and (kind == "evidence" or folds is not None):
         if not isinstance(source, Recorded):

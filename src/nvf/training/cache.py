@@ -1,4 +1,4 @@
-"""Fitted stages 1, kept by everything they depend on, so that the jobs of a sweep and later runs fit each but once."""
+"""A cache of fitted stages 1 under everything they depend on, so that a sweep and later runs fit each only once."""
 
 import hashlib
 import json
@@ -19,9 +19,8 @@ from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.runs.resume import versions
-from nvf.runs.settings import material
+from nvf.runs.settings import material, on_one_device
 from nvf.training.checkpoints import load_attention
-from nvf.training.devices import on_one_device
 
 log = logging.getLogger("nvf")
 TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")  # environment variables
@@ -33,9 +32,6 @@ def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
     """The file for the stage 1 with this key, locked until the block ends; None where the cache is off.
 
     Other processes that need the same stage 1 wait. The kernel drops the lock when its process ends, however that ends.
-
-    Raises:
-        InputError: the cache cannot be written.
     """
     if config["cache"] in (None, False, "off") or not on_one_device(config["trainer"]):
         yield None

@@ -1,4 +1,4 @@
-"""Callbacks: norms of gradients, an end on a loss that is no number, and what an exact resume needs."""
+"""Callbacks: the norms of gradients, a stop at a loss of NaN, and checkpoints from which a fit resumes exactly."""
 
 import io
 import math
@@ -53,20 +53,16 @@ class LogGradients(Callback):
 
         `zero` and `not_finite` count the steps in which the norm of the part was so.
         """
-        told: dict[str, Any] = {"steps": len(self.steps)}
+        found: dict[str, Any] = {"steps": len(self.steps)}
         for part in PARTS:
             values = [float(step[part]) for step in self.steps if part in step]
             finite = [value for value in values if math.isfinite(value)]
             if values:
-                told[part] = {
-                    "first": values[0] if math.isfinite(values[0]) else None,
-                    "last": values[-1] if math.isfinite(values[-1]) else None,
-                    "smallest": min(finite, default=None),
-                    "largest": max(finite, default=None),
-                    "zero": values.count(0.0),
-                    "not_finite": len(values) - len(finite),
-                }
-        return told
+                first, last = (value if math.isfinite(value) else None for value in (values[0], values[-1]))
+                found[part] = {"first": first, "last": last}
+                found[part] |= {"smallest": min(finite, default=None), "largest": max(finite, default=None)}
+                found[part] |= {"zero": values.count(0.0), "not_finite": len(values) - len(finite)}
+        return found
 
 
 class StopOnNaN(Callback):

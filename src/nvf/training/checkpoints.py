@@ -45,10 +45,8 @@ def hashed(weights: Mapping[str, Tensor]) -> str:
 def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "attention") -> tuple[SoftAttention, Any]:
     """Load a stage 1, frozen, that was fitted for the same memory, and the notes in its file.
 
-    A checkpoint of the kind `reranker`, of stage 2 or of both stages, holds the calibrated stage 1 too.
-
-    Raises:
-        InputError: no such file, a damaged one, one of another stage, or another memory.
+    A checkpoint of the kind `reranker`, of stage 2 or of both stages, holds the calibrated stage 1 too. A file that is
+    missing, damaged, or of another stage or memory is an InputError.
     """
     about, weights = _read(path, kind, {"memory": memory.fingerprint})
     with _refused(path, kind, "is damaged"):
@@ -61,8 +59,7 @@ def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "atten
 def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
     """Load stage 2's weights from a run's checkpoint of stage 2 or of both stages; stage 1 stays as it is.
 
-    Raises:
-        InputError: as for `load_attention`; another k, other settings of the reranker, or another log of queries.
+    Beside what `load_attention` refuses, so are another k, other settings of the reranker, and another log of queries.
     """
     mine = _description(pipeline)
     _, weights = _read(path, "reranker", {name: mine[name] for name in ("memory", "reranker", "k")})

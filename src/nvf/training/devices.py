@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from nvf.errors import InputError, check_number
+from nvf.runs.settings import on_one_device
 
 log = logging.getLogger("nvf")
 T = TypeVar("T")
@@ -28,9 +29,6 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
 
     `deterministic` takes one thread, because a sum over several threads rounds differently with their number, and
     torch's deterministic algorithms; torch warns of GPU operations that have none.
-
-    Raises:
-        InputError: a bad number, or `deterministic` is neither true nor false.
     """
     if threads is not None:
         check_number("threads", threads, minimum=1, whole=True, remedy="null uses all cores")
@@ -47,16 +45,10 @@ def set_up_torch(*, threads: int | None, deterministic: bool) -> None:
 
 
 def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
-    """Start the other processes of a run whose trainer wants several; each runs the whole program up to here.
+    """Start the other processes of a run whose trainer wants several, and return this process's rank.
 
-    When the first process ends, the others are ended too. `trainer` are the arguments that the user gives the Trainer;
-    each process gets so many threads, or its share of the cores if None.
-
-    Returns:
-        This process's rank.
-
-    Raises:
-        InputError: devices that do not exist, or a strategy that is not supported.
+    Each runs the whole program up to here, with so many threads, or its share of the cores if None. When the first
+    process ends, the others are ended too. `trainer` are the arguments that the user gives the Trainer.
     """
     if on_one_device(trainer):
         return 0
@@ -75,11 +67,6 @@ def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     fabric.launch()
     atexit.register(_end, getattr(fabric.strategy.launcher, "procs", []))  # on a cluster there are none
     return fabric.global_rank
-
-
-def on_one_device(trainer: Mapping[str, Any]) -> bool:
-    """Whether a Trainer with these arguments needs no other process."""
-    return trainer.get("devices", "auto") in (1, "1") and trainer.get("num_nodes", 1) == 1
 
 
 def part_processes() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
-from nvf.errors import InputError, fitting_in_memory, one_line
+from nvf.errors import InputError, one_line
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.devices import SHARDED, refusal
@@ -29,6 +29,7 @@ REQUEUED = "hpc_ckpt_*.ckpt"  # what Lightning's Slurm plugin saves; last.ckpt h
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 KEPT: dict[str, Any] = {"mode": "max", "save_on_train_epoch_end": False, "enable_version_counter": False}
 OURS = {"enable_checkpointing": True, "use_distributed_sampler": False, "inference_mode": False}  # of the Trainer
+RESERVED = (*OURS, "callbacks", "logger", "plugins", "default_root_dir")  # arguments of the Trainer that we give
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class FitSettings:
     callbacks: Sequence[Callback] = ()  # of the user
     # Makes the loggers from a run's folder, the fit's name in it, and the step at which it begins.
     loggers: Callable[[Path, str, int], Sequence[Logger]] | None = None
-    remedies: Sequence[str] = ()  # what to do where memory runs out
 
 
 def fit(
@@ -53,10 +53,8 @@ def fit(
 
     Where the untrained start is a search that works (`start_competes`), it is validated too and kept unless training
     equals or beats it; the weights are then of 0 epochs. A fit that left a last.ckpt in the folder resumes from it, and
-    ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`.
-
-    Returns:
-        The epochs that the kept weights were fitted for, and `LogGradients.summary`.
+    ends on the same weights. Checkpoints and curves go into folders of that `name` in the run's `folder`. Returned are
+    the epochs that the kept weights were fitted for, and `LogGradients.summary`.
     """
     checkpoints, monitor = folder / "checkpoints" / name, f"val/{data.criterion}"
     start = {part: tensor.clone() for part, tensor in module.state_dict().items()}
@@ -106,10 +104,7 @@ def fit(
 def fit_blindly(
     module: StageModule, data: VectorDataModule, settings: FitSettings, *, folder: Path, name: str, epochs: int
 ) -> None:
-    """Fit a module for the first `epochs` epochs of the stage's schedule without validation, and freeze it.
-
-    It resumes from a last.ckpt as `fit` does.
-    """
+    """Fit a module for the first `epochs` epochs of its schedule without validation; resume from a last.ckpt."""
     last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
     trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
     _train(settings, trainer, module, data, last, saved_step(last.path))
@@ -123,18 +118,13 @@ def _train(
     if resumed is not None:
         log.info("going on from step %d of %s", resumed, last.path.parent.name)
     last.signals.await_lightning()
-    with fitting_in_memory(settings.stage, settings.remedies):
-        path = None if resumed is None else last.path
-        trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
+    path = None if resumed is None else last.path
+    trainer.fit(module.train(), batches, ckpt_path=path, weights_only=True)
     last.signals.answer_late()
 
 
 def saved_step(path: Path) -> int | None:
-    """The step at which a last.ckpt was saved; None if it does not exist.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """The step at which a last.ckpt was saved; None if it does not exist, an InputError if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -150,16 +140,7 @@ def _trainer(
     settings: FitSettings, data: VectorDataModule, last: SaveLast, callbacks: Sequence[Callback], **ours: Any
 ) -> L.Trainer:
     """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
-    given = settings.trainer.keywords
-    callbacks = [*callbacks, last, *settings.callbacks, *_listed(given.get("callbacks"))]
-    if given.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in callbacks):
-        callbacks.append(TQDMProgressBar(refresh_rate=50))
-    theirs, checkpoints = given.get("logger"), last.path.parent
-    if theirs is False:
-        ours["logger"] = []
-    elif ours["logger"] and theirs is not True:
-        ours["logger"] = [*ours["logger"], *_listed(theirs)]
-    root = checkpoints if given.get("default_root_dir") is None else Path(given["default_root_dir"], checkpoints.name)
+    given, root = settings.trainer.keywords, last.path.parent
     for copy in root.glob(REQUEUED):
         copy.unlink()
     strategy: Any = given.get("strategy", "auto")
@@ -170,9 +151,9 @@ def _trainer(
     elif strategy in ("auto", "ddp"):
         strategy = DDPStrategy(broadcast_buffers=False)  # else every step would send the memory to all ranks
     ours |= OURS | {
-        "max_epochs": given.get("max_epochs") or settings.epochs,
-        "callbacks": callbacks,
-        "plugins": [AtomicFiles(), *_listed(given.get("plugins"))],
+        "max_epochs": settings.epochs,
+        "callbacks": [*callbacks, last, *settings.callbacks],
+        "plugins": [AtomicFiles()],
         "default_root_dir": root,  # where Lightning's Slurm plugin saves and looks for its checkpoint
         "strategy": strategy,
         "num_sanity_val_steps": given.get("num_sanity_val_steps", 0),
@@ -191,16 +172,13 @@ def _trainer(
     return trainer
 
 
-def _listed(given: Any) -> list[Any]:
-    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-
-
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Raise an InputError for an argument of the Trainer with which a run would lose weights or give wrong figures."""
+    """Raise an InputError for a precision that is not supported, and for an argument that a run gives itself."""
     if str(trainer.get("precision", "32-true")) not in PRECISIONS:
-        raise InputError(
-            f"trainer.precision={trainer['precision']} is not supported; choose one of {', '.join(PRECISIONS[:3])}"
-        )
-    for name, ours in OURS.items():
-        if trainer.get(name) not in (None, ours):
-            raise InputError(f"trainer.{name}={trainer[name]} is not supported; leave it out")
+        why = f"trainer.precision={trainer['precision']} is not supported"
+        raise InputError(f"{why}; choose one of {', '.join(PRECISIONS[:3])}")
+    for name in RESERVED:
+        if name in trainer:
+            raise InputError(
+                f"trainer.{name}={trainer[name]} is not supported; leave it out, or see callbacks=, logger="
+            )

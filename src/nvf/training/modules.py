@@ -15,22 +15,20 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import stratified
 from nvf.ops.random_streams import stream
-from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, ndcg, ndcg_of, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg_of, target_ranks
 from nvf.ops.topk import first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
 
 class AttentionModule(StageModule):
-    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or over an estimate of it from some.
+    """Fits stage 1 on `QueryBatch`es by cross-entropy over all rows, or an estimate of it from a sample of them.
 
     Args:
-        attention: stage 1.
-        k: the number of candidates, of which validation says whether a target is among them.
+        k: the number of candidates; validation says whether a target is among them.
         learnable: which learned keys may move, (N,) bool; all if None. Training would only push away a row that
             answers no training query.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
         hard: how many rows, the nearest to a query's target, are added to the sample.
-        settings: of `StageModule`.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class AttentionModule(StageModule):
     def judge(self, batch: QueryBatch) -> Judged:
         logits = self.model(batch.queries, batch.words)
         loss, ranks = attention_loss(logits, batch.targets), target_ranks(logits, batch.targets)
-        return Judged(loss, ranks, ranks <= self.k, ndcg_of(logits, batch.targets))
+        return Judged(loss, ranks, ranks <= self.k, ndcg_of(logits, batch.targets, batch.gains))
 
 
 class RerankerModule(StageModule):
@@ -105,10 +103,12 @@ class RerankerModule(StageModule):
 
     def judge(self, batch: CandidateBatch) -> Judged:
         scores = self._scores(batch)
-        gains = batch.labels.gather(-1, first_topk(scores, self.model.k))[:, :DEEPEST]
+        gains = gains_of(batch.rows, batch.targets, batch.gains)
+        gains = gains.gather(-1, first_topk(scores, self.model.k))[:, :DEEPEST]
         gains = F.pad(gains, (0, DEEPEST - gains.shape[1]))  # below the candidates no reranker moves anything
         ranks = candidate_ranks(scores, batch.labels)
-        return Judged(reranker_loss(scores, batch.labels), ranks, batch.valid, ndcg(gains, batch.targets))
+        gained = ndcg(gains, batch.targets, batch.gains)
+        return Judged(reranker_loss(scores, batch.labels), ranks, batch.valid, gained)
 
     def _scores(self, batch: CandidateBatch) -> Tensor:
         return self.model.score(batch.queries, batch.rows, batch.logits, batch.evidence)
@@ -126,15 +126,10 @@ class JointModule(RerankerModule):
     """Fits both stages of a pipeline on batches of queries, by -log of its distribution at the targets.
 
     Args:
-        pipeline: stage 1 and the reranker.
         relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
             None for the exact distribution. See `distribution.relaxed`.
         attention_weight: of stage 1's own loss, which is added.
         learnable: which learned keys may move, as for `AttentionModule`.
-        settings: of `RerankerModule`; `lr` is that of stage 1 and of the reranker's network.
-
-    Raises:
-        InputError: a relaxation that is not two numbers above 0, or a negative weight.
     """
 
     def __init__(
@@ -180,7 +175,8 @@ class JointModule(RerankerModule):
         if self.attention_weight:
             loss = loss + self.attention_weight * attention_loss(said.logits, batch.targets)
         ranking, covered = said.ranking, are_targets(said.candidates, batch.targets).any(dim=-1)
-        return Judged(loss, target_ranks(ranking, batch.targets), covered, ndcg_of(ranking, batch.targets))
+        gains = ndcg_of(ranking, batch.targets, batch.gains)
+        return Judged(loss, target_ranks(ranking, batch.targets), covered, gains)
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]

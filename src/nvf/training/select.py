@@ -19,6 +19,7 @@ from nvf.evaluation.calibration import (
     fit_sharpness,
     fit_temperature,
     fit_words,
+    move_keys,
     quality,
 )
 from nvf.models.attention import SoftAttention
@@ -66,7 +67,7 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
         calibrates = config["attention_checkpoint"] is not None
         about, _ = _judged(variant, built.queries("val"), epochs, calibrates=calibrates)
         return Chosen(attention, variant, about, [about], folds=folds)
-    variants, folds, cut = plan(built.variants, folds, config["data"], folder)
+    variants, folds, cut = plan(built.variants, folds, config["data"])
     settings = [{**variant.config["attention"], "epochs": variant.fit.epochs} for variant in variants]
     with cache.opened(config, cache.stage_key(config, built.source, settings)) as entry:
         begun = any((folder / "checkpoints" / "attention").rglob(LAST))  # a run that is resumed fits stage 1 itself
@@ -114,9 +115,14 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     If it `calibrates`, the hub correction, where that is asked for, and the temperature are fitted first.
     """
     settings, attention, share = variant.config["attention"], variant.module.attention, 0.0
-    if calibrates and settings["hub_correction"] and isinstance(variant.data.source, Recorded):
+    strength, recorded = 0.0, isinstance(variant.data.source, Recorded)
+    if calibrates:
+        attention.word_weights = None  # a checkpoint's may have been fitted
+    if calibrates and settings["keys"] == "moved" and recorded:
+        strength = move_keys(attention, variant.data.queries("train"), held_out)
+    if calibrates and settings["hub_correction"] and recorded:
         bank = variant.data.queries("train").queries
-        share = fit_hub_correction(attention, bank, held_out, cautious=not epochs)
+        share = fit_hub_correction(attention, bank, held_out, cautious=not (epochs or strength))
     if calibrates and held_out.words is not None:
         fit_words(attention, held_out)
     if calibrates:
@@ -125,6 +131,7 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
     about = {"transform": label(settings["transform"]), "keys": settings["keys"], "hub_share": share, "epochs": epochs}
+    about["key_strength"] = strength
     if attention.word_weights is not None:
         about["word_weights"] = attention.word_weights.tolist()
     return {**about, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}, found
@@ -148,7 +155,7 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
     if (path := built.config["reranker_checkpoint"]) is not None:
         log.info("stage 2: loaded from %s", path)
     else:
-        if chosen.folds is not None and chosen.about["epochs"]:
+        if chosen.folds is not None and (chosen.about["epochs"] or chosen.about["key_strength"]):
             data.folds = cross_fit(built, chosen, folder)
         if isinstance(pipeline.reranker, EvidenceReranker):
             assert pipeline.evidence is not None
@@ -178,7 +185,7 @@ def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
     start = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     before = quality(pipeline, held_out)
     joint = joint_stage(built.config, built.source, pipeline)
-    settings, cut = plan_joint(joint, built.config["data"], folder)
+    settings, cut = plan_joint(joint, built.config["data"])
     epochs, gradients = fit(joint.module, joint.data, settings, folder=folder, name="joint", start_competes=True)
     recorded = isinstance(built.source, Recorded)
     kept = epochs > 0 and (not recorded or clearly_above(quality(pipeline, held_out), before))
@@ -199,7 +206,7 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     assert isinstance(source, Recorded)
     assert count is not None
     train, held_out = source.splits["train"], built.queries("val")
-    epochs, share = chosen.about["epochs"], chosen.about["hub_share"]
+    epochs, share, strength = (chosen.about[name] for name in ("epochs", "hub_share", "key_strength"))
     distinct, group = train.queries.unique(dim=0, return_inverse=True)
     part = torch.randperm(len(distinct), generator=stream(variant.data.seed, "folds"))[group] % count
     folds = []
@@ -207,7 +214,10 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
         log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
         rest = each(train, itemgetter(part != number))
         module, data, *_ = attention_stage(variant.config, Recorded(source.memory, {**source.splits, "train": rest}))
-        fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
+        if epochs:
+            fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
+        if strength:
+            move_keys(module.attention, rest, held_out, strengths=(strength,))
         if share:
             fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,))
         module.attention.word_weights = chosen.attention.word_weights

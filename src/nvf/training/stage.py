@@ -35,15 +35,11 @@ class StageModule(L.LightningModule):
     """The steps, metrics, optimizer and schedule that all stages share; a stage adds `loss` and `judge`.
 
     Args:
-        model: that is fitted.
         lr: the learning rate, or the peak of a onecycle schedule.
         schedule: onecycle or constant.
         seed: of dropout and of samples of the rows.
         warmup: the share of the steps in which a onecycle rate rises.
         optimizer: makes torch's optimizer from groups of parameters, each with its learning rate.
-
-    Raises:
-        InputError: a learning rate that is not positive and finite, a share outside 0..1, or an unknown schedule.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from nvf.data.datamodule import VectorDataModule
@@ -16,7 +15,6 @@ from nvf.data.queries import Recorded, Source
 from nvf.errors import InputError, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
-from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
 from nvf.training.fit import FitSettings
@@ -24,7 +22,6 @@ from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 from nvf.training.stage import StageModule
 
 Settings = Mapping[str, Any]
-MANY_ROWS = 20_000  # from which a sample of the rows saves most of a step
 FEWEST_STEPS = 8  # of an epoch: a small log is cut into smaller batches, of at least
 SMALLEST_BATCH = 64
 
@@ -104,16 +101,16 @@ def _stage(
     sizes |= {name: queries[name] for name in ("val_samples", "test_samples") if name in queries}
     sizes |= {"batch_size": batch_size, "k": config["k"], "eval_seed": queries["seed"]}
     data = VectorDataModule(source, stage=stage, **sizes, **candidates)
-    return Stage(module, data, fit_settings(config, stage, source.memory), config)
+    return Stage(module, data, fit_settings(config, stage), config)
 
 
-def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSettings:
+def fit_settings(config: Settings, stage: str) -> FitSettings:
     """How a stage is fitted, with callbacks of its own."""
     settings, trainer = config[stage], dict(config["trainer"])
     most = trainer.pop("max_epochs", None)
-    callbacks = [make(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node]
+    given = {name: node for name, node in config["callbacks"].items() if node}
     if not trainer.get("enable_progress_bar", True):
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        given.pop("progress", None)
     loggers = [make(node, f"logger.{name}", called=False) for name, node in config["logger"].items() if node]
 
     def started(folder: Path, name: str, step: int) -> list[Logger]:
@@ -121,21 +118,14 @@ def fit_settings(config: Settings, stage: str, memory: VectorMemory) -> FitSetti
         purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
         return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
 
-    batch = settings["batch_size"]
-    remedies = [f"lower {stage}.batch_size={batch} to {max(1, batch // 2)}"] if batch > 1 else []
-    if stage == "attention" and settings["sample"] is None and len(memory) > MANY_ROWS:
-        remedies.append("sample rows in each step, attention.sample=8192")
-    if config["attention"]["keys"] == "learned":
-        remedies.append("do without learned keys, attention.keys=frozen")
     return FitSettings(
         stage=stage,
         epochs=settings["epochs"] and (most or settings["epochs"]),
         patience=settings["patience"],
         save_every=config["save_every"],
         trainer=make({"_target_": "lightning.Trainer", **trainer}, "trainer", called=False),
-        callbacks=tuple(callbacks),
+        callbacks=[make(node, f"callbacks.{name}") for name, node in given.items()],
         loggers=started,
-        remedies=(*remedies, "keep the rows in half the memory, data.dtype=float16"),
     )
 
 
@@ -154,12 +144,9 @@ def label(transform: str | Mapping[str, Any]) -> str:
 
 
 def make(node: Settings, name: str, *, called: bool = True, **given: Any) -> Any:
-    """Build what a part of the settings, whose name errors tell, names by `_target_`, with further arguments.
+    """Build what a part of the settings names by `_target_`, with further arguments; unless `called`, a partial of it.
 
-    Unless it is `called`, a `functools.partial` that makes it is returned.
-
-    Raises:
-        InputError: there is no such class or function, or it takes other arguments.
+    A class or function that does not exist, or takes other arguments, is an InputError with the part's name.
     """
     try:
         function = instantiate({**node, "_partial_": True}, _convert_="all")

@@ -18,17 +18,15 @@ from nvf.statistics import METRICS
 
 MOST_PANELS = 6
 LOG_FROM = 30  # an axis is logarithmic if its largest value is more than so many times its smallest
-# Okabe and Ito's palette, which the colour-blind tell apart, without the grey and black of the references.
-COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6d00", "#5b3a8e")
-INK = "#222222"
+BLUE, INK = "#0072b2", "#222222"
 STYLE: Any = {
     **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 160},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
-    **{"lines.markersize": 5, "svg.hashsalt": "nvf"},
+    "lines.markersize": 5,
 }
 LINES: dict[str, dict[str, Any]] = {
-    "test": {"label": "mean of the settings", "color": COLOURS[1]},
+    "test": {"label": "mean of the settings", "color": BLUE},
     "exact": {"label": "exact search", "color": "#8a8a8a"},
     "oracle": {"label": "oracle", "color": INK, "linestyle": ":"},
     "coverage": {"label": "coverage", "color": "#6a6a6a", "linestyle": "--"},
@@ -41,12 +39,9 @@ def write(comparison: Comparison, folder: Path) -> str:
     for ending, text in {"md": comparison.text, "csv": comparison.csv}.items():
         with atomic_write(folder / f"comparison.{ending}") as partial:
             partial.write_text(text() + "\n", encoding="utf-8")
-    with matplotlib.rc_context(STYLE):
-        figure = draw(comparison)
-        for ending, metadata in (("png", None), ("svg", {"Date": None})):
-            with atomic_write(folder / f"comparison.{ending}") as partial:
-                figure.savefig(partial, format=ending, metadata=metadata)
-    return f"written to {folder}: comparison.md, .csv, .png, .svg"
+    with matplotlib.rc_context(STYLE), atomic_write(folder / "comparison.png") as partial:
+        draw(comparison).savefig(partial, format="png")
+    return f"written to {folder}: comparison.md, .csv, .png"
 
 
 def draw(comparison: Comparison) -> Figure:
@@ -90,7 +85,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     tests = [row.figures["test"] for row in rows]
     test, low, high = 100 * np.array([[*figures.values()] for figures in tests if figures is not None]).T
     bars = [(test - low).clip(0), (high - test).clip(0)]  # damaged intervals may not hold their value
-    axes.errorbar(x, test, yerr=bars, fmt="o", color=COLOURS[1], label="a setting")
+    axes.errorbar(x, test, yerr=bars, fmt="o", color=BLUE, label="a setting")
     if not seeds:
         axes.plot(x[0], test[0], "*", markersize=14, mfc="none", mec=INK, label="best on validation")
     axes.set_xlabel(column)

@@ -118,7 +118,7 @@ def read_run(path: Path, metric: str) -> Run:
     """Read a results.json; whatever else the file holds ends in one of the errors that `gather` expects."""
     found = read_record(path)
     fitted = "pipeline" if found["val"]["pipeline"] else "attention"
-    test, cut = found["test"], found.get("cut", {})
+    test = found["test"]
     shares = {
         "validation": found["val"][fitted][metric],
         "test": test[fitted][metric],
@@ -128,8 +128,7 @@ def read_run(path: Path, metric: str) -> Run:
     }
     if not shares["validation"] or not shares["test"]:
         raise ValueError(f"it has no {metric} of its {fitted}")
-    # Where a clock cuts a run short, the same settings have another effect.
-    flat = {plain(name): plain(value) for name, value in material({**found["config"], "cut": cut}).items()}
+    flat = {plain(name): plain(value) for name, value in material(found["config"]).items()}
     seeds = {name: value for name, value in flat.items() if name.split(".")[-1] == "seed"}
     overrides, named = path.parent / ".hydra" / "overrides.yaml", []
     if own_file(overrides) and overrides.stat().st_size <= LARGEST:

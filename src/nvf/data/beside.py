@@ -1,0 +1,124 @@
+"""What may be given beside vectors: texts of rows and queries, and gains, what each target is worth to its query."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nvf.data.splits import SPLITS
+from nvf.errors import InputError, one_line
+from nvf.files.ids import shown
+from nvf.files.npy import NpyFile
+from nvf.models.memory import VectorMemory
+
+if TYPE_CHECKING:
+    from nvf.data.parquet import ParquetFile
+
+COLUMNS: Mapping[str, Any] = {
+    "id": "id",
+    "vector": "vector",
+    "targets": "targets",
+    "time": None,
+    "text": "text",
+    "gains": "gains",
+}
+
+
+def open_table(path: Path, columns: Mapping[str, Any], *roles: str) -> "ParquetFile":
+    """Open a .parquet file that has the columns for these roles, the vectors' among them."""
+    from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
+
+    return ParquetFile(path, {f"data.columns.{role}": columns[role] for role in roles})
+
+
+def optional_column(table: "ParquetFile", columns: Mapping[str, Any], role: str) -> tuple[list[Any], np.ndarray] | None:
+    """Return the values of a column and how many each row has, (n,); None without one, unless the user named it."""
+    name = columns.get(role)
+    if name is None or (name == COLUMNS[role] and name not in table.names):
+        return None
+    return open_table(table.path, columns, "vector", role).ids(name)
+
+
+def texts_of_rows(folder: str | Path, memory: VectorMemory, columns: Mapping[str, Any] = COLUMNS) -> list[str] | None:
+    """Return the text of each row, those of equal vectors joined; None where neither memory nor folder has texts."""
+    texts = memory.texts or read_texts(Path(folder), "corpus", memory.given, columns)
+    if texts is None or memory.row_of_vector is None:
+        return texts
+    of_row: list[list[str]] = [[] for _ in range(len(memory))]
+    for row, text in zip(memory.row_of_vector.tolist(), texts, strict=True):
+        of_row[row].append(text)
+    return ["\n".join(dict.fromkeys(some)) for some in of_row]
+
+
+def read_texts(folder: Path, stem: str, count: int, columns: Mapping[str, Any] = COLUMNS) -> list[str] | None:
+    """Read the texts of the `count` vectors of corpus, queries, train, val or test; None if there are none.
+
+    They are in a file of lines {"text": ...}, or else in a column of the vectors' .parquet file.
+    """
+    path = folder / ("texts.jsonl" if stem == "corpus" else f"{stem}_texts.jsonl")
+    if path.exists():
+        return text_lines(path, count)
+    path = folder / f"{f'{stem}_queries' if stem in SPLITS else stem}.parquet"
+    if not path.exists() or (found := optional_column(open_table(path, columns, "vector"), columns, "text")) is None:
+        return None
+    texts, counts = found
+    if len(texts) != count or (counts != 1).any() or not all(isinstance(text, str) for text in texts):
+        fault = f"column {columns['text']!r} does not hold one text for each of {count} vectors"
+        raise InputError(f"{path}: {fault}; correct it, or leave it out: data.columns.text=null")
+    return texts
+
+
+def text_lines(path: Path, count: int) -> list[str]:
+    """Read a file of `count` lines {"text": ...}; empty lines are left out."""
+    if not path.is_file():
+        raise InputError(f'{path} is missing, or no regular file; give each vector a line {{"text": "..."}}')
+    texts, number = [], 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                number += 1
+                if not line.strip():
+                    continue
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"its text is {type(text).__name__}")
+                text.encode()  # fails for half a surrogate pair
+                texts.append(text)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise InputError(f'{path}: line {number}: {one_line(fault)}; give a line {{"text": "..."}}') from None
+    if len(texts) != count:
+        raise InputError(f"{path} has {len(texts)} texts for {count} vectors; give each its line")
+    return texts
+
+
+def read_gains(path: Path, given: np.ndarray) -> np.ndarray | None:
+    """Read gains of targets, (n, m) numbers, of which `given`, (n, m) bool, are targets; None if there is no file.
+
+    Those of the t targets are returned, (t,), query by query.
+    """
+    if not path.exists():
+        return None
+    gains = NpyFile(path, "what each target is worth")
+    values = gains.read()
+    if gains.dtype.kind not in "iuf" or values.size != given.size or gains.shape[:1] != given.shape[:1]:
+        fault = f"shape {gains.shape} and type {gains.dtype} for targets of shape {given.shape}"
+        raise InputError(f"{path}: {fault}; give each target a number")
+    return checked_gains(values.reshape(given.shape)[given], given.sum(axis=1), str(path))
+
+
+def checked_gains(values: np.ndarray | Sequence[Any], counts: np.ndarray, name: str) -> np.ndarray:
+    """Return gains as float32, (t,), `counts` a query, (n,); one that is no finite number above 0 is an InputError."""
+    try:
+        with np.errstate(over="ignore"):
+            gains = np.array(values).astype(np.float32)
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"{name} holds no numbers ({one_line(fault)}); give each target one") from None
+    if (wrong := ~((gains > 0) & np.isfinite(gains))).any():
+        first = int(wrong.argmax())
+        place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
+        raise InputError(
+            f"{place}: the gain {shown(values[first])} is not a number above 0; correct it, or drop the target"
+        )
+    return gains
