@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import adapters
 import baselines
 import factored
+import fitting
 import hnsw
 import lexical
 import loops
@@ -22,6 +23,7 @@ import roofline
 import scale
 import search_speed
 import timing
+import tuned_search
 from nvf.data.queries import Recorded
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
@@ -71,20 +73,20 @@ def source(folder: Path) -> Recorded:
 
 
 @pytest.fixture
-def problem(folder: Path, source: Recorded) -> baselines.Problem:
+def problem(folder: Path, source: Recorded) -> tuned_search.Problem:
     train, val, _ = adapters.batches(folder, source)
-    return baselines.Problem(source.memory.rows, train, val, seed=0)
+    return tuned_search.Problem(source.memory.rows, train, val, seed=0)
 
 
 @pytest.fixture
-def worded(folder: Path, texts: list[str]) -> baselines.Problem:
+def worded(folder: Path, texts: list[str]) -> tuned_search.Problem:
     pytest.importorskip("bm25s")
     source = adapters.read(folder, 0, {})
     train, val, _ = adapters.batches(folder, source)
-    return baselines.Problem(source.memory.rows, train, val, seed=0)
+    return tuned_search.Problem(source.memory.rows, train, val, seed=0)
 
 
-def loop_ranks(keys: np.ndarray, batch: baselines.Asked) -> list[int]:
+def loop_ranks(keys: np.ndarray, batch: tuned_search.Asked) -> list[int]:
     ranks = []
     for query, (target,) in zip(batch.queries.numpy(), batch.targets.tolist(), strict=True):
         order = np.argsort([-float(query @ key) for key in keys], kind="stable").tolist()
@@ -100,7 +102,7 @@ def test_the_command_prints_every_method(
     folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("bm25s")
-    monkeypatch.setattr(baselines, "EPOCHS", 1)
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
     output = tmp_path / "table.md"
     adapters.main([f"data.dir={folder}", "seed=0", f"output={output}", *FEW_EPOCHS])
     printed = capsys.readouterr().out
@@ -111,7 +113,7 @@ def test_the_command_prints_every_method(
     assert [line.split("|")[1].strip() for line in rows] == [*installed(NAMES), "NVF, stage 1", "NVF, pipeline"]
     assert {len(line) for line in (titles, rule, *rows)} == {len(titles)}
     source = adapters.read(folder, seed=0)
-    test = baselines.Asked(*source.splits["test"])
+    test = tuned_search.Asked(*source.splits["test"])
     right = sum(rank == 1 for rank in loop_ranks(source.memory.rows.numpy(), test))
     interval = "{value:.1f} ({low:.1f}-{high:.1f})".format(**{n: 100 * v for n, v in wilson(right, 40).items()})
     assert rows[0].split("|")[2].strip() == interval
@@ -119,7 +121,7 @@ def test_the_command_prints_every_method(
     assert verdict[4] == "- Top-1: not significantly below exact search"
 
 
-def test_exact_search_and_moved_documents_equal_loops(problem: baselines.Problem) -> None:
+def test_exact_search_and_moved_documents_equal_loops(problem: tuned_search.Problem) -> None:
     exact = baselines.exact_search(problem)
     rows, train = problem.rows.numpy(), problem.train
     ranks = loop_ranks(rows, problem.val)
@@ -139,7 +141,7 @@ def test_exact_search_and_moved_documents_equal_loops(problem: baselines.Problem
     assert moved.chosen == max(found, key=lambda name: found[name])
 
 
-def test_query_bank_normalisation_equals_its_formula(problem: baselines.Problem) -> None:
+def test_query_bank_normalisation_equals_its_formula(problem: tuned_search.Problem) -> None:
     method = baselines.bank_normalised(problem, baselines.exact_search(problem))
     _, _, beta, _, share = method.chosen.replace(",", "").split()
     bank = (float(beta) * problem.rows @ problem.train.queries.T).exp().mean(dim=-1).log() / float(beta)
@@ -152,8 +154,8 @@ def test_every_figure_equals_a_loop() -> None:
     scores = torch.randn(30, 40, generator=generator)
     targets = torch.stack([torch.randperm(40, generator=generator)[:3] for _ in range(30)])
     targets[::2, 1:] = -1
-    batch = baselines.Asked(torch.arange(30.0).unsqueeze(-1), targets)
-    found = baselines.measured(lambda part: scores[part.queries[:, 0].long()], batch)
+    batch = tuned_search.Asked(torch.arange(30.0).unsqueeze(-1), targets)
+    found = tuned_search.measured(lambda part: scores[part.queries[:, 0].long()], batch)
     for query, answers in enumerate(targets.tolist()):
         order, right = scores[query].argsort(descending=True).tolist(), [row for row in answers if row >= 0]
         ranks = sorted(1 + order.index(row) for row in right)
@@ -167,7 +169,7 @@ def test_every_figure_equals_a_loop() -> None:
             np.mean([rank <= 20 for rank in ranks]),
         ]
         assert [float(of[query]) for of in found.values()] == pytest.approx(expected)
-    several = baselines.figures(lambda part: scores[part.queries[:, 0].long()], batch)
+    several = tuned_search.figures(lambda part: scores[part.queries[:, 0].long()], batch)
     assert several == pytest.approx((float(found["nDCG@10"].mean()), float(found["MRR@10"].mean())))
 
 
@@ -176,12 +178,12 @@ def test_no_baseline_validates_worse_than_exact_search(
     with_texts: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = request.getfixturevalue("worded" if with_texts else "problem")
-    monkeypatch.setattr(baselines, "EPOCHS", 1)
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
     (_, exact), *others = found = list(baselines.baselines(problem))
     assert [name for name, _ in found] == installed([name for name in NAMES if with_texts or name not in WORDED])
     for name, method in others:
         assert method.val >= exact.val or name == "words alone", name
-        assert method.val == pytest.approx(baselines.figures(method.score, problem.val)), name
+        assert method.val == pytest.approx(tuned_search.figures(method.score, problem.val)), name
 
 
 @pytest.mark.parametrize("lexicon", lexical.LEXICONS)
@@ -214,7 +216,7 @@ def test_each_query_has_its_own_text(folder: Path, texts: list[str], source: Rec
     assert lexical.asked(folder, source) is None
 
 
-def test_words_beside_exact_search_equal_a_loop(worded: baselines.Problem) -> None:
+def test_words_beside_exact_search_equal_a_loop(worded: tuned_search.Problem) -> None:
     exact = baselines.exact_search(worded)
     method = baselines.with_words(worded, exact)
     found = {}
@@ -231,14 +233,14 @@ def test_words_beside_exact_search_equal_a_loop(worded: baselines.Problem) -> No
     assert found[method.chosen] == max(found.values())
 
 
-def test_nudge_is_asked_as_its_authors_say(problem: baselines.Problem) -> None:
+def test_nudge_is_asked_as_its_authors_say(problem: tuned_search.Problem) -> None:
     package = pytest.importorskip("nudge")
     shift = 49 - int((problem.rows @ problem.train.queries.sum(dim=0)).argmax())  # the last row is near the mean query
     train = problem.train._replace(targets=(problem.train.targets + shift) % 50)
     problem = problem._replace(rows=problem.rows.roll(shift, 0), train=train, val=train)  # so that moving rows helps
     padded = F.pad(problem.train.targets, (0, 1), value=-1)
     step = baselines.nudged(package, "NUDGEN")
-    exact = baselines.Search(torch.nn.Identity(), problem.rows)
+    exact = tuned_search.Search(torch.nn.Identity(), problem.rows)
     found = step(problem._replace(train=problem.train._replace(targets=padded)), exact)
     log, held_out = ({"q_embs": batch.queries.numpy(), "q_ans_indx": batch.targets.tolist()} for batch in problem[1:3])
     keys = package.NUDGEN(device=torch.device("cpu")).finetune_embeddings(problem.rows.numpy(), log, held_out)
@@ -254,10 +256,10 @@ def test_without_nudge_a_line_says_how_to_have_it(
     assert "pip install nudge-ft" in capsys.readouterr().err
 
 
-def test_keys_that_nobody_asked_for_stay(problem: baselines.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "EPOCHS", 2)
+def test_keys_that_nobody_asked_for_stay(problem: tuned_search.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "EPOCHS", 2)
     unseen = problem.train.targets[:, 0] >= 40
-    seen = baselines.some(problem.train, (~unseen).nonzero().squeeze(-1))
+    seen = tuned_search.some(problem.train, (~unseen).nonzero().squeeze(-1))
     few = problem._replace(train=seen, val=seen)  # so that what is learned is kept
     method = baselines.linear(few, baselines.exact_search(few), learned_keys=True)
     moved = (method.score.keys - problem.rows).abs().amax(dim=-1) > 1e-6
@@ -265,7 +267,7 @@ def test_keys_that_nobody_asked_for_stay(problem: baselines.Problem, monkeypatch
     assert moved[:40].any()
 
 
-def test_adapters_undo_a_turn(problem: baselines.Problem) -> None:
+def test_adapters_undo_a_turn(problem: tuned_search.Problem) -> None:
     slant = 0.15 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     turn = torch.matrix_exp(slant - slant.T)
     train, val = (batch._replace(queries=batch.queries @ turn) for batch in (problem.train, problem.val))
@@ -276,14 +278,14 @@ def test_adapters_undo_a_turn(problem: baselines.Problem) -> None:
 
 
 def test_a_reranker_learns_from_searches_that_have_not_seen_its_queries(
-    problem: baselines.Problem, monkeypatch: pytest.MonkeyPatch
+    problem: tuned_search.Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "EPOCHS", 1)
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
     seen = []
 
-    def again(other: baselines.Problem) -> baselines.Search:
+    def again(other: tuned_search.Problem) -> tuned_search.Search:
         seen.append({tuple(query) for query in other.train.queries.tolist()})
-        return baselines.Search(torch.nn.Identity(), other.rows)
+        return tuned_search.Search(torch.nn.Identity(), other.rows)
 
     baselines.reranked(problem, baselines.exact_search(problem)._replace(again=again))
     everything = {tuple(query) for query in problem.train.queries.tolist()}

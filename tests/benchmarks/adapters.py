@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import lexical
-from baselines import Asked, Lexicons, Problem, baselines, measured
+from baselines import baselines
 from nvf import Pipeline
 from nvf.data.folder import read_memory, read_recorded
 from nvf.data.queries import Recorded
@@ -36,6 +36,7 @@ from nvf.ops.ranks import criterion
 from nvf.overrides import quoted
 from nvf.statistics import Interval, Z, in_percent, mean_interval
 from nvf.train import CONF, train
+from tuned_search import Asked, Lexicons, Problem, measured
 
 SETTINGS = ("data.dir", "run", "seed", "output", "subsample_rows", "subsample_train")
 FEWEST_VAL = 50

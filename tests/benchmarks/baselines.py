@@ -1,34 +1,41 @@
-"""What NVF is compared with: searches over the same frozen vectors, and texts, each tuned on validation queries.
-
-A baseline is a step from one search to another, such as from exact search to that with a linear adapter. The search
-that it starts from competes with what it makes of it, so none validates worse than exact search.
-"""
+"""What NVF is compared with: searches over the same frozen vectors, and texts, each tuned on validation queries."""
 
 import contextlib
-import copy
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexical import LEXICONS, dense
+from fitting import Adapter, fit, fit_adapter
+from lexical import LEXICONS
 from nvf import Reranker
-from nvf.data.queries import blocks, each
+from nvf.data.queries import blocks
 from nvf.models.attention import attention_loss
 from nvf.models.memory import hubness
 from nvf.models.reranker import reranker_loss
-from nvf.models.words import WordScores
 from nvf.ops.random_streams import stream, stream_seed
-from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg, ndcg_of, recall, target_ranks
-from nvf.ops.topk import first_topk
+from nvf.ops.ranks import are_targets
+from tuned_search import (
+    AT_ONCE,
+    Asked,
+    Method,
+    Problem,
+    Search,
+    Step,
+    best,
+    figures,
+    improved,
+    search_of,
+    some,
+    stepped,
+    told,
+)
 
 BETAS = (5.0, 10.0, 20.0, 40.0, 80.0)  # of query-bank normalisation: inverse temperatures
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the log-sum-exp that it subtracts
@@ -38,153 +45,8 @@ RATES = (3e-4, 1e-3, 3e-3)
 MNR_RATE, MNR_SCALE, MNR_BATCHES = 1e-3, 20.0, (32, 64, 128, 256)  # the scale is LlamaIndex's
 RERANKER_RATES = (1e-3, 3e-3)
 SCALAR_RATIO = 100  # conf/reranker: the learning rate of the reranker's two scalars over its network's
-EPOCHS, PATIENCE = 20, 5
 CANDIDATES = 20
 FOLDS = 3
-DEPTH = 20  # of recall
-AT_ONCE = 1024  # queries whose scores over all rows are held
-
-
-class Lexicons(NamedTuple):
-    """What the words of queries match by each of LEXICONS, in that order."""
-
-    parts: WordScores
-    stems: WordScores
-
-
-class Asked(NamedTuple):
-    """Queries, what answers them, and what their words match."""
-
-    queries: Tensor  # (B, D) unit
-    targets: Tensor  # (B, m) rows, padded with -1
-    words: WordScores | None = None  # as NVF searches them
-    lexicons: Lexicons | None = None  # in full
-    gains: Tensor | None = None  # (B, m) what each target is worth; None: all alike
-
-
-class Problem(NamedTuple):
-    """What a baseline may see: no test query."""
-
-    rows: Tensor  # (N, D) unit
-    train: Asked
-    val: Asked
-    seed: int
-
-
-class Search(NamedTuple):
-    """Scores move(q) K^T + b + w s, (B, N), with s the BM25 scores of a lexicon."""
-
-    move: Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
-    keys: Tensor  # (N, D)
-    bias: Tensor | float = 0.0  # (N,)
-    beta: float = 20.0  # the inverse temperature that it was fitted with, which orders no row anew
-    lexicon: int = 0
-    weight: float = 0.0
-
-    def __call__(self, batch: Asked) -> Tensor:
-        scores = self.move(batch.queries) @ self.keys.T + self.bias
-        if self.weight and batch.lexicons is not None:
-            scores = scores + self.weight * dense(batch.lexicons[self.lexicon], len(self.keys))
-        return scores
-
-
-Step = Callable[["Problem", Search], Search]
-
-
-class Figures(NamedTuple):
-    """What is compared on validation, in this order."""
-
-    first: float  # Top-1, or nDCG@10 where queries have several targets
-    mrr10: float
-
-
-class Method(NamedTuple):
-    """A tuned method, and what its choice rested on."""
-
-    score: Callable[[Asked], Tensor]  # (B, N)
-    val: Figures
-    chosen: str  # on validation
-    again: Callable[[Problem], Search]  # the same search with what was chosen, fitted to other training queries
-    seconds: float = 0.0  # of tuning and fitting, the search that it builds on included
-
-
-class Adapter(nn.Module):
-    """z = normalize(q + W q + c) against K = V, or K = normalize(V + delta) if keys are learned; exact search at first.
-
-    Rows that answer no training query stay where they are.
-    """
-
-    def __init__(self, rows: Tensor, *, seen: Tensor | None = None) -> None:
-        super().__init__()
-        self.rows, self.seen = rows, seen
-        self.linear = nn.Linear(rows.shape[1], rows.shape[1])
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.log_beta = nn.Parameter(torch.tensor(math.log(20.0)))
-        self.delta = None if seen is None else nn.Parameter(torch.zeros_like(rows))
-
-    def move(self, queries: Tensor) -> Tensor:
-        """z, (B, D)."""
-        return F.normalize(queries + self.linear(queries), dim=-1)
-
-    def keys(self) -> Tensor:
-        """K, (N, D) unit rows."""
-        if self.delta is None or self.seen is None:
-            return self.rows
-        return F.normalize(self.rows + self.delta * self.seen.unsqueeze(-1), dim=-1)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        return self.log_beta.exp() * self.move(queries) @ self.keys().T  # (B, N)
-
-
-@torch.no_grad()
-def measured(score: Callable[[Asked], Tensor], batch: Asked) -> dict[str, Tensor]:
-    """Top-1, nDCG@10, MRR@10 and Recall@20 of each query, (B,) each, by their names in the table."""
-    parts = []
-    for part in blocks(batch, AT_ONCE):
-        scores, targets = score(part), part.targets
-        ranks = target_ranks(scores, targets).double()
-        best_rows = first_topk(scores, min(DEPTH, scores.shape[1]))
-        hits, worth = are_targets(best_rows, targets), gains_of(best_rows[:, :DEEPEST], targets, part.gains)
-        near = (1 / ranks).where(ranks <= DEEPEST, 0.0)
-        parts.append((ranks == 1, ndcg(worth, targets, part.gains), near, recall(hits, targets)))
-    of_all = (torch.cat(of_parts).double() for of_parts in zip(*parts, strict=True))
-    return dict(zip(("Top-1", "nDCG@10", "MRR@10", f"Recall@{DEPTH}"), of_all, strict=True))
-
-
-@torch.no_grad()
-def figures(score: Callable[[Asked], Tensor], batch: Asked) -> Figures:
-    """What chooses."""
-    by_gain = criterion(batch.targets) == "ndcg10"
-    firsts, nears = [], []
-    for part in blocks(batch, AT_ONCE):
-        scores = score(part)
-        ranks = target_ranks(scores, part.targets).double()
-        firsts.append(ndcg_of(scores, part.targets, part.gains) if by_gain else ranks == 1)
-        nears.append((1 / ranks).where(ranks <= DEEPEST, 0.0))
-    return Figures(*(float(torch.cat(of_parts).double().mean()) for of_parts in (firsts, nears)))
-
-
-def improved(problem: Problem, base: Method, steps: Iterable[tuple[str, Step]]) -> Method:
-    """The base, or what one of the steps makes of it: what validates best, and of equals the first."""
-    return best([base, *stepped(problem, base, steps)])
-
-
-def stepped(problem: Problem, base: Method, steps: Iterable[tuple[str, Step]]) -> Iterator[Method]:
-    """What each step makes of a search."""
-    for name, step in steps:
-        search = step(problem, _search_of(base))
-
-        def again(other: Problem, step: Step = step) -> Search:
-            return step(other, base.again(other))
-
-        chosen = "; ".join(part for part in (base.chosen, name) if part)
-        yield told(Method(search, figures(search, problem.val), chosen, again))
-
-
-def _search_of(method: Method) -> Search:
-    assert isinstance(method.score, Search)
-    return method.score
 
 
 def exact_search(problem: Problem) -> Method:
@@ -317,7 +179,7 @@ def reranked(problem: Problem, base: Method) -> Method:
     Each third of the training queries has the candidates of a search that was fitted to the other two, because a search
     ranks the targets of its own training queries too well to teach a reranker.
     """
-    search, rows, train = _search_of(base), problem.rows, problem.train
+    search, rows, train = search_of(base), problem.rows, problem.train
     k, beta = min(CANDIDATES, len(rows)), torch.tensor(search.beta)
     fold = torch.randperm(len(train.queries), generator=stream(problem.seed, "adapters/folds")) % FOLDS
     logits, places = torch.zeros(len(fold), k), torch.zeros(len(fold), k, dtype=torch.long)
@@ -352,78 +214,6 @@ def reranked(problem: Problem, base: Method) -> Method:
         return told(Method(score, figures(score, problem.val), chosen, base.again))
 
     return best([base, *map(fitted, RERANKER_RATES)])
-
-
-def some(batch: Asked, places: Tensor) -> Asked:
-    """The queries at some places."""
-    return each(batch, itemgetter(places))
-
-
-def fit_adapter(
-    problem: Problem,
-    adapter: Adapter,
-    loss: Callable[[Tensor], Tensor],
-    lr: float,
-    *,
-    count: int,
-    batch_size: int | None = None,
-) -> Search:
-    """The search of an adapter that is fitted by a loss over `count` training samples, and stopped on validation."""
-
-    def search() -> Search:
-        return Search(adapter.move, adapter.keys().detach(), beta=float(adapter.log_beta.detach().exp()))
-
-    groups = [{"params": list(adapter.parameters()), "lr": lr}]
-    samples, seed = torch.arange(count), problem.seed
-    fit(adapter, groups, loss, samples, lambda: figures(search(), problem.val), seed=seed, batch_size=batch_size)
-    return search()
-
-
-def fit(
-    model: nn.Module,
-    groups: list[dict],
-    loss: Callable[[Tensor], Tensor],
-    places: Tensor,
-    validate: Callable[[], Figures],
-    *,
-    seed: int,
-    batch_size: int | None = None,
-) -> int:
-    """Adam with early stopping; leaves the weights that validate best, and returns after which epoch.
-
-    Args:
-        groups: the parameters with their learning rates.
-        loss: of the training samples at some places.
-        places: of all of them, (n,).
-        batch_size: if None at most 256, and at least 8 batches an epoch unless they fall below 64, as in nvf.
-    """
-    optimizer, generator = torch.optim.Adam(groups), stream(seed, "adapters/order")
-    size = batch_size or min(256, max(64, len(places) // 8))
-    found, epochs, state = Figures(-1.0, -1.0), 0, model.state_dict()
-    for epoch in range(EPOCHS + 1):
-        model.train()
-        for part in places[torch.randperm(len(places), generator=generator)].split(size) if epoch else ():
-            optimizer.zero_grad()
-            loss(part).backward()
-            optimizer.step()
-        model.eval()
-        if (score := validate()) > found:
-            found, epochs, state = score, epoch, copy.deepcopy(model.state_dict())
-        if epoch - epochs >= PATIENCE:
-            break
-    model.load_state_dict(state)
-    return epochs
-
-
-def best(methods: Iterable[Method]) -> Method:
-    """The one that validates best; of equals, the first."""
-    return max(methods, key=lambda method: method.val)
-
-
-def told(method: Method) -> Method:
-    """The method, after a line of progress."""
-    print(f"  {100 * method.val.first:5.1f} on validation: {method.chosen}", file=sys.stderr, flush=True)
-    return method
 
 
 def baselines(problem: Problem) -> Iterator[tuple[str, Method]]:
