@@ -1,6 +1,8 @@
 """What is run on request: every row is there, and what is compared is what it says it is."""
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch.nn.functional as F
 import adapters
 import baselines
 import factored
+import fitting
 import hnsw
+import lexical
 import loops
 import performance
 import recipes
@@ -19,7 +23,8 @@ import roofline
 import scale
 import search_speed
 import timing
-from nvf.data.queries import QueryBatch, Recorded
+import tuned_search
+from nvf.data.queries import Recorded
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
@@ -31,18 +36,35 @@ from nvf.training.fit import fit
 from nvf.training.stages import fit_settings
 
 FEW_EPOCHS = ["attention.epochs=1", "reranker.epochs=1", "reranker.folds=2", "k=5"]
+WORDED = ["words alone", "words + exact search", "the best of these + words"]
+NUDGED = ["NUDGE-M", "NUDGE-N", "NUDGE-N and linear"]
 NAMES = [
     "exact search",
+    "words alone",
+    "words + exact search",
     "query-bank normalisation",
-    "linear adapter, triplet loss",
-    "linear adapter, full softmax",
     "documents moved to their queries",
+    "NUDGE-M",
+    "NUDGE-N",
+    "linear adapter, multiple negatives ranking",
+    "linear adapter, softmax over all rows",
+    "NUDGE-N and linear",
     "linear adapter + learned keys",
     "the same + query-bank normalisation",
-    "linear adapter + residual reranker",
-    "NVF, stage 1",
-    "NVF, pipeline",
+    "the best of these + words",
+    "residual reranker on the best of these",
 ]
+
+
+@pytest.fixture
+def texts(folder: Path) -> list[str]:
+    """The texts of the folder's queries, each with its number, its target's noun in half of them, and a stop word."""
+    rng, targets = np.random.default_rng(1), np.load(folder / "targets.npy")
+    nouns = [f"noun{row} and noun{row % 7} things" for row in range(50)]
+    asked = [f"the q{n} {f'noun{row}' if rng.random() < 0.5 else 'thing'}" for n, row in enumerate(targets)]
+    for name, some in (("texts", nouns), ("queries_texts", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    return asked
 
 
 @pytest.fixture
@@ -51,11 +73,20 @@ def source(folder: Path) -> Recorded:
 
 
 @pytest.fixture
-def problem(source: Recorded) -> baselines.Problem:
-    return baselines.Problem(source.memory.rows, source.splits["train"], source.splits["val"], seed=0)
+def problem(folder: Path, source: Recorded) -> tuned_search.Problem:
+    train, val, _ = adapters.batches(folder, source)
+    return tuned_search.Problem(source.memory.rows, train, val, seed=0)
 
 
-def loop_ranks(keys: np.ndarray, batch: QueryBatch) -> list[int]:
+@pytest.fixture
+def worded(folder: Path, texts: list[str]) -> tuned_search.Problem:
+    pytest.importorskip("bm25s")
+    source = adapters.read(folder, 0, {})
+    train, val, _ = adapters.batches(folder, source)
+    return tuned_search.Problem(source.memory.rows, train, val, seed=0)
+
+
+def loop_ranks(keys: np.ndarray, batch: tuned_search.Asked) -> list[int]:
     ranks = []
     for query, (target,) in zip(batch.queries.numpy(), batch.targets.tolist(), strict=True):
         order = np.argsort([-float(query @ key) for key in keys], kind="stable").tolist()
@@ -63,31 +94,39 @@ def loop_ranks(keys: np.ndarray, batch: QueryBatch) -> list[int]:
     return ranks
 
 
+def installed(names: list[str]) -> list[str]:
+    return [name for name in names if name not in NUDGED or find_spec("nudge")]
+
+
 def test_the_command_prints_every_method(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: Recorded
+    folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(baselines, "EPOCHS", 2)
+    pytest.importorskip("bm25s")
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
     output = tmp_path / "table.md"
     adapters.main([f"data.dir={folder}", "seed=0", f"output={output}", *FEW_EPOCHS])
     printed = capsys.readouterr().out
     assert output.read_text() in printed
-    heading, _, titles, rule, *lines, _, verdict = output.read_text().splitlines()
+    heading, _, titles, rule, *lines = output.read_text().strip().splitlines()
+    rows, verdict = lines[: lines.index("")], lines[lines.index("") + 1 :]
     assert "50 rows; 320 train, 40 val, 40 test queries; seed 0" in heading
-    assert [line.split("|")[1].strip() for line in lines] == NAMES
-    assert {len(line) for line in (titles, rule, *lines)} == {len(titles)}
-    right = sum(rank == 1 for rank in loop_ranks(source.memory.rows.numpy(), source.splits["test"]))
+    assert [line.split("|")[1].strip() for line in rows] == [*installed(NAMES), "NVF, stage 1", "NVF, pipeline"]
+    assert {len(line) for line in (titles, rule, *rows)} == {len(titles)}
+    source = adapters.read(folder, seed=0)
+    test = tuned_search.Asked(*source.splits["test"])
+    right = sum(rank == 1 for rank in loop_ranks(source.memory.rows.numpy(), test))
     interval = "{value:.1f} ({low:.1f}-{high:.1f})".format(**{n: 100 * v for n, v in wilson(right, 40).items()})
-    assert lines[0].split("|")[2].strip() == interval
-    assert verdict.startswith("NVF is not significantly below exact search")
-    assert "the linear adapter, full softmax by" in verdict
+    assert rows[0].split("|")[2].strip() == interval
+    assert [line.split(":")[0] for line in verdict[:4]] == ["- Top-1", "- nDCG@10", "- MRR@10", "- Recall@20"]
+    assert verdict[4] == "- Top-1: not significantly below exact search"
 
 
-def test_exact_search_and_moved_documents_equal_loops(problem: baselines.Problem) -> None:
+def test_exact_search_and_moved_documents_equal_loops(problem: tuned_search.Problem) -> None:
     exact = baselines.exact_search(problem)
     rows, train = problem.rows.numpy(), problem.train
-    assert baselines.ranks(exact.score, problem.val).tolist() == loop_ranks(rows, problem.val)
-
-    found = {}
+    ranks = loop_ranks(rows, problem.val)
+    found = {"": (np.mean([r == 1 for r in ranks]), np.mean([1 / r if r <= 10 else 0 for r in ranks]))}
+    assert exact.val == pytest.approx(found[""])
     for weight in baselines.WEIGHTS:
         keys = []
         for row, vector in enumerate(rows):
@@ -95,39 +134,209 @@ def test_exact_search_and_moved_documents_equal_loops(problem: baselines.Problem
             key = (1 - weight) * vector + weight * np.mean(own, axis=0) if own else vector
             keys.append(key / np.linalg.norm(key))
         ranks = loop_ranks(np.array(keys), problem.val)
-        found[weight] = (np.mean([r == 1 for r in ranks]), np.mean([1 / r if r <= 10 else 0 for r in ranks]))
-    moved = baselines.moved_documents(problem)
+        measures = np.mean([r == 1 for r in ranks]), np.mean([1 / r if r <= 10 else 0 for r in ranks])
+        found[f"weight {weight:g}"] = measures
+    moved = baselines.moved_documents(problem, exact)
     assert moved.val == pytest.approx(max(found.values()))
-    assert moved.chosen == f"weight {max(found, key=lambda weight: found[weight]):g}"
+    assert moved.chosen == max(found, key=lambda name: found[name])
 
 
-def test_query_bank_normalisation_equals_its_formula(problem: baselines.Problem) -> None:
+def test_query_bank_normalisation_equals_its_formula(problem: tuned_search.Problem) -> None:
     method = baselines.bank_normalised(problem, baselines.exact_search(problem))
-    _, beta, _, share = method.chosen.replace(",", "").split()
+    _, _, beta, _, share = method.chosen.replace(",", "").split()
     bank = (float(beta) * problem.rows @ problem.train.queries.T).exp().mean(dim=-1).log() / float(beta)
     expected = problem.val.queries @ problem.rows.T - float(share) * bank
-    torch.testing.assert_close(method.score(problem.val.queries), expected)
+    torch.testing.assert_close(method.score(problem.val), expected)
 
 
+def test_every_figure_equals_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, 40, generator=generator)
+    targets = torch.stack([torch.randperm(40, generator=generator)[:3] for _ in range(30)])
+    targets[::2, 1:] = -1
+    batch = tuned_search.Asked(torch.arange(30.0).unsqueeze(-1), targets)
+    found = tuned_search.measured(lambda part: scores[part.queries[:, 0].long()], batch)
+    for query, answers in enumerate(targets.tolist()):
+        order, right = scores[query].argsort(descending=True).tolist(), [row for row in answers if row >= 0]
+        ranks = sorted(1 + order.index(row) for row in right)
+        gain = sum(1 / np.log2(1 + rank) for rank in ranks if rank <= 10)
+        best = sum(1 / np.log2(1 + rank) for rank in range(1, len(right) + 1))
+        first = ranks[0]
+        expected = [
+            float(first == 1),
+            gain / best,
+            1 / first if first <= 10 else 0,
+            np.mean([rank <= 20 for rank in ranks]),
+        ]
+        assert [float(of[query]) for of in found.values()] == pytest.approx(expected)
+    several = tuned_search.figures(lambda part: scores[part.queries[:, 0].long()], batch)
+    assert several == pytest.approx((float(found["nDCG@10"].mean()), float(found["MRR@10"].mean())))
+
+
+@pytest.mark.parametrize("with_texts", [True, False])
 def test_no_baseline_validates_worse_than_exact_search(
-    problem: baselines.Problem, monkeypatch: pytest.MonkeyPatch
+    with_texts: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "EPOCHS", 1)
-    (_, exact), *others = baselines.baselines(problem)
+    problem = request.getfixturevalue("worded" if with_texts else "problem")
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
+    (_, exact), *others = found = list(baselines.baselines(problem))
+    assert [name for name, _ in found] == installed([name for name in NAMES if with_texts or name not in WORDED])
     for name, method in others:
-        assert method.val >= exact.val, name
-        assert method.val == pytest.approx(baselines.figures(method.score, problem.val)), name
+        assert method.val >= exact.val or name == "words alone", name
+        assert method.val == pytest.approx(tuned_search.figures(method.score, problem.val)), name
 
 
-def test_a_part_of_a_folder(source: Recorded, tmp_path: Path) -> None:
-    adapters.subsample(source, tmp_path, 0, subsample_rows=30, subsample_train=100)
-    part = adapters.read(tmp_path, seed=0)
+@pytest.mark.parametrize("lexicon", lexical.LEXICONS)
+def test_words_are_scored_as_bm25_says(lexicon: str) -> None:
+    pytest.importorskip("bm25s")
+    texts = ["The cats sat on mats", "a dog sits", "dogs and dogs and a cat", "birds"]
+    asked = ["cat sitting with dogs", "nothing else"]
+    apart, k1, b = lexical.LEXICONS[lexicon]
+    documents, average = apart(texts), np.mean([len(tokens) for tokens in apart(texts)])
+    (found,) = lexical.scores(texts, [asked], lexicon)
+    for scores, words in zip(lexical.dense(found, len(texts)), apart(asked), strict=True):
+        for score, tokens in zip(scores, documents, strict=True):
+            expected = 0.0
+            for word in words:
+                holders, often = sum(word in others for others in documents), tokens.count(word)
+                idf = np.log(1 + (len(texts) - holders + 0.5) / (holders + 0.5))
+                expected += idf * often / (often + k1 * (1 - b + b * len(tokens) / average))
+            assert float(score) == pytest.approx(expected, rel=1e-5)
+    assert lexical.dense(found, len(texts))[0, 2] > 0
+
+
+def test_each_query_has_its_own_text(folder: Path, texts: list[str], source: Recorded) -> None:
+    pytest.importorskip("bm25s")
+    vectors = F.normalize(torch.from_numpy(np.load(folder / "queries.npy")), dim=-1)
+    asked = lexical.asked(folder, adapters.read(folder, seed=0))
+    assert asked is not None
+    for split, batch in source.splits.items():
+        assert asked[split] == [texts[int((vectors @ query).argmax())] for query in batch.queries]
+    (folder / "queries_texts.jsonl").unlink()
+    assert lexical.asked(folder, source) is None
+
+
+def test_words_beside_exact_search_equal_a_loop(worded: tuned_search.Problem) -> None:
+    exact = baselines.exact_search(worded)
+    method = baselines.with_words(worded, exact)
+    found = {}
+    for place, lexicon in enumerate(lexical.LEXICONS):
+        assert worded.val.lexicons is not None
+        words = lexical.dense(worded.val.lexicons[place], 50)
+        for weight in baselines.OF_WORDS:
+            scores = worded.val.queries @ worded.rows.T + weight * words
+            found[f"{lexicon}, weight {weight:.2g}"] = float(
+                (scores.argmax(-1) == worded.val.targets[:, 0]).double().mean()
+            )
+    assert method.val.first == pytest.approx(max(found.values()))
+    assert method.val.first > exact.val.first
+    assert found[method.chosen] == max(found.values())
+
+
+def test_nudge_is_asked_as_its_authors_say(problem: tuned_search.Problem) -> None:
+    package = pytest.importorskip("nudge")
+    shift = 49 - int((problem.rows @ problem.train.queries.sum(dim=0)).argmax())  # the last row is near the mean query
+    train = problem.train._replace(targets=(problem.train.targets + shift) % 50)
+    problem = problem._replace(rows=problem.rows.roll(shift, 0), train=train, val=train)  # so that moving rows helps
+    padded = F.pad(problem.train.targets, (0, 1), value=-1)
+    step = baselines.nudged(package, "NUDGEN")
+    exact = tuned_search.Search(torch.nn.Identity(), problem.rows)
+    found = step(problem._replace(train=problem.train._replace(targets=padded)), exact)
+    log, held_out = ({"q_embs": batch.queries.numpy(), "q_ans_indx": batch.targets.tolist()} for batch in problem[1:3])
+    keys = package.NUDGEN(device=torch.device("cpu")).finetune_embeddings(problem.rows.numpy(), log, held_out)
+    torch.testing.assert_close(found.keys, torch.from_numpy(keys))
+    assert float((found.keys - problem.rows).abs().amax()) > 0.01
+
+
+def test_without_nudge_a_line_says_how_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nudge", None)  # so that its import fails
+    assert baselines.nudge() is None
+    assert "pip install nudge-ft" in capsys.readouterr().err
+
+
+def test_keys_that_nobody_asked_for_stay(problem: tuned_search.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "EPOCHS", 2)
+    unseen = problem.train.targets[:, 0] >= 40
+    seen = tuned_search.some(problem.train, (~unseen).nonzero().squeeze(-1))
+    few = problem._replace(train=seen, val=seen)  # so that what is learned is kept
+    method = baselines.linear(few, baselines.exact_search(few), learned_keys=True)
+    moved = (method.score.keys - problem.rows).abs().amax(dim=-1) > 1e-6
+    assert not moved[40:].any()
+    assert moved[:40].any()
+
+
+def test_adapters_undo_a_turn(problem: tuned_search.Problem) -> None:
+    slant = 0.15 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    turn = torch.matrix_exp(slant - slant.T)
+    train, val = (batch._replace(queries=batch.queries @ turn) for batch in (problem.train, problem.val))
+    turned = problem._replace(train=train, val=val)
+    exact = baselines.exact_search(turned)
+    for fitted in (baselines.negatives_ranking, baselines.linear):
+        assert fitted(turned, exact).val.mrr10 > exact.val.mrr10 + 0.05
+
+
+def test_a_reranker_learns_from_searches_that_have_not_seen_its_queries(
+    problem: tuned_search.Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
+    seen = []
+
+    def again(other: tuned_search.Problem) -> tuned_search.Search:
+        seen.append({tuple(query) for query in other.train.queries.tolist()})
+        return tuned_search.Search(torch.nn.Identity(), other.rows)
+
+    baselines.reranked(problem, baselines.exact_search(problem)._replace(again=again))
+    everything = {tuple(query) for query in problem.train.queries.tolist()}
+    unseen = [everything - some for some in seen]
+    assert set.union(*unseen) == everything
+    assert sum(map(len, unseen)) == len(everything)
+    assert max(map(len, unseen)) - min(map(len, unseen)) <= 1
+
+
+def test_the_verdict_is_against_the_strongest() -> None:
+    def row(name: str, right: int, gain: float) -> adapters.Row:
+        top1 = (torch.arange(100) < right).double()
+        return adapters.Row(name, {"Top-1": top1, "nDCG@10": torch.full((100,), gain).double()}, 0, 0, "")
+
+    others = [row("exact search", 60, 0.9), row("NUDGE-N", 70, 0.5), row("words + exact search", 76, 0.7)]
+    nvf = [row("NVF, stage 1", 90, 1), row("NVF, pipeline", 75, 0.8)]
+    reach = 100 * 1.959964 * np.sqrt(0.01 * 0.99 / 100)
+    first, second, *safe = adapters.verdict([*others, *nvf]).splitlines()
+    assert first == f"- Top-1: -1.0 ({-1 - reach:+.1f} to {-1 + reach:+.1f}), BELOW words + exact search"
+    assert second.startswith("- nDCG@10: -10.0 (")
+    assert second.endswith("BELOW exact search")
+    assert safe == [
+        "- Top-1: not significantly below exact search",
+        "- nDCG@10: SIGNIFICANTLY BELOW exact search",
+        "- Top-1: not significantly below words + exact search",
+        "- nDCG@10: not significantly below words + exact search",
+    ]
+    above, *_ = adapters.verdict([others[1], *nvf]).splitlines()
+    assert above.startswith("- Top-1: +5.0 (")
+    assert above.endswith("above NUDGE-N")
+
+
+def test_a_part_of_a_folder(folder: Path, texts: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    source, to = adapters.read(folder, seed=0), tmp_path / "part"
+    asked = lexical.asked(folder, source)
+    assert asked is not None
+    to.mkdir()
+    adapters.subsample(source, to, 0, asked=asked, subsample_rows=30, subsample_train=100)
+    part = adapters.read(to, seed=0)
+    asked_of_part = lexical.asked(to, part)
+    assert asked_of_part is not None
     assert (len(part.memory), len(part.splits["train"].queries)) == (30, 100)
     for name, split in part.splits.items():
         whole = source.splits[name]
-        for query, (target,) in zip(split.queries, split.targets, strict=True):
-            before = int(whole.targets[(whole.queries - query).abs().sum(dim=-1).argmin(), 0])
+        for query, (target,), text in zip(split.queries, split.targets, asked_of_part[name], strict=True):
+            place = int((whole.queries - query).abs().sum(dim=-1).argmin())
+            before = int(whole.targets[place, 0])
             torch.testing.assert_close(part.memory.rows[target], F.normalize(source.memory.rows[before], dim=-1))
+            assert text == asked[name][place]
+            assert part.texts[target] == source.texts[before]
     kept = (source.memory.rows @ part.memory.rows.T).amax(dim=-1) > 1 - 1e-5
     assert int(kept.sum()) == 30
     assert len(part.splits["test"].queries) == int(kept[source.splits["test"].targets].sum())
@@ -195,7 +404,7 @@ def test_the_original_recipe_has_the_models_of_its_configuration() -> None:
     attention = SoftAttention(source.memory, transform="mlp", normalize=False, beta=20.0)
     attention.transform.network.load_state_dict(stage_one.transform.state_dict())
     plain = F.cross_entropy(stage_one(batch.queries), batch.targets[:, 0])
-    torch.testing.assert_close(plain, attention.loss(*batch))
+    torch.testing.assert_close(plain, attention.loss(*batch[:3]))
 
     stage_two = recipes.Foveal(8, (16, 4), 0.1).eval()
     reranker = Reranker(8, kind="mlp", hidden=(16, 4)).eval()

@@ -1,315 +1,261 @@
-"""What NVF is compared with: searches over the same frozen vectors, each tuned on validation queries.
+"""What NVF is compared with: searches over the same frozen vectors, and texts, each tuned on validation queries."""
 
-Plain torch. Top-1 on validation chooses, and MRR@10 between equals. Every search starts at exact search, which
-competes, so none validates worse than that.
-"""
-
-import copy
-import itertools
-import math
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fitting import Adapter, fit, fit_adapter
+from lexical import LEXICONS
 from nvf import Reranker
-from nvf.data.queries import QueryBatch, blocks
+from nvf.data.queries import blocks
 from nvf.models.attention import attention_loss
-from nvf.models.memory import blockwise_topk, hubness
+from nvf.models.memory import hubness
 from nvf.models.reranker import reranker_loss
 from nvf.ops.random_streams import stream, stream_seed
-from nvf.ops.ranks import DEEPEST, are_targets, target_ranks
+from nvf.ops.ranks import are_targets
+from tuned_search import (
+    AT_ONCE,
+    Asked,
+    Method,
+    Problem,
+    Search,
+    Step,
+    best,
+    figures,
+    improved,
+    search_of,
+    some,
+    stepped,
+    told,
+)
 
 BETAS = (5.0, 10.0, 20.0, 40.0, 80.0)  # of query-bank normalisation: inverse temperatures
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the log-sum-exp that it subtracts
-WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the training queries in a document
-MARGINS = (0.05, 0.1, 0.2)
-TRIPLET_RATES = (3e-4, 1e-4, 1e-3)  # the first is that at which negatives and margin are chosen
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the training queries in a document
+OF_WORDS = tuple(np.geomspace(0.001, 0.4, 16).tolist())  # cosine that one point of BM25 is worth
+RATES = (3e-4, 1e-3, 3e-3)
+MNR_RATE, MNR_SCALE, MNR_BATCHES = 1e-3, 20.0, (32, 64, 128, 256)  # the scale is LlamaIndex's
 RERANKER_RATES = (1e-3, 3e-3)
 SCALAR_RATIO = 100  # conf/reranker: the learning rate of the reranker's two scalars over its network's
-EPOCHS, PATIENCE = 20, 5
-NEIGHBOURS = 10  # of a target, from which hard negatives are drawn
-CANDIDATES = 5
-
-
-class Problem(NamedTuple):
-    """What a baseline may see: no test query."""
-
-    rows: Tensor  # (N, D) unit
-    train: QueryBatch
-    val: QueryBatch
-    seed: int
-
-
-class Search(NamedTuple):
-    """Scores move(q) K^T + b, (B, N)."""
-
-    move: Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
-    keys: Tensor  # (N, D)
-    bias: Tensor | float = 0.0  # (N,)
-    beta: float = 20.0  # the inverse temperature that it was fitted with, which orders no row anew
-
-    def __call__(self, queries: Tensor) -> Tensor:
-        return self.move(queries) @ self.keys.T + self.bias
-
-
-class Figures(NamedTuple):
-    """What is compared on validation, in this order."""
-
-    top1: float
-    mrr10: float
-
-
-class Method(NamedTuple):
-    """A tuned search, and what its choice rested on."""
-
-    score: Callable[[Tensor], Tensor]  # (B, D) -> (B, N)
-    val: Figures
-    chosen: str  # on validation
-    seconds: float = 0.0  # of tuning and fitting, the search that it builds on included
-
-
-class Adapter(nn.Module):
-    """z = normalize(q + W q + c) against K = V, or K = normalize(V + delta) if keys are learned; exact search at first.
-
-    The query's side is that of SantanderAI/linear-adapter-trainer. Every row is free to move.
-    """
-
-    def __init__(self, rows: Tensor, *, learned_keys: bool = False) -> None:
-        super().__init__()
-        self.rows = rows
-        self.linear = nn.Linear(rows.shape[1], rows.shape[1])
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.log_beta = nn.Parameter(torch.tensor(math.log(20.0)))
-        self.delta = nn.Parameter(torch.zeros_like(rows)) if learned_keys else None
-
-    def move(self, queries: Tensor) -> Tensor:
-        """z, (B, D)."""
-        return F.normalize(queries + self.linear(queries), dim=-1)
-
-    def keys(self) -> Tensor:
-        """K, (N, D) unit rows."""
-        return self.rows if self.delta is None else F.normalize(self.rows + self.delta, dim=-1)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        return self.log_beta.exp() * self.move(queries) @ self.keys().T  # (B, N)
-
-    def search(self) -> Search:
-        """The adapter as it is now."""
-        return Search(self.move, self.keys().detach(), beta=float(self.log_beta.detach().exp()))
-
-
-@torch.no_grad()
-def ranks(score: Callable[[Tensor], Tensor], batch: QueryBatch) -> Tensor:
-    """The rank, from 1, of each query's best-ranked target, (B,)."""
-    return torch.cat([target_ranks(score(part.queries), part.targets) for part in blocks(batch, 1024)])
-
-
-def figures(score: Callable[[Tensor], Tensor], batch: QueryBatch) -> Figures:
-    """Top-1 and MRR@10."""
-    found = ranks(score, batch).double()
-    return Figures(float((found == 1).double().mean()), float((1 / found).where(found <= DEEPEST, 0.0).mean()))
-
-
-def tuned(problem: Problem, searches: Iterable[tuple[str, Search]]) -> Method:
-    """The search that validates best; of equals, the first."""
-    return best(Method(search, figures(search, problem.val), chosen) for chosen, search in searches)
+CANDIDATES = 20
+FOLDS = 3
 
 
 def exact_search(problem: Problem) -> Method:
     """Brute-force cosine search with the raw query."""
-    return tuned(problem, [("", Search(nn.Identity(), problem.rows))])
+    search = Search(nn.Identity(), problem.rows)
+    return Method(search, figures(search, problem.val), "", lambda other: Search(nn.Identity(), other.rows))
 
 
-def bank_normalised(problem: Problem, method: Method) -> Method:
+def words_alone(problem: Problem, base: Method) -> Method:
+    """BM25 without vectors, by the lexicon that validates better."""
+
+    def step(place: int) -> Step:
+        return lambda _, search: search._replace(keys=torch.zeros_like(search.keys), lexicon=place, weight=1.0)
+
+    return best(stepped(problem, base, ((lexicon, step(place)) for place, lexicon in enumerate(LEXICONS))))
+
+
+def with_words(problem: Problem, base: Method) -> Method:
+    """A search plus a share of BM25: lexicon and share are tuned."""
+
+    def step(place: int, weight: float) -> Step:
+        return lambda _, search: search._replace(lexicon=place, weight=weight)
+
+    choices = ((place, lexicon, weight) for place, lexicon in enumerate(LEXICONS) for weight in OF_WORDS)
+    return improved(problem, base, ((f"{name}, weight {w:.2g}", step(place, w)) for place, name, w in choices))
+
+
+def bank_normalised(problem: Problem, base: Method) -> Method:
     """Query-bank normalisation (arXiv 2112.12777): less a share of log mean exp(beta q k) / beta over the bank."""
-    base = method.score
-    assert isinstance(base, Search)
 
-    def searches() -> Iterator[tuple[str, Search]]:
-        yield "share 0", base
-        for beta in BETAS:
-            hubs = hubness(base.move(problem.train.queries), base.keys, beta)
-            for share in SHARES:
-                yield f"beta {beta:g}, share {share:g}", base._replace(bias=-share * hubs)
+    def step(beta: float, share: float) -> Step:
+        def less_hubs(on: Problem, search: Search) -> Search:
+            with torch.no_grad():
+                return search._replace(bias=-share * hubness(search.move(on.train.queries), search.keys, beta))
 
-    with torch.no_grad():
-        return tuned(problem, searches())
+        return less_hubs
+
+    choices = ((beta, share) for beta in BETAS for share in SHARES)
+    return improved(problem, base, ((f"hubs: beta {b:g}, share {s:g}", step(b, s)) for b, s in choices))
 
 
-def moved_documents(problem: Problem) -> Method:
+def moved_documents(problem: Problem, base: Method) -> Method:
     """PEFA-like: rows normalize((1 - w) v + w mean of their training queries); the others stay."""
-    query, place = (problem.train.targets >= 0).nonzero(as_tuple=True)
-    target = problem.train.targets[query, place]
-    total = torch.zeros_like(problem.rows).index_add_(0, target, problem.train.queries[query])
-    count = target.bincount(minlength=len(problem.rows)).unsqueeze(-1)
-    mean = (total / count.clamp(min=1)).where(count > 0, problem.rows)
-    keys = ((f"weight {w:g}", F.normalize((1 - w) * problem.rows + w * mean, dim=-1)) for w in WEIGHTS)
-    return tuned(problem, ((chosen, Search(nn.Identity(), k)) for chosen, k in keys))
+
+    def step(weight: float) -> Step:
+        def moved(on: Problem, search: Search) -> Search:
+            query, place = (on.train.targets >= 0).nonzero(as_tuple=True)
+            target = on.train.targets[query, place]
+            total = torch.zeros_like(on.rows).index_add_(0, target, on.train.queries[query])
+            count = target.bincount(minlength=len(on.rows)).unsqueeze(-1)
+            mean = (total / count.clamp(min=1)).where(count > 0, on.rows)
+            return search._replace(keys=F.normalize((1 - weight) * on.rows + weight * mean, dim=-1))
+
+        return moved
+
+    return improved(problem, base, ((f"weight {weight:g}", step(weight)) for weight in WEIGHTS))
 
 
-def triplet_adapter(problem: Problem) -> Method:
-    """A linear adapter of the query by triplet margin loss: negatives, margin, learning rate and epochs are tuned."""
-    near = blockwise_topk(problem.rows, problem.rows, min(NEIGHBOURS + 1, len(problem.rows))).rows[:, 1:]
-
-    def fitted(negatives: str, margin: float, lr: float) -> Method:
-        adapter, generator = Adapter(problem.rows), stream(problem.seed, "adapters/negatives")
-
-        def loss(batch: QueryBatch) -> Tensor:
-            positive = batch.targets[:, 0]
-            drawn = torch.rand(len(positive), generator=generator)
-            if negatives == "hard":
-                negative = near[positive, (drawn * near.shape[1]).long()]
-            else:
-                negative = (drawn * len(problem.rows)).long()
-            cosines = adapter.move(batch.queries) * (problem.rows[negative] - problem.rows[positive])
-            wrong = ~are_targets(negative.unsqueeze(-1), batch.targets).squeeze(-1)
-            return ((cosines.sum(dim=-1) + margin).relu() * wrong).sum() / wrong.sum().clamp(min=1)
-
-        return fit_adapter(problem, adapter, loss, lr, f"{negatives} negatives, margin {margin:g}", batch_size=64)
-
-    first, *others = TRIPLET_RATES
-    coarse = {choice: fitted(*choice, first) for choice in itertools.product(("random", "hard"), MARGINS)}
-    choice = max(coarse, key=lambda choice: coarse[choice].val)
-    return best([coarse[choice], *(fitted(*choice, lr) for lr in others)])
+def nudge() -> Any:
+    """NUDGE by its authors (arXiv 2409.02343), or None and a line that says how to install it."""
+    try:
+        return import_module("nudge")
+    except ImportError:
+        print("  NUDGE is left out: pip install nudge-ft has it compared too", file=sys.stderr, flush=True)
+        return None
 
 
-def softmax_adapter(problem: Problem, *, learned_keys: bool) -> Method:
+def nudged(package: Any, kind: str) -> Step:
+    """Keys that NUDGE has moved, NUDGEM or NUDGEN; it chooses by how much on validation queries itself."""
+
+    @torch.no_grad()
+    def step(problem: Problem, search: Search) -> Search:
+        def log_of(batch: Asked) -> dict[str, Any]:
+            answers = [[row for row in rows if row >= 0] for rows in batch.targets.tolist()]
+            return {"q_embs": search.move(batch.queries).numpy(), "q_ans_indx": answers}
+
+        with contextlib.redirect_stdout(sys.stderr):
+            method = getattr(package, kind)(device=torch.device("cpu"))
+            keys = method.finetune_embeddings(search.keys.numpy(), log_of(problem.train), log_of(problem.val))
+        return search._replace(keys=torch.from_numpy(keys).float())
+
+    return step
+
+
+def linear(problem: Problem, base: Method, *, learned_keys: bool = False) -> Method:
     """A linear adapter of the query by cross-entropy over all rows; learning rate and epochs are tuned."""
 
-    def fitted(lr: float) -> Method:
-        adapter = Adapter(problem.rows, learned_keys=learned_keys)
-        return fit_adapter(problem, adapter, lambda batch: attention_loss(adapter(batch.queries), batch.targets), lr)
+    def step(lr: float) -> Step:
+        def fitted(on: Problem, search: Search) -> Search:
+            seen = torch.zeros(len(on.rows) + 1, dtype=torch.bool)
+            seen[on.train.targets] = True  # -1, the padding, is the last
+            adapter = Adapter(search.keys, seen=seen[:-1] if learned_keys else None)
 
-    return best(fitted(lr) for lr in RATES)
+            def loss(places: Tensor) -> Tensor:
+                return attention_loss(adapter(on.train.queries[places]), on.train.targets[places])
+
+            return fit_adapter(on, adapter, loss, lr, count=len(on.train.queries))
+
+        return fitted
+
+    return improved(problem, base, ((f"lr {lr:g}", step(lr)) for lr in RATES))
 
 
-def reranked(problem: Problem, method: Method) -> Method:
-    """NVF's residual reranker over a search's first rows; learning rate and epochs are tuned."""
-    base, rows, k = method.score, problem.rows, min(CANDIDATES, len(problem.rows))
-    assert isinstance(base, Search)
-    beta = torch.tensor(base.beta)
-    with torch.no_grad():
-        found = [base(part.queries).topk(k) for part in blocks(problem.train, 1024)]
-    logits, places = beta * torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
-    labels = are_targets(places, problem.train.targets)
+def negatives_ranking(problem: Problem, base: Method) -> Method:
+    """LlamaIndex's adapter: a linear map by multiple negatives ranking, whose negatives are the batch's other targets.
+
+    Its scale, 20, and Adam with 1e-3 are LlamaIndex's; the size of a batch and the epochs are tuned.
+    """
+
+    def step(size: int) -> Step:
+        def fitted(on: Problem, search: Search) -> Search:
+            adapter = Adapter(search.keys)
+            query, place = (on.train.targets >= 0).nonzero(as_tuple=True)
+            answers = search.keys[on.train.targets[query, place]]
+
+            def loss(pairs: Tensor) -> Tensor:
+                cosines = adapter.move(on.train.queries[query[pairs]]) @ answers[pairs].T
+                return F.cross_entropy(MNR_SCALE * cosines, torch.arange(len(pairs)))
+
+            return fit_adapter(on, adapter, loss, MNR_RATE, count=len(query), batch_size=size)
+
+        return fitted
+
+    return improved(problem, base, ((f"batches of {size}", step(size)) for size in MNR_BATCHES))
+
+
+def reranked(problem: Problem, base: Method) -> Method:
+    """NVF's residual reranker over a search's first rows; learning rate and epochs are tuned.
+
+    Each third of the training queries has the candidates of a search that was fitted to the other two, because a search
+    ranks the targets of its own training queries too well to teach a reranker.
+    """
+    search, rows, train = search_of(base), problem.rows, problem.train
+    k, beta = min(CANDIDATES, len(rows)), torch.tensor(search.beta)
+    fold = torch.randperm(len(train.queries), generator=stream(problem.seed, "adapters/folds")) % FOLDS
+    logits, places = torch.zeros(len(fold), k), torch.zeros(len(fold), k, dtype=torch.long)
+    for part in range(FOLDS):
+        unseen = (fold == part).nonzero().squeeze(-1)
+        other = base.again(problem._replace(train=some(train, (fold != part).nonzero().squeeze(-1))))
+        with torch.no_grad():
+            top = [other(few).topk(k) for few in blocks(some(train, unseen), AT_ONCE)]
+        logits[unseen] = beta * torch.cat([of_few.values for of_few in top])
+        places[unseen] = torch.cat([of_few.indices for of_few in top])
+    labels = are_targets(places, train.targets)
+    valid = labels.any(dim=-1).nonzero().squeeze(-1)
 
     def fitted(lr: float) -> Method:
         torch.manual_seed(stream_seed(problem.seed, "adapters/reranker"))
         reranker = Reranker(rows.shape[1], kind="residual")
 
         def loss(part: Tensor) -> Tensor:
-            return reranker_loss(
-                reranker(problem.train.queries[part], rows[places[part]], logits[part], beta), labels[part]
-            )
+            found = reranker(train.queries[part], rows[places[part]], logits[part], beta)
+            return reranker_loss(found, labels[part])
 
-        def score(queries: Tensor) -> Tensor:
-            scores = base(queries)
+        def score(batch: Asked) -> Tensor:
+            scores = search(batch)
             top = scores.topk(k)
-            order = reranker(queries, rows[top.indices], beta * top.values, beta).argsort(dim=-1, descending=True)
+            order = reranker(batch.queries, rows[top.indices], beta * top.values, beta).argsort(dim=-1, descending=True)
             return scores.scatter(-1, top.indices.gather(-1, order), top.values)  # the same scores, dealt anew
 
         network = [parameter for name, parameter in reranker.named_parameters() if name != "evidence"]
         groups = [{"params": network, "lr": lr}, {"params": [reranker.evidence], "lr": SCALAR_RATIO * lr}]
-        valid = labels.any(dim=-1).nonzero().squeeze(-1)
-        val, epochs = fit(reranker, groups, loss, valid, lambda: figures(score, problem.val), seed=problem.seed)
-        return told(Method(score, val, f"lr {lr:g}, {epochs} epochs"))
+        epochs = fit(reranker, groups, loss, valid, lambda: figures(score, problem.val), seed=problem.seed)
+        chosen = "; ".join(part for part in (base.chosen, f"lr {lr:g}, {epochs} epochs") if part)
+        return told(Method(score, figures(score, problem.val), chosen, base.again))
 
-    return best(fitted(lr) for lr in RERANKER_RATES)
-
-
-def fit_adapter(
-    problem: Problem,
-    adapter: Adapter,
-    loss: Callable[[QueryBatch], Tensor],
-    lr: float,
-    settings: str = "",
-    *,
-    batch_size: int | None = None,
-) -> Method:
-    """The search of an adapter that is fitted by a loss over batches of training queries."""
-    val, epochs = fit(
-        adapter,
-        [{"params": list(adapter.parameters()), "lr": lr}],
-        lambda places: loss(QueryBatch(*(part[places] for part in problem.train))),
-        torch.arange(len(problem.train.queries)),
-        lambda: figures(adapter.search(), problem.val),
-        seed=problem.seed,
-        batch_size=batch_size,
-    )
-    chosen = ", ".join(part for part in (settings, f"lr {lr:g}, {epochs} epochs") if part)
-    return told(Method(adapter.search(), val, chosen))
-
-
-def fit(
-    model: nn.Module,
-    groups: list[dict],
-    loss: Callable[[Tensor], Tensor],
-    places: Tensor,
-    validate: Callable[[], Figures],
-    *,
-    seed: int,
-    batch_size: int | None = None,
-) -> tuple[Figures, int]:
-    """Adam with early stopping; leaves the weights that validate best, and returns how well and after which epoch.
-
-    Args:
-        groups: the parameters with their learning rates.
-        loss: of the training samples at some places.
-        places: of all of them, (n,).
-        batch_size: if None at most 256, and at least 8 batches an epoch unless they fall below 64, as in nvf.
-    """
-    optimizer, generator = torch.optim.Adam(groups), stream(seed, "adapters/order")
-    size = batch_size or min(256, max(64, len(places) // 8))
-    found, epochs, state = Figures(-1.0, -1.0), 0, model.state_dict()
-    for epoch in range(EPOCHS + 1):
-        model.train()
-        for part in places[torch.randperm(len(places), generator=generator)].split(size) if epoch else ():
-            optimizer.zero_grad()
-            loss(part).backward()
-            optimizer.step()
-        model.eval()
-        if (score := validate()) > found:
-            found, epochs, state = score, epoch, copy.deepcopy(model.state_dict())
-        if epoch - epochs >= PATIENCE:
-            break
-    model.load_state_dict(state)
-    return found, epochs
-
-
-def best(methods: Iterable[Method]) -> Method:
-    """The one that validates best; of equals, the first."""
-    return max(methods, key=lambda method: method.val)
-
-
-def told(method: Method) -> Method:
-    """The method, after a line of progress."""
-    print(f"  {100 * method.val.top1:5.1f} on validation: {method.chosen}", file=sys.stderr, flush=True)
-    return method
+    return best([base, *map(fitted, RERANKER_RATES)])
 
 
 def baselines(problem: Problem) -> Iterator[tuple[str, Method]]:
     """Every baseline under its name, exact search first, each as soon as it is tuned."""
 
-    def timed(build: Callable[..., Method], *on: Method, **settings: bool) -> Method:
+    def timed(build: Callable[..., Method], *on: Method, **settings: Any) -> Method:
         started = time.perf_counter()
         method = build(problem, *on, **settings)
         return method._replace(seconds=time.perf_counter() - started + sum(other.seconds for other in on))
 
     exact = timed(exact_search)
     yield "exact search", exact
+    worded = problem.val.lexicons is not None
+    if worded:
+        yield "words alone", timed(words_alone, exact)
+        yield "words + exact search", timed(with_words, exact)
+    without_words = []
+    for name, method in _without_words(timed, exact):
+        without_words.append(method)
+        yield name, method
+    strongest = best(without_words)
+    if worded:
+        strongest = timed(with_words, strongest)
+        yield "the best of these + words", strongest
+    yield "residual reranker on the best of these", timed(reranked, strongest)
+
+
+def _without_words(timed: Callable[..., Method], exact: Method) -> Iterator[tuple[str, Method]]:
+    """Every baseline that knows vectors alone."""
     yield "query-bank normalisation", timed(bank_normalised, exact)
-    yield "linear adapter, triplet loss", timed(triplet_adapter)
-    linear = timed(softmax_adapter, learned_keys=False)
-    yield "linear adapter, full softmax", linear
-    yield "documents moved to their queries", timed(moved_documents)
-    keys = timed(softmax_adapter, learned_keys=True)
+    yield "documents moved to their queries", timed(moved_documents, exact)
+    package, nudge_n = nudge(), exact
+    if package is not None:
+        yield "NUDGE-M", timed(improved, exact, steps=[("NUDGE-M", nudged(package, "NUDGEM"))])
+        nudge_n = timed(improved, exact, steps=[("NUDGE-N", nudged(package, "NUDGEN"))])
+        yield "NUDGE-N", nudge_n
+    yield "linear adapter, multiple negatives ranking", timed(negatives_ranking, exact)
+    adapter = timed(linear, exact)
+    yield "linear adapter, softmax over all rows", adapter
+    if package is not None:
+        after = timed(improved, adapter, steps=[("NUDGE-N", nudged(package, "NUDGEN"))])
+        yield "NUDGE-N and linear", best([after, timed(linear, nudge_n)])
+    keys = timed(linear, exact, learned_keys=True)
     yield "linear adapter + learned keys", keys
     yield "the same + query-bank normalisation", timed(bank_normalised, keys)
-    yield "linear adapter + residual reranker", timed(reranked, linear)

@@ -91,7 +91,7 @@ def cases(device: torch.device, rows: int, dim: int, batch: int, sample: int) ->
         yield Case(f"library: product and top-k, {count}", lambda a=asked: (a @ memory.rows.T).topk(K), flops, size)
         yield Case(f"exact search, {count}", lambda a=asked: memory.search(a, K), flops, size)
         yield Case(f"pipeline search, {count}", lambda a=asked: pipeline.search(a), flops, size)
-    attention, (queries, targets) = pipeline.attention, source.sample(batch, stream(0, "train", device=device))
+    attention, (queries, targets, *_) = pipeline.attention, source.sample(batch, stream(0, "train", device=device))
     chosen = stratified(rows, sample, stream(0, "sample", device=device)) if sample <= rows else None
     yield Case(
         "step of stage 1, exact",

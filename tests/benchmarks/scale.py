@@ -66,7 +66,7 @@ def step_of(memory: VectorMemory, method: str, *, batch: int, sample: int) -> Ca
     batches = cycle([source.sample(batch, generator) for _ in range(BATCHES)])
 
     def step() -> Tensor:
-        queries, targets = given = next(batches)
+        queries, targets, *_ = given = next(batches)
         if method == "plain":
             loss = attention_loss(attention(queries), targets)
         else:
