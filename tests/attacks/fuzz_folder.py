@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from mutate import mutations
 
-from nvf.data import folder
+from nvf.data.beside import text_lines
 from nvf.data.folder import COLUMNS, read_memory, read_recorded
 from nvf.data.search_files import open_queries
 from nvf.errors import InputError
@@ -73,7 +73,7 @@ def read_ids(path: Path) -> None:
 
 
 def read_texts(path: Path) -> None:
-    texts = folder.read_texts(path, 50)
+    texts = text_lines(path, 50)
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     assert texts == [json.loads(line)["text"] for line in lines if line.strip()]
 

@@ -181,7 +181,7 @@ def test_texts_that_are_no_text_file_are_named(worded: Path) -> None:
         read(worded)
     (worded / "texts.jsonl").unlink()
     os.mkfifo(worded / "texts.jsonl")
-    with pytest.raises(InputError, match=r"texts\.jsonl is no regular file"):
+    with pytest.raises(InputError, match=r"texts\.jsonl is missing, or no regular file"):
         read(worded)
     (worded / "texts.jsonl").unlink()
     (worded / "texts.jsonl").mkdir()

@@ -48,7 +48,8 @@ def test_a_run_on_recorded_queries_beats_exact_search_and_says_how(run: Run, shi
     tried = results["selection"]
     assert [(variant["transform"], variant["keys"]) for variant in tried] == [
         ("identity", "frozen"),
-        ("linear", "frozen"),
+        ("identity", "moved"),
+        ("linear", "moved"),
         ("linear", "learned"),
     ]
     (chosen,) = [variant for variant in tried if variant["chosen"]]
@@ -133,12 +134,13 @@ def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Pa
 
     whole = 50 * 320 * 8 / SHARE  # of the limit, an epoch
     # Two variants, and three folds of which each lacks a third of the queries: four fits.
-    every = [("identity-frozen", 0), ("linear-frozen", 14), ("linear-learned", 14)]
+    untrained = [("identity-frozen", 0), ("identity-moved", 0)]
+    every = [*untrained, ("linear-moved", 14), ("linear-learned", 14)]
     assert planned(None) == planned(14.1 * 4 * whole) == (every, 3, False)
     assert planned(5.1 * 4 * whole) == ([(name, min(epochs, 5)) for name, epochs in every], 3, True)
-    assert planned(4.1 * 2 * whole) == ([("identity-frozen", 0), ("linear-learned", 4)], 2, True)
-    assert planned(5.1 * whole) == ([("identity-frozen", 0), ("linear-frozen", 5)], None, True)
-    assert planned(0.1 * whole) == ([("identity-frozen", 0), ("linear-frozen", 1)], None, True)
+    assert planned(4.1 * 2 * whole) == ([*untrained, ("linear-learned", 4)], 2, True)
+    assert planned(5.1 * whole) == ([*untrained, ("linear-moved", 5)], None, True)
+    assert planned(0.1 * whole) == ([*untrained, ("linear-moved", 1)], None, True)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Pa
     [
         (2_067, 2_716, None),
         (6_168, 15_080, None),
-        (200_000, 40_000, {"variants": 2, "epochs": 1, "folds": None}),
+        (200_000, 40_000, {"variants": 3, "epochs": 1, "folds": None}),
     ],
 )
 def test_the_default_plan_is_a_matter_of_sizes(
@@ -159,7 +161,7 @@ def test_the_default_plan_is_a_matter_of_sizes(
     built = build(config, Recorded(memory, dict.fromkeys(("train", "val", "test"), batch)))
     variants, _, cut = planned_of(built, tmp_path)
     assert (cut and cut["kept"]) == kept
-    assert [variant.fit.epochs for variant in variants] == ([0, 14, 14] if kept is None else [0, 1])
+    assert [variant.fit.epochs for variant in variants] == ([0, 0, 14, 14] if kept is None else [0, 0, 1])
 
 
 def test_what_a_limit_cuts_is_recorded_and_shown(run: Run, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,11 +170,11 @@ def test_what_a_limit_cuts_is_recorded_and_shown(run: Run, folder: Path, caplog:
     limited = run(
         "data=embeddings", f"data.dir={folder}", *SHORT, f"data.work={2.1 * 2 * price}", "+trainer.max_epochs=2"
     )
-    kept, asked = {"epochs": 2, "variants": 2, "folds": 2}, {"epochs": 2, "variants": 3, "folds": 3}
+    kept, asked = {"epochs": 2, "variants": 3, "folds": 2}, {"epochs": 2, "variants": 4, "folds": 3}
     assert limited["cut"] == {"attention": {"by": f"data.work={2.1 * 2 * price:g}", "kept": kept, "asked": asked}}
-    assert len(limited["selection"]) == 2
-    assert limited["selection"][1]["epochs"] <= 2
-    assert "stage 1 was cut           to 2 of 2 epochs, 2 of 3 variants, 2 of 3 folds, by data.work=" in caplog.text
+    assert len(limited["selection"]) == 3
+    assert limited["selection"][2]["epochs"] <= 2
+    assert "stage 1 was cut           to 2 of 2 epochs, 3 of 4 variants, 2 of 3 folds, by data.work=" in caplog.text
 
 
 def test_what_is_not_clearly_above_exact_search_gives_way(
@@ -232,7 +234,7 @@ def test_variants_that_share_transform_and_keys_have_folders_of_their_own() -> N
         (["reranker.folds=1"], "reranker.folds=1 is not a whole number of at least 2"),
         (["attention.variants=[]"], "attention.variants=.* is no list of stage"),
         (["attention.variants=[{rate: 1}]"], "attention.variants=.* is no list of"),
-        (["attention.keys=loose"], "attention.keys=loose is unknown; choose one of frozen, learned"),
+        (["attention.keys=loose"], "attention.keys=loose is unknown; choose one of frozen, moved, learned"),
     ],
 )
 def test_bad_settings_are_refused(run: Run, folder: Path, overrides: list[str], message: str) -> None:
