@@ -141,7 +141,9 @@ def test_every_float_type_answers_as_float64_does(
     ],
 )
 @pytest.mark.parametrize("dim", [1, pytest.param(7, marks=pytest.mark.slow), 64])
-@pytest.mark.parametrize(("rows", "distinct"), [(37, 1), (103, 9), (3001, 1), (3001, 100)])
+@pytest.mark.parametrize(
+    ("rows", "distinct"), [(37, 1), (103, 9), pytest.param(3001, 1, marks=pytest.mark.slow), (3001, 100)]
+)
 def test_of_equal_rows_the_smallest_comes_first(
     rows: int, distinct: int, dim: int, kept: torch.dtype, threads: int, attempts: Callable[[int, int], int]
 ) -> None:

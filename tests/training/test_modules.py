@@ -306,7 +306,7 @@ def test_bad_joint_settings_are_refused(pipeline: Pipeline, settings: dict, mess
         JointModule(pipeline, **{"lr": 1e-3, "schedule": "constant", "scalar_lr_ratio": 1.0, "seed": 0, **settings})
 
 
-@pytest.mark.parametrize("keys", ["frozen", "learned"])
+@pytest.mark.parametrize("keys", ["frozen", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_sample_of_the_rows_teaches_what_all_of_them_do(keys: str, tmp_path: Path) -> None:
     memory = VectorMemory.synthetic(rows=400, dim=8, seed=0)
     source = Warped(memory, sigma=0.1, warp="rotation", warp_seed=0)
