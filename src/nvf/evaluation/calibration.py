@@ -68,6 +68,8 @@ def move_keys(
     attention.bias = None
     best = max(qualities, key=lambda strength: float(qualities[strength].double().sum()))
     attention.delta.copy_(best * sums / (counts + 1))
+    if not best:
+        attention.delta = None  # frozen keys, which take no room
     return best
 
 

@@ -118,7 +118,13 @@ class SoftAttention(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that make a stage 1 of this shape."""
-        return {**self._settings, "biased": self.bias is not None, "worded": self.word_weights is not None}
+        keys = "frozen" if self.delta is None else self._settings["keys"]
+        return {
+            **self._settings,
+            "keys": keys,
+            "biased": self.bias is not None,
+            "worded": self.word_weights is not None,
+        }
 
     @property
     def beta(self) -> Tensor:
