@@ -166,7 +166,7 @@ def test_scalars_have_charts(look: Look) -> None:
         titles = "".join(seen["text"].split())  # of which each may be in pieces
         return "val/top1" in titles and "top1/coverage" in titles and len(drawn) >= 2
 
-    look("scalars", "?tagFilter=top1%24%7Ctop1%2Fcoverage#timeseries", shows)
+    look("scalars", "?tagFilter=val%2Ftop1%24%7Ctop1%2Fcoverage#timeseries", shows)
 
 
 def test_the_hparams_table_has_the_test_figures(look: Look) -> None:
