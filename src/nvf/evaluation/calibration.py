@@ -1,4 +1,4 @@
-"""What validation queries decide after training: both stages' temperatures, and a correction for stage 1's hubs."""
+"""What validation queries decide after training: temperatures, weights of words, moved keys, a correction for hubs."""
 
 import math
 from collections.abc import Sequence
