@@ -66,6 +66,18 @@ def test_no_grid_finds_better_weights(kind: str) -> None:
     assert quality(attention, fresh).float().mean() > quality(exact(), fresh).float().mean() + 0.05
 
 
+def test_padding_is_no_target() -> None:
+    """Rows that are not listed and targets that a query lacks are both -1."""
+    held_out, attention, same = batch("text"), exact(), exact()
+    rows = torch.nn.functional.pad(held_out.words.rows, (0, 3), value=-1)
+    words = WordScores(rows, torch.nn.functional.pad(held_out.words.scores, (0, 0, 0, 3)))
+    targets = torch.nn.functional.pad(held_out.targets, (0, 1), value=-1)
+    fit_words(attention, held_out._replace(words=words, targets=targets))
+    fit_words(same, held_out)
+    assert attention.word_weights[0] > 0
+    torch.testing.assert_close(attention.word_weights, same.word_weights)
+
+
 def test_words_that_lie_have_no_weight() -> None:
     attention, held_out = exact(), batch("lies")
     fit_words(attention, held_out)

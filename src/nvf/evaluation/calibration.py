@@ -91,7 +91,8 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
             rows = torch.cat([words.rows, alone.masked_fill(again, -1)], dim=-1)
             logits = attention.logits_of(attention.project(queries), rows)
             evidence = torch.cat([logits.unsqueeze(-1), words.of(rows)], dim=-1)  # (b, r, 3)
-            parts.append((evidence.double().cpu(), are_targets(rows, targets).cpu()))
+            right = are_targets(rows, targets) & (rows >= 0)  # both are padded with -1
+            parts.append((evidence.double().cpu(), right.cpu()))
     evidence, right = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
     evidence, right = evidence[right.any(dim=-1)], right[right.any(dim=-1)]
     padding = evidence[..., 0].isneginf()
