@@ -20,7 +20,7 @@ from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the move of keys towards logged queries
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the move of keys towards logged queries
 PRIOR = 3.0  # nats that a deviation of evidence may be worth, by a standard deviation of the prior
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
