@@ -7,14 +7,11 @@ from nvf.files.records import sealed, sha256
 
 
 def reseal(folder: Path) -> None:
-    """Of a pipeline's folder, or of an entry of the cache; of files that are there."""
-    record = folder / ("about.json" if (folder / "about.json").exists() else "config.json")
+    """Of a pipeline's folder; of files that are there."""
+    record = folder / "config.json"
     config = json.loads(record.read_text())
     config.pop("digest")
-    if isinstance(config["sha256"], dict):
-        config["sha256"] = {name: sha256(folder / name) for name in config["sha256"] if (folder / name).is_file()}
-    else:
-        config["sha256"] = sha256(folder / "attention.safetensors")
+    config["sha256"] = {name: sha256(folder / name) for name in config["sha256"] if (folder / name).is_file()}
     index = folder / "index.safetensors"
     if isinstance(config.get("index"), dict) and index.is_file():
         config["index"]["sha256"] = sha256(index)

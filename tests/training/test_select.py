@@ -120,15 +120,15 @@ def test_exact_search_is_kept_where_nothing_beats_it(run: Run, folder: Path) -> 
     assert results["test"]["attention"]["top1"] == results["test"]["exact"]["top1"]
 
 
-def planned_of(built: Built, folder: Path) -> Any:
+def planned_of(built: Built) -> Any:
     return plan(built.variants, built.config["reranker"]["folds"], built.config["data"])
 
 
-def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Path) -> None:
+def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path) -> None:
     def planned(allowed: float | None) -> tuple[list[tuple[str, int]], int | None, bool]:
         work = "null" if allowed is None else allowed
         config = compose_config("data=embeddings", f"data.dir={folder}", f"data.work={work}")
-        left, folds, cut = planned_of(build(config), tmp_path)
+        left, folds, cut = planned_of(build(config))
         assert cut is None or cut["by"] == f"data.work={allowed:g}"
         return [(variant.name, variant.fit.epochs) for variant in left], folds, cut is not None
 
@@ -151,15 +151,13 @@ def test_a_limit_costs_epochs_then_variants_and_folds(folder: Path, tmp_path: Pa
         (200_000, 40_000, {"variants": 3, "epochs": 1, "folds": None}),
     ],
 )
-def test_the_default_plan_is_a_matter_of_sizes(
-    tmp_path: Path, rows: int, queries: int, kept: dict[str, Any] | None
-) -> None:
+def test_the_default_plan_is_a_matter_of_sizes(rows: int, queries: int, kept: dict[str, Any] | None) -> None:
     config = compose_config("data=embeddings", "reranker=residual", "reranker.folds=3")  # no evidence is gathered
     config["data"]["work"] *= 8 / 384  # vectors as narrow as here, for those of these sizes that take some minutes
     memory = VectorMemory.synthetic(rows=rows, dim=8, seed=0)
     batch = QueryBatch(memory.rows[torch.arange(queries) % rows], (torch.arange(queries) % rows)[:, None])
     built = build(config, Recorded(memory, dict.fromkeys(("train", "val", "test"), batch)))
-    variants, _, cut = planned_of(built, tmp_path)
+    variants, _, cut = planned_of(built)
     assert (cut and cut["kept"]) == kept
     assert [variant.fit.epochs for variant in variants] == ([0, 0, 14, 14] if kept is None else [0, 0, 1])
 

@@ -112,21 +112,10 @@ def _fit_variants(variants: Sequence[Stage], built: Built, folder: Path) -> Chos
 def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bool) -> tuple[dict[str, Any], Tensor]:
     """What results.json says of a stage 1, and how well it answers each validation query, (B,).
 
-    If it `calibrates`, the hub correction, where that is asked for, and the temperature are fitted first.
+    If it `calibrates`, what `_calibrate` fits is fitted first.
     """
-    settings, attention, share = variant.config["attention"], variant.module.attention, 0.0
-    strength, recorded = 0.0, isinstance(variant.data.source, Recorded)
-    if calibrates:
-        attention.word_weights = None  # a checkpoint's may have been fitted
-    if calibrates and settings["keys"] == "moved" and recorded:
-        strength = move_keys(attention, variant.data.queries("train"), held_out)
-    if calibrates and settings["hub_correction"] and recorded:
-        bank = variant.data.queries("train").queries
-        share = fit_hub_correction(attention, bank, held_out, cautious=not (epochs or strength))
-    if calibrates and held_out.words is not None:
-        fit_words(attention, held_out)
-    if calibrates:
-        fit_temperature(attention, held_out)
+    settings, attention = variant.config["attention"], variant.module.attention
+    strength, share = _calibrate(variant, held_out, epochs) if calibrates else (0.0, 0.0)
     found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
@@ -135,6 +124,25 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     if attention.word_weights is not None:
         about["word_weights"] = attention.word_weights.tolist()
     return {**about, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}, found
+
+
+def _calibrate(variant: Stage, held_out: QueryBatch, epochs: int) -> tuple[float, float]:
+    """Fit moved keys, the hub correction, the weights of words and the temperature, as far as a stage 1 has them.
+
+    How far keys are moved is returned, and the share of the hubness that is subtracted.
+    """
+    settings, attention, strength, share = variant.config["attention"], variant.module.attention, 0.0, 0.0
+    attention.word_weights = None  # a checkpoint's may have been fitted
+    if isinstance(variant.data.source, Recorded):
+        train = variant.data.queries("train")
+        if settings["keys"] == "moved":
+            strength = move_keys(attention, train, held_out)
+        if settings["hub_correction"]:
+            share = fit_hub_correction(attention, train.queries, held_out, cautious=not (epochs or strength))
+    if held_out.words is not None:
+        fit_words(attention, held_out)
+    fit_temperature(attention, held_out)
+    return strength, share
 
 
 def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, dict[str, Any] | None]:
