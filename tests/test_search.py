@@ -22,7 +22,8 @@ from nvf.errors import InputError
 from nvf.evaluation.evaluate import evaluate
 from nvf.files.ids import checked_ids
 from nvf.models.memory import unit
-from nvf.models.pipeline import Hits, Pipeline
+from nvf.models.pipeline import Pipeline
+from nvf.models.pipeline_search import Hits
 from nvf.models.words import Words
 from nvf.ops.products import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole

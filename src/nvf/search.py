@@ -11,7 +11,8 @@ from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
     from nvf.files.npy import ArrayFile
-    from nvf.models.pipeline import Hits, Pipeline
+    from nvf.models.pipeline import Pipeline
+    from nvf.models.pipeline_search import Hits
 
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
@@ -49,7 +50,7 @@ def search(
     check_ids(output, model.memory.ids)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
-    vectors = open_queries(queries, column, dim=model.memory.dim)
+    vectors = open_queries(queries, column, dim=model.attention.query_dim)
     words = None if texts is None else open_texts(texts, len(vectors), known=model.words is not None)
 
     start = time.perf_counter()

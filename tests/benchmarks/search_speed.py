@@ -108,7 +108,7 @@ def case(memory: VectorMemory, index: Any, pipeline: Pipeline, queries: np.ndarr
             FLAT: lambda: index.search(queries, K),
             MEMORY: lambda: memory.search(asked, K),
             PIPELINE: lambda: pipeline.search(queries, K),
-            RERANKER: lambda: pipeline.rerank(asked, top),
+            RERANKER: lambda: pipeline.scores_of(asked, top),
         }
         took = interleaved(searches, repeats=repeats, budget=BUDGET)
     _, theirs = index.search(queries, K)

@@ -23,7 +23,7 @@ from nvf.files.ids import shown
 from nvf.files.npy import ROWS, ArrayFile, open_vectors
 from nvf.files.vectors import check_largest, largest
 from nvf.models.memory import check_dim
-from nvf.models.pipeline import Hits
+from nvf.models.pipeline_search import Hits
 
 ENDINGS = (".npy", ".jsonl", ".trec")
 

@@ -125,7 +125,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     scores, labels = [], []
     for queries, targets, words, _ in score_blocks(batch, len(pipeline.memory)):
         top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
-        scores.append(pipeline.rerank(queries, top, words))
+        scores.append(pipeline.scores_of(queries, top, words))
         labels.append(are_targets(top.rows, targets))
     of_all, right = torch.cat(scores), torch.cat(labels)
     covered = right.any(dim=-1)

@@ -127,6 +127,11 @@ class SoftAttention(nn.Module):
         }
 
     @property
+    def query_dim(self) -> int:
+        """The number of dimensions of queries."""
+        return self.memory.dim
+
+    @property
     def beta(self) -> Tensor:
         """The inverse temperature, a positive scalar."""
         return self.log_beta.exp()
@@ -152,7 +157,7 @@ class SoftAttention(nn.Module):
 
     def moved(self, queries: Tensor) -> Tensor:
         """Return z, (B, D)."""
-        moved = self.transform(checked_queries(queries, self.memory.dim).to(self.log_beta.dtype))
+        moved = self.transform(checked_queries(queries, self.query_dim).to(self.log_beta.dtype))
         return unit(moved, moved.dtype) if self.normalize else moved
 
     def transformed(self, queries: Tensor) -> Tensor:

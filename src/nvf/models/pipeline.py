@@ -2,38 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.files.atomic import atomic_write
-from nvf.files.vectors import check_vectors, from_numpy
-from nvf.models import saved_pipeline
-from nvf.models.ann_index import Index, approximate_topk
+from nvf.models import pipeline_search, saved_pipeline
+from nvf.models.ann_index import Index
 from nvf.models.attention import SoftAttention, checked_queries
-from nvf.models.distribution import Retrieval, joint, most_probable_first, shared_out
+from nvf.models.distribution import Retrieval, joint
 from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, check_k, unit
+from nvf.models.pipeline_search import Hits
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.models.words import Words, WordScores
 from nvf.ops.cross_entropy import check_targets, mean_of
-from nvf.ops.products import QUERY_BLOCK, can_branch_on, inner_products, weighted_sum
+from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.topk import TopK, best_rows, blockwise_topk, first_topk
 
 WINDOW = 2  # times k rows are scored where the choice of candidates is relaxed
-
-
-class Hits(NamedTuple):
-    """A list of k rows for each query, best first: numpy arrays for numpy queries, tensors for tensors."""
-
-    rows: Any  # (B, k) int64, numbered as the vectors were given; of equal vectors the first
-    probabilities: Any  # (B, k) float32
-    ids: np.ndarray | None = None  # (B, k), of the rows, numpy always; None where the memory has none
 
 
 class Pipeline(nn.Module):
@@ -100,7 +91,7 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
         """Return what to ask an index of `keys()` for, from queries as for `search`, as numpy or torch as they are."""
-        given, weights = self._checked(queries), self.attention.log_beta
+        given, weights = pipeline_search.checked(self, queries), self.attention.log_beta
         moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
         return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
 
@@ -126,16 +117,16 @@ class Pipeline(nn.Module):
             InputError: queries that are not floats of the memory's width, or a relaxation that is not above 0.
         """
         relaxation, width = self._reranked(relaxation)
-        queries = checked_queries(queries, self.memory.dim)
+        queries = checked_queries(queries, self.attention.query_dim)
         lead = queries.shape[:-1]
-        queries = unit(queries.reshape(-1, self.memory.dim), self.attention.log_beta.dtype)
+        queries = unit(queries.reshape(-1, self.attention.query_dim), self.attention.log_beta.dtype)
         projected, keys = self.attention.project(queries), self.attention.keys()
         logits = inner_products(projected, keys)  # (B, N)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast has halved them
         logits = self.attention.plus_words(logits, words)
         total = logits.logsumexp(dim=-1)
         rows = best_rows(logits, projected, keys, width) if words is None else first_topk(logits.detach(), width)
-        scores = self.rerank(queries, TopK(logits.gather(-1, rows), rows, total), words, logged_as).to(logits.dtype)
+        scores = self.scores_of(queries, TopK(logits.gather(-1, rows), rows, total), words, logged_as).to(logits.dtype)
         log_probs = joint(logits - total.unsqueeze(-1), rows, scores, k=self.k, temperature=relaxation)  # (B, N)
         soft = weighted_sum(log_probs.exp(), self.memory.rows) if answer else None  # (B, D)
         return Retrieval(
@@ -161,13 +152,13 @@ class Pipeline(nn.Module):
         probabilities of reranked rows and targets are computed.
         """
         relaxation, width = self._reranked(relaxation)
-        check_targets(targets, len(checked_queries(queries, self.memory.dim)), len(self.memory))
+        check_targets(targets, len(checked_queries(queries, self.attention.query_dim)), len(self.memory))
         queries = unit(queries, self.attention.log_beta.dtype)
         projected = self.attention.project(queries)
         rows = self.attention.best(blockwise_topk(projected, self.attention.keys(), width), projected, words).rows
         total = self.attention.total(projected, words)
         of_rows, of_targets = (self.attention.logits_of(projected, some, words) for some in (rows, targets))
-        scores = self.rerank(queries, TopK(of_rows, rows, total), words, logged_as).to(total.dtype)
+        scores = self.scores_of(queries, TopK(of_rows, rows, total), words, logged_as).to(total.dtype)
         log_attention = torch.cat([of_rows, of_targets], dim=-1) - total.unsqueeze(-1)  # (B, w + m)
         places = torch.arange(width, device=rows.device).expand_as(rows)
         log_probs = joint(log_attention, places, scores, k=self.k, temperature=relaxation)
@@ -184,7 +175,7 @@ class Pipeline(nn.Module):
             return None, self.k
         return relaxation, min(WINDOW * self.k, len(self.memory))
 
-    def rerank(
+    def scores_of(
         self, queries: Tensor, top: TopK, words: WordScores | None = None, logged_as: Tensor | None = None
     ) -> Tensor:
         """Return the reranker's scores of stage 1's best rows, of which the first k are the candidates."""
@@ -213,75 +204,7 @@ class Pipeline(nn.Module):
         `texts` have their words searched as well, in a pipeline that was fitted with texts. Queries of another shape or
         type, zero or not finite, k not in 1..N, or texts that are not one for each query raise an InputError.
         """
-        k = self.k if k is None else k
-        check_k(k, len(self.memory))
-        given, training, words = self._checked(queries), self.training, self._word_scores(queries, texts)
-        self.eval()  # no dropout in a search
-        try:
-            blocks = []
-            for start in range(0, max(1, len(given)), QUERY_BLOCK):
-                block = slice(start, start + QUERY_BLOCK)
-                some = None if words is None else WordScores(words.rows[block], words.scores[block])
-                blocks.append(self._search_block(given[block], int(k), some))
-        finally:
-            self.train(training)
-        rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        rows = self.memory.vectors_of(rows)
-        ids = None if self.memory.ids is None else self.memory.ids[rows.cpu().numpy()]
-        if isinstance(queries, np.ndarray):
-            return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
-        return Hits(rows.to(given.device), probabilities.to(given.device), ids)
-
-    def _checked(self, queries: np.ndarray | Tensor) -> Tensor:
-        floats = isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
-        given: Any = from_numpy(np.asarray(queries)) if floats else queries
-        if checked_queries(given, self.memory.dim, "B").ndim != 2:
-            raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {self.memory.dim})")
-        check_vectors(given, "queries")
-        return given
-
-    def _word_scores(self, queries: np.ndarray | Tensor, texts: Sequence[str] | None) -> WordScores | None:
-        if texts is None:
-            return None
-        if self.words is None:
-            raise InputError("the pipeline was fitted without texts, or bm25s is missing; search without texts")
-        if isinstance(texts, str) or len(texts) != len(queries) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{len(texts)} texts are not one string for each of {len(queries)} queries; give as many")
-        device = self.memory.rows.device
-        return WordScores(*(part.to(device) for part in self.words.scores(texts)))
-
-    def _search_block(self, queries: Tensor, k: int, words: WordScores | None) -> tuple[Tensor, Tensor]:
-        queries = unit(queries.to(self.memory.rows.device), self.attention.log_beta.dtype)
-        width = max(k, self.k)
-        if self.index is None:
-            top = self.attention.candidates(queries, width, logsumexp=True, words=words)
-        else:
-            self.index.check_fits(self.attention.keys())
-            projected = self.attention.project(queries)
-            top = approximate_topk(self.index, projected, self.attention.keys(), width)
-            top = self.attention.best(top, projected, words)
-        assert top.logsumexp is not None
-        candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
-        scores = self._equal_scores_of_equal_rows(self.rerank(queries, candidates, words), candidates)
-        # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
-        total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
-        log_attention = top.scores - total.unsqueeze(-1)
-        inside = shared_out(log_attention[:, : self.k], scores)
-        rows, inside = most_probable_first(candidates.rows, inside)
-        rows = torch.cat([rows, top.rows[:, self.k :]], dim=-1)[:, :k]
-        log_probs = torch.cat([inside, log_attention[:, self.k :]], dim=-1)[:, :k]
-        return rows, log_probs.exp().clamp(max=1).float()
-
-    def _equal_scores_of_equal_rows(self, scores: Tensor, top: TopK) -> Tensor:
-        """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
-        equal = top.scores[:, 1:] == top.scores[:, :-1]
-        if isinstance(self.reranker, EvidenceReranker) or not can_branch_on(scores) or not equal.any():
-            return scores
-        vectors = self.memory.take(top.rows)
-        equal &= (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1)
-        places = torch.arange(scores.shape[1])
-        first = places.where(~F.pad(equal, (1, 0)), 0).cummax(dim=-1).values
-        return scores.gather(-1, first)
+        return pipeline_search.search(self, queries, k, texts=texts)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
