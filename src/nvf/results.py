@@ -51,11 +51,12 @@ class Fitted:
         yield
         self.seconds[name] = (self.seconds.get(name) or 0) + time.perf_counter() - start
 
-    def evaluated(self, queries: QueryBatch, *, title: str) -> Evaluation:
-        """Evaluate the model on validation or test queries."""
+    def evaluated(self, queries: QueryBatch, split: str) -> Evaluation:
+        """Evaluate the model on the queries of `val` or `test`."""
         built = self.built
         given: dict[str, Any] = {"oracle": built.source.oracle, "seen": built.seen, "hybrid": self.hybrid}
-        return evaluate(self.model, queries, k=built.k, title=title, **given)
+        given["references"] = getattr(built.source, "references", {}).get(split)
+        return evaluate(self.model, queries, k=built.k, title=f"evaluation ({split})", **given)
 
     @cached_property
     def hybrid(self) -> SoftAttention | None:
@@ -78,8 +79,8 @@ def save(run: Fitted) -> float:
         model.save(run.folder / "pipeline")
     with run.timed("evaluation"):
         val_queries, test_queries = run.built.queries("val"), run.built.queries("test")  # to draw them may be a search
-        val = run.evaluated(val_queries, title="validation")
-        test = run.evaluated(test_queries, title="test")
+        val = run.evaluated(val_queries, "val")
+        test = run.evaluated(test_queries, "test")
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
         audit = audit_gradients(model, val_queries)
@@ -92,7 +93,9 @@ def save(run: Fitted) -> float:
     results = {
         "test": test.figures,
         "val": val.figures,
-        "against_exact": test.against_exact,
+        "against_exact": test.against_exact if test.figures["aligned"] is None else None,
+        "against_aligned": None if test.figures["aligned"] is None else test.against_exact,
+        "aligned": run.built.aligned,
         "joint": joint,
         "selection": run.chosen.tried,
         "attention_fitted_by": run.chosen.fitted_by,

@@ -62,6 +62,18 @@ def gap_closed(start: np.ndarray, end: np.ndarray, ceiling: np.ndarray) -> Inter
     return _percentiles(float(counts @ gains) / gap, (draws @ gains) / (draws @ gaps), gap)
 
 
+def share_of(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """Return how many queries are answered, as a share of those that a reference answers, with a bootstrap interval.
+
+    Both are (B,) bool, of the same queries. The share may exceed 1; it is 0 where the reference answers none.
+    """
+    counts = np.bincount(2 * ours.astype(int) + theirs, minlength=4)
+    draws = _resampled(counts)
+    shares = [(of[..., 2] + of[..., 3]) / np.maximum(of[..., 1] + of[..., 3], 1) for of in (counts, draws)]
+    low, high = map(float, np.quantile(shares[1], [0.025, 0.975]))
+    return {"value": float(shares[0]), "low": low, "high": high}
+
+
 def _resampled(counts: np.ndarray) -> np.ndarray:
     """Draw 2,000 bootstrap samples of queries, as counts of each kind, (2000, kinds); always the same ones."""
     return np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=2000)

@@ -67,7 +67,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     if built.joint is not None:
         if not rank:
             with run.timed("evaluation"):
-                run.before = run.evaluated(built.queries("test"), title="before joint training")
+                run.before = run.evaluated(built.queries("test"), "test")
         with run.timed("joint"):
             run.joint = fit_joint(built, run.model, folder)
         run.gradients["joint"] = run.joint.gradients

@@ -113,8 +113,8 @@ def _add_points(
     others = np.linspace(0, len(memory) - 1, room, dtype=int)
     rows = np.sort([*dict.fromkeys([*targets[queries], *others])][:room])
     raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
-    shown = memory.take(torch.from_numpy(rows).to(raw.device))
-    vectors = [shown, raw, F.normalize(attention.moved(raw), dim=-1)]
+    shown, raw_seen = memory.take_keys(torch.from_numpy(rows).to(raw.device)), memory.aligned_queries(raw)
+    vectors = [shown, raw_seen, F.normalize(attention.moved(raw), dim=-1)]
     of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
     kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
     columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first column colours and names the points

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nvf.data.splits import SPLITS
 from nvf.errors import InputError, one_line
 from nvf.files.ids import shown
-from nvf.files.npy import NpyFile
-from nvf.models.memory import VectorMemory
+from nvf.files.npy import NpyFile, open_vectors
+from nvf.files.vectors import check_vectors
+from nvf.models.memory import VectorMemory, unit
 
 if TYPE_CHECKING:
     from nvf.data.parquet import ParquetFile
@@ -24,6 +27,7 @@ COLUMNS: Mapping[str, Any] = {
     "text": "text",
     "gains": "gains",
 }
+Places = Mapping[str, tuple[str, np.ndarray]]  # of each split: the stem of its file, and its queries' lines there
 
 
 def open_table(path: Path, columns: Mapping[str, Any], *roles: str) -> "ParquetFile":
@@ -91,6 +95,50 @@ def text_lines(path: Path, count: int) -> list[str]:
     if len(texts) != count:
         raise InputError(f"{path} has {len(texts)} texts for {count} vectors; give each its line")
     return texts
+
+
+def read_pairs(folder: Path, memory: VectorMemory, query_dim: int) -> tuple[Tensor, Tensor] | None:
+    """Read texts embedded by the model of the rows, (P, D), and by that of the queries, (P, Dq); None without any."""
+    names = {"pairs_old.npy": memory.dim, "pairs_new.npy": query_dim}
+    given = [name for name in names if (folder / name).exists()]
+    if not given:
+        return None
+    parts = [read_unit(folder / name, dim) for name, dim in names.items()]
+    if len(parts[0]) != len(parts[1]):
+        sizes = f"{len(parts[0])} and {len(parts[1])} vectors"
+        raise InputError(f"{folder}: {' and '.join(names)} have {sizes}; line i of both must be the same text")
+    return parts[0], parts[1]
+
+
+def read_references(
+    folder: Path, memory: VectorMemory, places: Places, queries: Mapping[str, Tensor]
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Read what queries of another model are compared with, for the table alone: queries and rows of each search.
+
+    `old` is a search of the rows by queries of their own model, where reference_old_{queries,train_queries,...}.npy
+    hold these, and `anew` one of reference_new_corpus.npy, all rows embedded by the new model. `places` are those of
+    each split's queries in the file of a stem.
+    """
+    found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    anew = folder / "reference_new_corpus.npy"
+    rows = read_unit(anew, next(iter(queries.values())).shape[1], memory.given) if anew.exists() else None
+    if rows is not None and memory.vector_of_row is not None:
+        rows = rows[memory.vector_of_row.cpu()]
+    for split, (stem, of_split) in places.items():
+        path = folder / f"reference_old_{stem if stem == 'queries' else f'{stem}_queries'}.npy"
+        old = {"old": (read_unit(path, memory.dim)[of_split], memory.rows)} if path.exists() else {}
+        found[split] = old if rows is None else {**old, "anew": (queries[split], rows)}
+    return found
+
+
+def read_unit(path: Path, dim: int, count: int | None = None) -> Tensor:
+    """Read vectors of so many dimensions, (n, dim), scaled to length 1; `count` is how many there must be."""
+    vectors = torch.from_numpy(open_vectors(path, "vectors, one a line").read())
+    check_vectors(vectors, str(path))
+    if vectors.shape[1] != dim or count not in (None, len(vectors)):
+        shape, wanted = tuple(vectors.shape), (count or len(vectors), dim)
+        raise InputError(f"{path} has shape {shape}, but the other files ask for {wanted}; write it again")
+    return unit(vectors)
 
 
 def read_gains(path: Path, given: np.ndarray) -> np.ndarray | None:

@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvf.data.beside import COLUMNS, checked_gains, open_table, optional_column, read_gains, read_texts, texts_of_rows
+from nvf.data.beside import (
+    COLUMNS,
+    Places,
+    checked_gains,
+    open_table,
+    optional_column,
+    read_gains,
+    read_pairs,
+    read_references,
+    read_texts,
+    texts_of_rows,
+)
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.data.splits import SPLITS, deal, merge, repeats
 from nvf.errors import InputError
@@ -55,12 +66,14 @@ def read_recorded(
     columns: Mapping[str, str] = COLUMNS,
     by_id: bool = False,
     words: Mapping[str, Any] | None = None,
+    foreign: bool | None = None,
 ) -> Recorded:
     """Read the queries of a folder: the user's splits, or 80/10/10 by time or by seed; identical queries are one.
 
     With `by_id` the memory is from elsewhere: targets.npy holds ids, as .parquet files always do, and the queries may
     have either format. Where the rows and the queries have texts, and `words` says how they are taken apart, see
-    `Words`, the queries know what their words match.
+    `Words`, the queries know what their words match. Queries are of another model than the rows if they are `foreign`;
+    None takes them for it if their widths differ, or if there are pairs of texts embedded by both models.
     """
     folder = Path(folder)
     stems = [name for name in ("queries", *(f"{split}_queries" for split in SPLITS)) if _format(folder, name)]
@@ -94,18 +107,37 @@ def read_recorded(
             "queries; remove them from one split, or give all queries in one file and let NVF split them",
             *(folder, count, len(splits[b].queries), b, a),
         )
+    of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
+    places = {split: (of_split[split], dealt[split][1]) for split in SPLITS}
+    other = _other_model(folder, memory, splits, places, foreign)
     texts, index = texts_of_rows(folder, memory, columns), None
     if texts is not None and words is not None:
         read = {stem: read_texts(folder, stem, len(batch.queries), columns) for stem, batch in named.items()}
         lines = {stem: some for stem, some in read.items() if some is not None}
         if len(lines) == len(named):
-            of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
-            asked = {split: [lines[of_split[split]][place] for place in dealt[split][1]] for split in SPLITS}
+            asked = {split: [lines[stem][place] for place in of_stem] for split, (stem, of_stem) in places.items()}
             index = _index(splits["train"], texts, asked["train"], words)
         if index is not None:
             for split, batch in splits.items():
                 splits[split] = batch._replace(words=index.scores(asked[split], logged=split == "train"))
-    return Recorded(memory, splits, duplicates, merged, texts=texts, words=index)
+    return Recorded(memory, splits, duplicates, merged, texts=texts, words=index, **other)
+
+
+def _other_model(
+    folder: Path, memory: VectorMemory, splits: Mapping[str, QueryBatch], places: Places, foreign: bool | None
+) -> dict[str, Any]:
+    """Return what a source is told of queries that are of another model than the rows; nothing where they are not."""
+    train, *others = (batch.queries.shape[1] for batch in splits.values())
+    for split, width in zip(SPLITS[1:], others, strict=True):
+        if width != train:
+            raise InputError(f"{folder}: {split} queries are {width} wide, train queries {train}; embed all alike")
+    pairs = read_pairs(folder, memory, train)
+    if foreign is False or (foreign is None and pairs is None and train == memory.dim):
+        check_dim(train, memory.dim, f"{folder}: data.foreign=false, but queries")
+        return {}
+    log.info("queries, %d wide, are of another model than the rows, %d wide: they are aligned", train, memory.dim)
+    queries = {split: batch.queries for split, batch in splits.items()}
+    return {"foreign": True, "pairs": pairs, "references": read_references(folder, memory, places, queries)}
 
 
 def _index(train: QueryBatch, texts: list[str], logged: list[str], words: Mapping[str, Any]) -> Words | None:
@@ -151,7 +183,6 @@ def _read_pair(
         gains = read_gains(folder / f"{prefix}gains.npy", array != -1)
         ids = ids if by_id else range(memory.given)
     check_vectors(queries, str(path))
-    check_dim(queries.shape[1], memory.dim, str(path))
     rows = target_rows(ids, targets, counts, str(named))
     if rows.shape[1] == memory.given > 2 and (rows >= 0).all() and len(np.unique(rows)) <= 2:
         matrix = f"targets of shape {rows.shape}, of two kinds, are a relevance matrix"

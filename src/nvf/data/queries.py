@@ -65,6 +65,8 @@ def fingerprint(batch: QueryBatch) -> str:
 class QuerySource:
     """A generated source of queries over a memory."""
 
+    foreign = False  # whether queries are of another space than the rows
+
     def __init__(self, memory: VectorMemory) -> None:
         self.memory = memory
 
@@ -98,7 +100,7 @@ class Noisy(QuerySource):
     def sample(self, count: int, generator: torch.Generator) -> QueryBatch:
         rows = self.oracle
         targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
-        noise = torch.randn(count, self.memory.dim, generator=generator, device=generator.device)
+        noise = torch.randn(count, rows.shape[1], generator=generator, device=generator.device)
         return QueryBatch(F.normalize(rows[targets[:, 0]].float() + self.sigma * noise, dim=-1), targets)
 
 
@@ -106,19 +108,28 @@ class Warped(Noisy):
     """Queries normalize(f(V[i]) + sigma randn), target i, for a hidden fixed map f; the oracle searches f(V).
 
     `rotation` is a rotation drawn uniformly; `mlp` is normalize(tanh(x A) B) with normal A, (D, 4D), and B, (4D, D).
-    Both depend on `warp_seed` and D alone.
+    Both depend on `warp_seed` and D alone. Queries have `dim` dimensions, Dq, in place of D if it is given: B is then
+    (4D, Dq), and the rotation is cut off, or is one of wider rows padded with zeros.
     """
 
-    def __init__(self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int) -> None:
+    def __init__(
+        self, memory: VectorMemory, *, sigma: float, warp: str, warp_seed: int, dim: int | None = None
+    ) -> None:
         super().__init__(memory, sigma=sigma)
         if warp not in WARPS:
             raise InputError(f"queries.warp={warp} is unknown; choose one of {', '.join(WARPS)}")
-        generator, dim = stream(warp_seed, "warp"), memory.dim
+        if dim is not None:
+            check_number("queries.dim", dim, minimum=1, whole=True, remedy="null is as wide as the rows")
+        generator, rows_dim = stream(warp_seed, "warp"), memory.dim
+        dim = dim or rows_dim
+        self.foreign = dim != rows_dim
         if warp == "rotation":
-            q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-            layers = [q * r.diagonal().sign()]
+            widest = max(rows_dim, dim)
+            q, r = torch.linalg.qr(torch.randn(widest, widest, generator=generator))
+            layers = [(q * r.diagonal().sign())[:rows_dim, :dim]]
         else:
-            layers = [torch.randn(*shape, generator=generator) for shape in ((dim, 4 * dim), (4 * dim, dim))]
+            shapes = (rows_dim, 4 * rows_dim), (4 * rows_dim, dim)
+            layers = [torch.randn(*shape, generator=generator) for shape in shapes]
         parts = []
         for rows in memory.rows.cpu().split(ALL_SCORES // dim):
             warped = rows.float() @ layers[0]
@@ -139,6 +150,9 @@ class Recorded:
 
     `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a; `merged` the
     queries that became one with an identical query before them.
+
+    If `foreign`, queries are of another model than the rows. Then there may be `pairs` of texts embedded by both,
+    (P, D) and (P, Dq), and `references`: for each split, searches to compare with, by name: queries and rows.
     """
 
     oracle = None
@@ -152,7 +166,11 @@ class Recorded:
         *,
         texts: list[str] | None = None,
         words: Words | None = None,
+        foreign: bool = False,
+        pairs: tuple[Tensor, Tensor] | None = None,
+        references: dict[str, dict[str, tuple[Tensor, Tensor]]] | None = None,
     ) -> None:
+        self.foreign, self.pairs, self.references = foreign, pairs, references or {}
         self.memory, self.splits, self.texts, self.words = memory, splits, texts, words
         self.duplicates, self.merged = duplicates or {}, merged
 

@@ -1,8 +1,9 @@
 """What validation queries decide after training: temperatures, weights of words, moved keys, a correction for hubs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each, score_blocks
+from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import hubness
+from nvf.models.memory import VectorMemory, hubness
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
 from nvf.ops.cross_entropy import mean_of
@@ -23,6 +25,7 @@ FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the move of keys towards logged queries
 PRIOR = 3.0  # nats that a deviation of evidence may be worth, by a standard deviation of the prior
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # strengths of the ridge from rows to queries of another model
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
 
@@ -39,6 +42,47 @@ def fit_temperature(attention: SoftAttention, batch: QueryBatch) -> None:
         right = mean_of(logits.gather(-1, batch.targets.clamp(min=0)), batch.targets >= 0).unsqueeze(-1)
         factor = _best_factor(logits, right, (BETA_RANGE[0] / beta, BETA_RANGE[1] / beta))
         attention.log_beta.add_(math.log(factor))
+
+
+@torch.no_grad()
+def align(
+    memory: VectorMemory,
+    log: QueryBatch,
+    pairs: tuple[Tensor, Tensor] | None,
+    *,
+    by: Sequence[str],
+    strengths: Sequence[float] = RIDGES,
+) -> Iterator[tuple[float, VectorMemory]]:
+    """Yield each strength of the ridge, and a memory whose rows are aligned with queries of another model by it.
+
+    The ridge is fitted `by` what is named: `log`, each target with its query, and `pairs`, (P, D) and (P, Dq), texts
+    that were embedded by both models.
+    """
+    query, place = (log.targets >= 0).nonzero(as_tuple=True)
+    known = {"log": (memory.take(log.targets[query, place]), log.queries[query])}
+    known |= {} if pairs is None else {"pairs": pairs}
+    given = [known[name] for name in by]
+    start = Alignment.whitening_of(log.queries, memory.rows)
+    for strength, fitted in zip(strengths, start.fit(given, strengths), strict=True):
+        yield strength, memory.aligned_with(start.with_map(fitted))
+
+
+def fit_alignment(
+    memory: VectorMemory, log: QueryBatch, held_out: QueryBatch, pairs: tuple[Tensor, Tensor] | None
+) -> tuple[VectorMemory, dict[str, Any]]:
+    """Return the memory of those that `align` yields that validates best, and how it was aligned.
+
+    Half of the keys' hubness is subtracted where they are compared. With pairs, the log may be left out.
+    """
+    best, kept, how = -1.0, memory, {}
+    for by in (["log"],) if pairs is None else (["pairs"], ["pairs", "log"]):
+        for strength, aligned in align(memory, log, pairs, by=by):
+            attention = SoftAttention(aligned, transform="identity")
+            fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
+            found = float(quality(attention, held_out).double().mean())
+            if found > best:
+                best, kept, how = found, aligned, {"by": by, "strength": strength}
+    return kept, how
 
 
 @torch.no_grad()

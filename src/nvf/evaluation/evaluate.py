@@ -18,9 +18,18 @@ from nvf.models.words import CHANNELS
 from nvf.ops.products import QUERY_BLOCK, inner_products
 from nvf.ops.ranks import DEEPEST, are_targets, gains_of, ndcg, recall, target_ranks
 from nvf.ops.topk import blockwise_topk, first_topk
-from nvf.statistics import Interval, gap_closed, mcnemar, mean_interval, reciprocal_rank, wilson, wins_and_losses
+from nvf.statistics import (
+    Interval,
+    gap_closed,
+    mcnemar,
+    mean_interval,
+    reciprocal_rank,
+    share_of,
+    wilson,
+    wins_and_losses,
+)
 
-METHODS = ("exact", "oracle", "words", "hybrid", "attention", "pipeline")
+METHODS = ("exact", "old", "anew", "aligned", "oracle", "words", "hybrid", "attention", "pipeline")
 BINS = 15  # of confidence, equally wide
 ROUNDING = 1e-5  # cosines that differ by less count as equal
 
@@ -44,7 +53,12 @@ class Outcomes(NamedTuple):
     @property
     def compared(self) -> tuple[str, str]:
         """The model's last stage, and the method before it."""
-        return ("pipeline", "attention") if "pipeline" in self.ranks else ("attention", "exact")
+        return ("pipeline", "attention") if "pipeline" in self.ranks else ("attention", self.reference)
+
+    @property
+    def reference(self) -> str:
+        """The search without training that a model is compared with."""
+        return "exact" if "exact" in self.ranks else "aligned"
 
     def share_right(self, method: str) -> Tensor:
         """For each query, (B,), 1 / m if the first answer is one of its m targets, else 0."""
@@ -55,7 +69,7 @@ class Evaluation(NamedTuple):
     """What a model reaches on some queries: shares in 0..1, None for what does not exist."""
 
     figures: dict[str, Any]  # the block `test` of results.json
-    against_exact: dict[str, Any]  # queries won and lost, and McNemar's p
+    against_exact: dict[str, Any]  # queries won and lost against exact search, or `Outcomes.reference`, and McNemar's p
     outcomes: Outcomes
 
     @property
@@ -73,17 +87,24 @@ def evaluate(
     oracle: Tensor | None,
     seen: Tensor | None = None,
     hybrid: SoftAttention | None = None,
+    references: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     title: str = "evaluation",
 ) -> Evaluation:
     """Compute the figures of exact search, the oracle, stage 1 and, if the model is a pipeline, both stages together.
 
     Coverage and recall count the first k candidates. The oracle is the rows, (N, D), that an informed search would use,
     None if they are unknown; `seen`, (N,) bool, says which rows answer a training query, None if that is unknown.
-    `hybrid` is exact search with words, which is a baseline where there are texts, as words alone are.
+    `hybrid` is exact search with words, which is a baseline where there are texts, as words alone are. `references` are
+    further searches: for each name in METHODS, queries, (B, D'), and rows, (N, D').
     """
     model.eval()
     blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
-    parts = [_answer(model, block, k=k, oracle=oracle, hybrid=hybrid) for block in blocks]
+    start, parts = 0, []
+    for block in blocks:
+        end = start + len(block.queries)
+        others = {name: (asked[start:end], rows) for name, (asked, rows) in (references or {}).items()}
+        parts.append(_answer(model, block, k=k, oracle=oracle, hybrid=hybrid, references=others))
+        start = end
     outcomes = Outcomes(*(_joined(of_blocks) for of_blocks in zip(*parts, strict=True)))
     answered = {method: ranks == 1 for method, ranks in outcomes.ranks.items()}
     last, covered = outcomes.compared[0], outcomes.right.any(dim=-1)
@@ -102,7 +123,10 @@ def evaluate(
         method: calibration_error(confidences, outcomes.share_right(method))
         for method, confidences in outcomes.confidences.items()
     }
-    return Evaluation(figures, against(answered[last], answered["exact"]), outcomes)
+    if "anew" in outcomes.ranks:
+        first_ten = [outcomes.ranks[method] <= 10 for method in (last, "anew")]
+        figures["recovery"] = share_of(*(of.numpy() for of in first_ten))
+    return Evaluation(figures, against(answered[last], answered[outcomes.reference]), outcomes)
 
 
 def _answer(
@@ -112,15 +136,20 @@ def _answer(
     k: int,
     oracle: Tensor | None,
     hybrid: SoftAttention | None,
+    references: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Outcomes:
     queries, targets, words, worth = batch
-    rows = model.memory.rows
-    scores = {"exact": inner_products(unit(queries), rows)}  # (b, N), in whose order each method lists the rows
+    rows, memory = model.memory.rows, model.memory
+    first = "exact" if memory.alignment is None else "aligned"
+    asked = memory.aligned_queries(unit(queries))
+    scores = {first: inner_products(asked, memory.keys)}  # (b, N), in whose order each method lists the rows
+    for name, both in references.items():
+        scores[name] = inner_products(*(part.to(rows.device) for part in both))
     if oracle is not None and oracle is not rows:
         scores["oracle"] = inner_products(queries, oracle)
     if hybrid is not None and words is not None:
         alone = words.scores[..., CHANNELS.index("text")]
-        scores["words"] = torch.zeros_like(scores["exact"]).scatter_add(-1, words.rows.clamp(min=0), alone)
+        scores["words"] = torch.zeros_like(scores[first]).scatter_add(-1, words.rows.clamp(min=0), alone)
         scores["hybrid"] = hybrid(queries, words)
     if isinstance(model, Pipeline):
         answer = model(queries, words, answer=False)

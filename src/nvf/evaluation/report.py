@@ -8,6 +8,9 @@ from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {
     "exact": "exact search",
+    "old": "old model",
+    "anew": "embedded anew",
+    "aligned": "aligned",
     "oracle": "oracle",
     "words": "words alone",
     "hybrid": "words + exact",
@@ -41,7 +44,14 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
         (name, value), closed = ceiling(figures), figures["gap_closed_interval"]
         told = f"{in_percent(closed)}  of" if closed else f"{'-':>5}  no clear gap from"
         yield "gap closed", f"{told} stage 1 to {name} {percent(value)}"
-    yield "against exact search", _won_and_lost(results["against_exact"])
+    if (recovery := figures.get("recovery")) is not None:
+        yield "recovery", f"{in_percent(recovery)}  of the Top-10 of everything embedded anew"
+    if (aligned := results.get("aligned")) is not None:
+        by = " and ".join(aligned["by"])
+        yield "rows are aligned", f"with queries of another model, by {by}, with a ridge of {aligned['strength']:g}"
+        yield "against aligned search", _won_and_lost(results["against_aligned"])
+    else:
+        yield "against exact search", _won_and_lost(results["against_exact"])
     yield "calibration error", ", ".join(f"{NAMES[method]} {in_percent(errors[method]).strip()}" for method in errors)
     if (index := results.get("index")) is not None:
         k, rates = results["config"]["k"], index["queries_per_second"]
@@ -56,8 +66,8 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
         told = _won_and_lost(joint["against"]) if kept else "not clearly better on validation, so not kept"
         yield "joint training", told
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
-        if figures.get(group) and figures[group]["exact"] is not None:
-            yield name, f"{_top1(figures[group])} ({figures[group]['exact']['queries']:,} queries)"
+        if figures.get(group) and figures[group]["attention"] is not None:
+            yield name, f"{_top1(figures[group])} ({figures[group]['attention']['queries']:,} queries)"
 
 
 def _origin(results: Figures) -> Iterator[tuple[str, str]]:
@@ -70,7 +80,8 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
         score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]
         told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
-        told = told if variant["epochs"] else "exact search"
+        search = "exact search" if results.get("aligned") is None else "aligned search"
+        told = told if variant["epochs"] else search
         if variant["keys"] == "moved":
             told += (
                 f", keys moved by {variant['key_strength']:g}" if variant["key_strength"] else ", no move of keys helps"
@@ -84,7 +95,8 @@ def remarks(results: Figures) -> list[str]:
     figures, lines = results["val"], []
     alone = "try reranker=residual or a lower reranker.lr, or keep stage 1 alone, stage=attention"
     other = "try attention=linear or attention=residual, or a lower attention.lr"
-    for method, bound, remedy in (("pipeline", "attention", alone), ("attention", "exact", other)):
+    first = "exact" if figures["exact"] is not None else "aligned"
+    for method, bound, remedy in (("pipeline", "attention", alone), ("attention", first, other)):
         if figures[method] is None or figures["oracle"] == figures[bound]:
             continue
         found, least = figures[method]["top1"], figures[bound]["top1"]["value"]

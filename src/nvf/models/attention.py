@@ -99,15 +99,15 @@ class SoftAttention(nn.Module):
         self.memory = memory
         self.normalize = normalize
         if callable(transform):
-            self.transform = transform(memory.dim)
+            self.transform = transform(memory.query_dim)
             name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         else:
-            self.transform, name = QueryTransform(transform, memory.dim, hidden), transform
+            self.transform, name = QueryTransform(transform, memory.query_dim, hidden), transform
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta: nn.Parameter | None = None
         if keys != "frozen":
-            start = torch.zeros_like(memory.rows, dtype=torch.float32)
+            start = torch.zeros_like(memory.keys, dtype=torch.float32)
             self.delta = nn.Parameter(start, requires_grad=keys == "learned")
         self.register_buffer("bias", nothing if biased else None)
         self.register_buffer("word_weights", nothing.new_zeros(len(CHANNELS)) if worded else None)
@@ -128,8 +128,8 @@ class SoftAttention(nn.Module):
 
     @property
     def query_dim(self) -> int:
-        """The number of dimensions of queries."""
-        return self.memory.dim
+        """The number of dimensions of queries, Dq."""
+        return self.memory.query_dim
 
     @property
     def beta(self) -> Tensor:
@@ -138,7 +138,7 @@ class SoftAttention(nn.Module):
 
     def keys(self) -> Tensor:
         """Return what transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last."""
-        rows, delta, bias = self.memory.rows, self.delta, self.bias
+        rows, delta, bias = self.memory.keys, self.delta, self.bias
         if delta is None and bias is None:
             return rows
 
@@ -150,14 +150,15 @@ class SoftAttention(nn.Module):
 
     def keys_of(self, rows: Tensor) -> Tensor:
         """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
-        keys = self.memory.take(rows)
+        keys = self.memory.take_keys(rows)
         if self.delta is not None:
             keys = F.normalize(keys + self.delta[rows], dim=-1)
         return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:
         """Return z, (B, D)."""
-        moved = self.transform(checked_queries(queries, self.query_dim).to(self.log_beta.dtype))
+        queries = checked_queries(queries, self.query_dim).to(self.log_beta.dtype)
+        moved = self.transform(self.memory.aligned_queries(queries))
         return unit(moved, moved.dtype) if self.normalize else moved
 
     def transformed(self, queries: Tensor) -> Tensor:

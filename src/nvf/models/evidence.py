@@ -47,7 +47,7 @@ NEIGHBOURS = 10  # rows next to a row, from which its density is taken
 class Evidence(nn.Module):
     """Features of candidates, (B, k, F), from the memory and a log of queries with the rows that answered them.
 
-    The log is two buffers: `queries`, (n, D) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
+    The log is two buffers: `queries`, (n, Dq) unit rows, and `pairs`, (P,), row * n + query in ascending order for each
     target of each query. `hubness` and `density`, (N,), depend on rows alone and are computed once. Buffers that do
     not fit together raise an InputError. If `worded`, the features include those of words.
     """
@@ -71,7 +71,7 @@ class Evidence(nn.Module):
         super().__init__()
         rows, count = len(memory), len(queries)
         if (
-            queries.shape != (count, memory.dim)
+            queries.shape != (count, memory.query_dim)
             or pairs.shape != (len(pairs),)
             or min(count, len(pairs)) == 0
             or pairs.dtype != torch.int64
@@ -104,7 +104,7 @@ class Evidence(nn.Module):
         density = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         if near > 0:  # the first of its best rows is the row itself
             density = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].mean(dim=-1)
-        hubs = hubness(distinct, memory.rows, SHARPNESS)
+        hubs = hubness(memory.aligned_queries(distinct), memory.keys, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
         evidence.logged = logged
         return evidence
@@ -134,10 +134,11 @@ class Evidence(nn.Module):
             logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
         assert top.logsumexp is not None
-        rows = self.memory.take(top.rows)  # (B, w, D)
+        memory = attention.memory  # of which the alignment may be another's than that of `self.memory`
+        rows = memory.take_keys(top.rows)  # (B, w, D)
         rows = rows.to(torch.promote_types(rows.dtype, queries.dtype))
         count, nearest, support = self._from_log(attention, queries, top.rows, logged_as)
-        queries, centre = queries.to(rows.dtype), rows[:, :k].mean(dim=1, keepdim=True)
+        queries, centre = memory.aligned_queries(queries).to(rows.dtype), rows[:, :k].mean(dim=1, keepdim=True)
         local = F.normalize(queries.unsqueeze(1) - centre, dim=-1) * F.normalize(rows - centre, dim=-1)
         cosine = (rows @ queries.unsqueeze(-1)).squeeze(-1)
         features = {
@@ -172,7 +173,8 @@ class Evidence(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return count, nearest and support, (B, w) each; blocks of queries bound the log vectors held at once."""
         moved = attention.moved(queries)
-        log = self._moved_log(lambda: attention.moved(self.queries), [self.queries, *attention.transform.parameters()])
+        rests_on = [self.queries, attention.memory.keys, *attention.transform.parameters()]
+        log = self._moved_log(lambda: attention.moved(self.queries), rests_on)
         if logged_as is None:
             logged_as = rows.new_full((len(rows),), -1)
         size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
@@ -207,7 +209,7 @@ class Evidence(nn.Module):
         if logged_as is None or count == 1:  # without its one query, a log would be empty
             return hubs
         asks = logged_as.unsqueeze(-1)
-        nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.rows])
+        nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.keys])
         share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
         others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
         return rest[rows].where(nearest[rows] == asks, others).where(asks >= 0, hubs)
@@ -215,9 +217,9 @@ class Evidence(nn.Module):
     @torch.no_grad()
     def _without_nearest(self) -> tuple[Tensor, Tensor]:
         """Return the place of the logged query nearest to each row, and the row's hubness among the others, (N,)."""
-        places, rest, count = [], [], len(self.queries)
+        asked, places, rest, count = self.memory.aligned_queries(self.queries), [], [], len(self.queries)
         for rows in torch.arange(len(self.hubness), device=self.hubness.device).split(max(1, SCORE_BLOCK // count)):
-            scores = SHARPNESS * (self.memory.take(rows) @ self.queries.T)
+            scores = SHARPNESS * (self.memory.take_keys(rows) @ asked.T)
             places.append(scores.argmax(dim=-1))
             others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
             rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)

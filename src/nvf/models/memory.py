@@ -1,5 +1,6 @@
 """The frozen memory of unit vectors, and exact search over it."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.ids import checked_ids
 from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
-from nvf.files.npy import ArrayFile
+from nvf.files.npy import ROWS, ArrayFile
 from nvf.files.vectors import BLOCK, check_largest, check_vectors, largest
+from nvf.models.alignment import Alignment
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
@@ -41,6 +43,8 @@ class VectorMemory(nn.Module):
     vector_of_row: Tensor | None  # the first of the vectors that became each row, (N,) int64, or None
     file: tuple[Path, State] | None = None  # the file from which the rows are mapped, and its state then
     texts: list[str] | None = None  # of the vectors as they were given, if these come with texts
+    alignment: Any  # an Alignment where queries are of another model than the rows, else None
+    aligned: Tensor | None  # the rows as they are compared with queries then, (N, Dq)
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     def __init__(
@@ -117,6 +121,8 @@ class VectorMemory(nn.Module):
         merged = len(vector_of_row) < len(row_of_vector)
         for name, numbers in (("row_of_vector", row_of_vector), ("vector_of_row", vector_of_row)):
             self.register_buffer(name, torch.from_numpy(numbers).to(device) if merged else None, persistent=False)
+        self.register_buffer("aligned", None, persistent=False)
+        self.register_module("alignment", None)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -130,6 +136,30 @@ class VectorMemory(nn.Module):
     def dim(self) -> int:
         """D, the number of dimensions."""
         return self.rows.shape[1]
+
+    @property
+    def query_dim(self) -> int:
+        """The number of dimensions of queries: D, unless they are of another model."""
+        return self.dim if self.alignment is None else len(self.alignment.centre)
+
+    @property
+    def keys(self) -> Tensor:
+        """What queries, once `aligned_queries`, are compared with, (N, Dq): the rows, unless they are aligned."""
+        return self.rows if self.aligned is None else self.aligned
+
+    def aligned_queries(self, queries: Tensor) -> Tensor:
+        """Return unit queries as they are compared with the keys, (..., Dq): as they are, unless they are aligned."""
+        return queries if self.alignment is None else self.alignment.queries(queries)
+
+    @torch.no_grad()
+    def aligned_with(self, alignment: Alignment) -> "VectorMemory":
+        """Return a memory of the same rows for queries of another model."""
+        memory = copy.copy(self)
+        memory._buffers, memory._modules = {**self._buffers}, {**self._modules}
+        memory.alignment = alignment.to(self.rows.device)
+        parts = [alignment.rows(block.float()).to(block.dtype) for block in self.rows.split(ROWS)]
+        memory.aligned = torch.cat(parts)
+        return memory
 
     def rows_of(self, vectors: Tensor) -> Tensor:
         """Return the rows of vectors that are named by their numbers as given; -1 stays."""
@@ -149,6 +179,10 @@ class VectorMemory(nn.Module):
     def take(self, rows: Tensor) -> Tensor:
         """Return the vectors of some rows, (...) -> (..., D), in float32 if they are kept in less."""
         return self.rows[rows].to(torch.promote_types(self.rows.dtype, torch.float32))
+
+    def take_keys(self, rows: Tensor) -> Tensor:
+        """Return the keys of some rows, (...) -> (..., Dq), as `take` returns their vectors."""
+        return self.keys[rows].to(torch.promote_types(self.keys.dtype, torch.float32))
 
     def search(self, queries: Tensor, k: int) -> TopK:
         """Return the k rows of highest cosine similarity, exactly; an InputError if k is not in 1..N."""

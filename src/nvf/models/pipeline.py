@@ -188,7 +188,8 @@ class Pipeline(nn.Module):
         """Return the reranker's scores, (B, k), from evidence, (B, k, F), that is known already, if it weighs any."""
         if isinstance(self.reranker, EvidenceReranker):
             return self.reranker(logits, evidence)
-        return self.reranker(queries, self.memory.take(rows), logits, self.attention.beta)
+        queries, keys = self.memory.aligned_queries(queries), self.memory.take_keys(rows)
+        return self.reranker(queries, keys, logits, self.attention.beta)
 
     @torch.no_grad()
     def search(self, queries: np.ndarray | Tensor, k: int | None = None, *, texts: Sequence[str] | None = None) -> Hits:

@@ -16,6 +16,7 @@ from nvf.files.ids import FILE as IDS_FILE
 from nvf.files.ids import read_ids, write_ids
 from nvf.files.records import check_settings, is_unchanged, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
+from nvf.models.alignment import BUFFERS, Alignment
 from nvf.models.ann_index import FILE as INDEX_FILE
 from nvf.models.ann_index import read_index
 from nvf.models.attention import SoftAttention
@@ -42,7 +43,8 @@ def save(folder: Path, pipeline: Any) -> None:
             write_ids(memory.ids, partial / IDS_FILE)
         rows = memory.rows if memory.rows.dtype in DTYPES.values() else memory.rows.float()
         merged = {} if memory.row_of_vector is None else {"place": memory.row_of_vector}
-        save_file({"rows": rows.contiguous(), **merged}, partial / "memory.safetensors")
+        aligned = {} if memory.alignment is None else dict(memory.alignment.named_buffers())
+        save_file({"rows": rows.contiguous(), **merged, **aligned}, partial / "memory.safetensors")
         weights = {name: tensor.contiguous() for name, tensor in pipeline.state_dict().items()}
         save_file(weights, partial / "weights.safetensors")
         config = {
@@ -139,14 +141,15 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
         raise InputError(f"{folder}: rows of {rows.dtype} are none of {', '.join(DTYPES)}; {SAVE_AGAIN}")
     given = len(rows if row_of_vector is None else row_of_vector)
     ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
-    return VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
+    memory = VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
+    return memory.aligned_with(Alignment(**tensors)) if BUFFERS[0] in tensors else memory
 
 
 def _second_stage(
     memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor], *, worded: bool
 ) -> tuple[Any, Any]:
     if settings["kind"] != "evidence":
-        return Reranker(memory.dim, **settings), None
+        return Reranker(memory.query_dim, **settings), None
     parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")

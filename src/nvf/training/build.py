@@ -2,14 +2,17 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from nvf.data.queries import QueryBatch, Recorded, Source
 from nvf.errors import InputError, check_number
+from nvf.evaluation.calibration import fit_alignment
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.memory import check_k
+from nvf.ops.random_streams import stream
 from nvf.runs.settings import on_one_device
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED
@@ -26,7 +29,8 @@ from nvf.training.stages import (
     variants,
 )
 
-log = logging.getLogger("nvf")
+ALIGNED_BY = 16_384  # generated queries, where these are of another space than the rows
+logger = logging.getLogger("nvf")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Built:
     config: Settings
     source: Source
     seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
-    exact: SoftAttention  # exact search
+    aligned: dict[str, Any] | None  # how rows were aligned with queries of another model, where they were
+    exact: SoftAttention  # exact search; where rows are aligned, that of the aligned ones
     variants: tuple[Stage, ...]  # the stages 1 to try
     given: Stage | None  # not to be fitted: a checkpoint's, or untrained where joint training starts from scratch
     reranker: Stage | None  # behind exact search, whose place the fitted stage 1 takes
@@ -60,7 +65,8 @@ def build(config: Settings, source: Source | None = None) -> Built:
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
     _check_numbers(config, source)
-    check_sharded(config)
+    check_sharded(config, source)
+    aligned = _align(config, source) if getattr(source, "foreign", False) else None
     tried = _variants(config, source)
     given = _given(config, source, tried)
     exact, reranker, joint = SoftAttention(source.memory, transform="identity"), None, None
@@ -76,7 +82,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     if "joint" in config["stage"]["fit"]:
         assert reranker is not None
         joint = joint_stage(config, source, reranker.module.model)
-    return Built(config, source, seen_rows(source), exact, tried, given, reranker, joint)
+    return Built(config, source, seen_rows(source), aligned, exact, tried, given, reranker, joint)
 
 
 def build_source(config: Settings) -> Source:
@@ -86,7 +92,7 @@ def build_source(config: Settings) -> Source:
         raise InputError("data.dir is not set; name the folder that holds your vectors: data.dir=path/to/folder")
     memory = make(data["memory"], "data.memory")
     if merged := memory.given - len(memory):
-        log.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
+        logger.info("%d of %d rows equal an earlier one; equal rows are one answer", merged, memory.given)
     check_k(config["k"], len(memory))
     if queries["name"] == "recorded" and "dir" not in data:
         raise InputError(f"data={data['name']} has no recorded queries; choose queries=nearest, noisy or warped")
@@ -94,10 +100,23 @@ def build_source(config: Settings) -> Source:
     return source
 
 
-def check_sharded(config: Settings) -> None:
+def _align(config: Settings, source: Source) -> dict[str, Any]:
+    """Align the source's rows with its queries, which are of another model, and return how."""
+    if isinstance(source, Recorded):
+        log, held_out, pairs = source.splits["train"], source.splits["val"], source.pairs
+    else:
+        streams = (stream(config["seed"], f"alignment/{name}", device=source.memory.rows.device) for name in "ab")
+        (log, held_out), pairs = (source.sample(ALIGNED_BY, generator) for generator in streams), None
+    source.memory, how = fit_alignment(source.memory, log, held_out, pairs)
+    return how
+
+
+def check_sharded(config: Settings, source: Source) -> None:
     """Raise an InputError for what a memory that several devices share cannot do."""
     if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
         return
+    if getattr(source, "foreign", False):
+        raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     learned = any(variant["attention"]["keys"] != "frozen" for variant in variants(config))
     if stages(config) != ["attention"] or learned or config["attention"]["sample"] is not None:
         raise InputError(

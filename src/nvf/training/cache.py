@@ -20,7 +20,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.runs.resume import versions
 from nvf.runs.settings import material, on_one_device
-from nvf.training.checkpoints import load_attention
+from nvf.training.checkpoints import hashed, load_attention
 
 log = logging.getLogger("nvf")
 TUNED_BY = ("MKL_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVIDIA_TF32_", "TORCH_ALLOW_TF32_")  # environment variables
@@ -85,7 +85,9 @@ def circumstances(source: Source) -> dict[str, Any]:
     splits = source.splits if isinstance(source, Recorded) else {}
     cpuinfo, gpus = Path("/proc/cpuinfo"), torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    pairs = source.pairs if isinstance(source, Recorded) else None
     return {
+        "pairs": None if pairs is None else hashed(dict(zip("ab", pairs, strict=True))),
         "memory": source.memory.fingerprint,
         "queries": {split: fingerprint(batch) for split, batch in splits.items()},
         "code": code_hash(),

@@ -14,6 +14,7 @@ from torch import Tensor
 from nvf.data.datamodule import Fold
 from nvf.data.queries import QueryBatch, Recorded, each
 from nvf.evaluation.calibration import (
+    align,
     clearly_above,
     fit_hub_correction,
     fit_sharpness,
@@ -163,7 +164,8 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
     if (path := built.config["reranker_checkpoint"]) is not None:
         log.info("stage 2: loaded from %s", path)
     else:
-        if chosen.folds is not None and (chosen.about["epochs"] or chosen.about["key_strength"]):
+        taught = chosen.about["epochs"] or chosen.about["key_strength"] or built.aligned is not None
+        if chosen.folds is not None and taught:
             data.folds = cross_fit(built, chosen, folder)
         if isinstance(pipeline.reranker, EvidenceReranker):
             assert pipeline.evidence is not None
@@ -221,7 +223,11 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     for number in range(count):
         log.info("fitting attention without part %d of %d of the training queries", number + 1, count)
         rest = each(train, itemgetter(part != number))
-        module, data, *_ = attention_stage(variant.config, Recorded(source.memory, {**source.splits, "train": rest}))
+        memory = source.memory
+        if built.aligned is not None:
+            by, strength = built.aligned["by"], built.aligned["strength"]
+            ((_, memory),) = align(memory, rest, source.pairs, by=by, strengths=[strength])
+        module, data, *_ = attention_stage(variant.config, Recorded(memory, {**source.splits, "train": rest}))
         if epochs:
             fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
         if strength:

@@ -41,6 +41,8 @@ class ShardedMemory(VectorMemory):
         own = memory.rows[own_rows(len(memory), mesh)]
         rows = DTensor.from_local(own, mesh, [Shard(0)], shape=memory.rows.shape, stride=(memory.dim, 1))
         self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("aligned", None, persistent=False)
+        self.register_module("alignment", None)
 
 
 class ShardedAttention(SoftAttention):

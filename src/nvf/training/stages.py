@@ -67,7 +67,9 @@ def reranker_stage(
     """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    size: dict[str, Any] = {"dim": source.memory.dim} if evidence is None else {"features": len(evidence.features)}
+    size: dict[str, Any] = (
+        {"dim": source.memory.query_dim} if evidence is None else {"features": len(evidence.features)}
+    )
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
     given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
