@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from operator import itemgetter
 from typing import Any
 
@@ -25,6 +26,7 @@ FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the move of keys towards logged queries
 PRIOR = 3.0  # nats that a deviation of evidence may be worth, by a standard deviation of the prior
 ALONE = 64  # rows that stage 1 finds without words, among which their weights are fitted
+SHRINKAGES = (0.3, 30.0)  # of the variances of queries of another model: they are whitened, or nearly left as they are
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # strengths of the ridge from rows to queries of another model
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the rows' hubness that may be subtracted
 
@@ -51,18 +53,19 @@ def align(
     pairs: tuple[Tensor, Tensor] | None,
     *,
     by: Sequence[str],
+    shrinkage: float,
     strengths: Sequence[float] = RIDGES,
 ) -> Iterator[tuple[float, VectorMemory]]:
     """Yield each strength of the ridge, and a memory whose rows are aligned with queries of another model by it.
 
-    The ridge is fitted `by` what is named: `log`, each target with its query, and `pairs`, (P, D) and (P, Dq), texts
-    that were embedded by both models.
+    Queries are whitened with this `shrinkage`. The ridge is fitted `by` what is named: `log`, each target with its
+    query, and `pairs`, (P, D) and (P, Dq), texts that were embedded by both models.
     """
     query, place = (log.targets >= 0).nonzero(as_tuple=True)
     known = {"log": (memory.take(log.targets[query, place]), log.queries[query])}
     known |= {} if pairs is None else {"pairs": pairs}
     given = [known[name] for name in by]
-    start = Alignment.whitening_of(log.queries, memory.rows)
+    start = Alignment.whitening_of(log.queries, memory.rows, shrinkage)
     for strength, fitted in zip(strengths, start.fit(given, strengths), strict=True):
         yield strength, memory.aligned_with(start.with_map(fitted))
 
@@ -75,13 +78,14 @@ def fit_alignment(
     Half of the keys' hubness is subtracted where they are compared. With pairs, the log may be left out.
     """
     best, kept, how = -1.0, memory, {}
-    for by in (["log"],) if pairs is None else (["pairs"], ["pairs", "log"]):
-        for strength, aligned in align(memory, log, pairs, by=by):
+    sources = [["log"]] if pairs is None else [["pairs"], ["pairs", "log"]]
+    for by, shrinkage in product(sources, SHRINKAGES):
+        for strength, aligned in align(memory, log, pairs, by=by, shrinkage=shrinkage):
             attention = SoftAttention(aligned, transform="identity")
             fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
             found = float(quality(attention, held_out).double().mean())
             if found > best:
-                best, kept, how = found, aligned, {"by": by, "strength": strength}
+                best, kept, how = found, aligned, {"by": by, "shrinkage": shrinkage, "strength": strength}
     return kept, how
 
 

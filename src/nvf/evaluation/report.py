@@ -48,7 +48,8 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
         yield "recovery", f"{in_percent(recovery)}  of the Top-10 of everything embedded anew"
     if (aligned := results.get("aligned")) is not None:
         by = " and ".join(aligned["by"])
-        yield "rows are aligned", f"with queries of another model, by {by}, with a ridge of {aligned['strength']:g}"
+        how = "whitened" if aligned["shrinkage"] < 1 else "as they are"
+        yield "rows are aligned", f"with queries of another model, {how}, by {by}, ridge {aligned['strength']:g}"
         yield "against aligned search", _won_and_lost(results["against_aligned"])
     else:
         yield "against exact search", _won_and_lost(results["against_exact"])

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHRINKAGE = 0.3  # of the mean variance, that is added to every direction's before queries are whitened
 BUFFERS = ("centre", "whitening", "mean", "map")
 
 
@@ -35,13 +34,16 @@ class Alignment(nn.Module):
             self.register_buffer(name, buffers[name], persistent=False)
 
     @classmethod
-    def whitening_of(cls, queries: Tensor, rows: Tensor) -> "Alignment":
-        """Return the alignment that whitens queries as these, (n, Dq), and maps all rows, as these (N, D), to zero."""
+    def whitening_of(cls, queries: Tensor, rows: Tensor, shrinkage: float) -> "Alignment":
+        """Return the alignment that whitens queries as these, (n, Dq), and maps all rows, as these (N, D), to zero.
+
+        So many times the mean variance is added to every direction's: a large shrinkage leaves queries as they are.
+        """
         mean = sum(block.double().sum(dim=0) for block in rows.split(2**16)) / len(rows)
         wide = queries.double()
         centre = wide.mean(dim=0)
         variances, axes = torch.linalg.eigh((wide - centre).T @ (wide - centre) / len(wide))
-        scales = (variances + SHRINKAGE * variances.mean()).clamp(min=1e-12).rsqrt()
+        scales = (variances + shrinkage * variances.mean()).clamp(min=1e-12).rsqrt()
         buffers = {"centre": centre, "whitening": axes * scales @ axes.T, "mean": mean}
         nothing = wide.new_zeros(rows.shape[1], queries.shape[1])
         return cls(**{name: tensor.float() for name, tensor in buffers.items()}, map=nothing.float())

@@ -29,7 +29,7 @@ from nvf.training.stages import (
     variants,
 )
 
-ALIGNED_BY = 16_384  # generated queries, where these are of another space than the rows
+ALIGNED_BY = 65_536  # generated queries, where these are of another space than the rows
 logger = logging.getLogger("nvf")
 
 

@@ -225,8 +225,8 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
         rest = each(train, itemgetter(part != number))
         memory = source.memory
         if built.aligned is not None:
-            by, strength = built.aligned["by"], built.aligned["strength"]
-            ((_, memory),) = align(memory, rest, source.pairs, by=by, strengths=[strength])
+            how = {name: built.aligned[name] for name in ("by", "shrinkage")}
+            ((_, memory),) = align(memory, rest, source.pairs, **how, strengths=[built.aligned["strength"]])
         module, data, *_ = attention_stage(variant.config, Recorded(memory, {**source.splits, "train": rest}))
         if epochs:
             fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
