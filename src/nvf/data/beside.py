@@ -27,7 +27,7 @@ COLUMNS: Mapping[str, Any] = {
     "text": "text",
     "gains": "gains",
 }
-Places = Mapping[str, tuple[str, np.ndarray]]  # of each split: the stem of its file, and its queries' lines there
+Places = Mapping[str, tuple[str, np.ndarray, int]]  # of each split: its file's stem, its queries' lines, and all lines
 
 
 def open_table(path: Path, columns: Mapping[str, Any], *roles: str) -> "ParquetFile":
@@ -124,9 +124,9 @@ def read_references(
     rows = read_unit(anew, next(iter(queries.values())).shape[1], memory.given) if anew.exists() else None
     if rows is not None and memory.vector_of_row is not None:
         rows = rows[memory.vector_of_row.cpu()]
-    for split, (stem, of_split) in places.items():
+    for split, (stem, of_split, lines) in places.items():
         path = folder / f"reference_old_{stem if stem == 'queries' else f'{stem}_queries'}.npy"
-        old = {"old": (read_unit(path, memory.dim)[of_split], memory.rows)} if path.exists() else {}
+        old = {"old": (read_unit(path, memory.dim, lines)[of_split], memory.rows)} if path.exists() else {}
         found[split] = old if rows is None else {**old, "anew": (queries[split], rows)}
     return found
 

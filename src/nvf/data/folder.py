@@ -108,14 +108,14 @@ def read_recorded(
             *(folder, count, len(splits[b].queries), b, a),
         )
     of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
-    places = {split: (of_split[split], dealt[split][1]) for split in SPLITS}
+    places = {split: (stem, dealt[split][1], len(named[stem].queries)) for split, stem in of_split.items()}
     other = _other_model(folder, memory, splits, places, foreign)
     texts, index = texts_of_rows(folder, memory, columns), None
     if texts is not None and words is not None:
         read = {stem: read_texts(folder, stem, len(batch.queries), columns) for stem, batch in named.items()}
         lines = {stem: some for stem, some in read.items() if some is not None}
         if len(lines) == len(named):
-            asked = {split: [lines[stem][place] for place in of_stem] for split, (stem, of_stem) in places.items()}
+            asked = {split: [lines[stem][place] for place in of_stem] for split, (stem, of_stem, _) in places.items()}
             index = _index(splits["train"], texts, asked["train"], words)
         if index is not None:
             for split, batch in splits.items():

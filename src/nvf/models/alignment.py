@@ -28,8 +28,9 @@ class Alignment(nn.Module):
         super().__init__()
         centre, whitening, mean, matrix = (buffers[name] for name in BUFFERS)
         fits = whitening.shape == (*centre.shape, *centre.shape) and matrix.shape == (*mean.shape, *centre.shape)
-        if not fits or {buffers[name].dtype for name in BUFFERS} != {torch.float32}:
-            raise ValueError("the maps of queries and of rows do not fit each other")
+        sound = all(buffers[name].dtype == torch.float32 and buffers[name].isfinite().all() for name in BUFFERS)
+        if not fits or not sound:
+            raise ValueError("the maps of queries and of rows do not fit each other, or are no float32 numbers")
         for name in BUFFERS:
             self.register_buffer(name, buffers[name], persistent=False)
 

@@ -142,7 +142,7 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
     given = len(rows if row_of_vector is None else row_of_vector)
     ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     memory = VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
-    return memory.aligned_with(Alignment(**tensors)) if BUFFERS[0] in tensors else memory
+    return memory.aligned_with(Alignment(**tensors)) if tensors.keys() & BUFFERS else memory
 
 
 def _second_stage(
