@@ -252,7 +252,7 @@ def test_without_queries_there_are_no_answers(memory: VectorMemory) -> None:
 
 
 BAD = {
-    "nothing": ([], "query 0"),
+    "nothing": ([], "0 lists"),
     "no row": (np.zeros(ROWS, bool), "query 0"),
     "nothing for one": ([[1]] * 3 + [[]] + [[2]] * 3, "query 3"),
     "padding for one": (np.array([[1]] * 5 + [[-1]] + [[2]]), "query 5"),
@@ -268,7 +268,7 @@ BAD = {
     "masks for fewer": (np.ones((COUNT - 1, ROWS), bool), "6"),
     "lists for more": ([[1]] * (COUNT + 1), "8"),
     "list among rows": ([1, [2]], "2"),
-    "row among lists": ([[1], *range(COUNT - 1)], "query 1"),
+    "row among lists": ([[1], *range(COUNT - 1)], r"query 0 has \[1\]"),
     "cube": (np.ones((COUNT, 2, 3), int), "query 0"),
     "masks in a cube": (np.ones((COUNT, 1, ROWS), bool), "mask"),
     "number": (3, "3"),

@@ -27,7 +27,7 @@ class Filter:
                 f"{name} is {shown(given)}, no list or mask; give ids, or row numbers where there are none"
             )
         plain = _plain(given)
-        self.memory, self.nested = memory, len(plain) > 0 and _is_list(plain[0])
+        self.memory, self.nested = memory, all(map(_is_list, plain))
         self.each: Any = plain if self.nested else [plain]  # a list or mask for each query, or one for all
         if self.nested and len(plain) != queries:
             raise InputError(f"{name}: {len(plain)} lists or masks for {queries} queries; give each query one")
@@ -46,7 +46,8 @@ class Filter:
         ids = self.memory.ids
         places: Any = range(self.memory.given) if ids is None else {one: at for at, one in enumerate(ids.tolist())}
         own = f"row numbers below {len(places)}" if ids is None else f"ids, such as {shown(ids.tolist()[0])}"
-        pads, numbers = -1 not in places, []
+        pads = -1 not in places
+        numbers: list[list[int]] = []
         for query, some in enumerate(self.each):
             numbers.append([])
             for value in _plain(some) if _is_list(some) else [[some]]:
