@@ -121,7 +121,7 @@ def _search_block(
     top = _best(pipeline, projected, max(k, pipeline.k), words, allowed)
     if allowed is None:
         return _listed(pipeline, queries, top, words, k)
-    if reranked:
+    if reranked and pipeline.evidence is not None:
         top = top._replace(logsumexp=_best(pipeline, projected, 1, words).logsumexp)
     total, counts = top.logsumexp, (top.scores != -math.inf).sum(dim=-1)
     rows, probabilities = torch.full_like(top.rows, -1), torch.zeros_like(top.scores, dtype=torch.float32)
