@@ -21,9 +21,7 @@ OPTIONS = (
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
     Option("texts", '.jsonl, a line {"text": ...} a query: has words searched too; null: vectors alone', None, path),
     Option("allowed", "ids or rows that may answer: .json, a list; .jsonl, a list a query; null: all", None, path),
-    Option(
-        "candidates", "to be ordered, k of them kept: .npy (n, m), or .jsonl, as answers; null: all rows", None, path
-    ),
+    Option("candidates", "of another engine, to be ordered: .npy (n, m), or .jsonl, as answers; null", None, path),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),

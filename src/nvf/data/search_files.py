@@ -95,8 +95,7 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
             np.lib.format.write_array_header_1_0(file, header)
         for rows, probabilities, ids in hits:
             if output.suffix == ".npy":
-                answers = np.empty(len(rows), dtype)
-                answers["rows"], answers["probabilities"] = -1, 0
+                answers = np.full(len(rows), np.array((-1, 0), dtype))
                 answers["rows"][:, : rows.shape[1]], answers["probabilities"][:, : rows.shape[1]] = rows, probabilities
                 file.write(answers.tobytes())
                 continue

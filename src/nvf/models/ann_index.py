@@ -49,7 +49,8 @@ class Index:
             made.nprobe = settings["nprobe"]
         else:
             made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
-        self.sample = _sample(made.ntotal)
+        chosen = torch.randperm(made.ntotal, generator=stream(0, "index sample"))[:SAMPLE]
+        self.sample = chosen.sort().values  # rows, drawn once, so that one query gets one answer
 
     def __len__(self) -> int:
         return self._made.ntotal
@@ -63,10 +64,8 @@ class Index:
         faiss.omp_set_num_threads(torch.get_num_threads())
         if allowed is not None:
             only = faiss.IDSelectorBitmap(np.packbits(allowed.cpu().numpy(), bitorder="little"))
-            if self.kind == "ivf":
-                how["params"] = faiss.SearchParametersIVF(sel=only, nprobe=self._made.nprobe)
-            else:
-                how["params"] = faiss.SearchParametersHNSW(sel=only, efSearch=self._made.hnsw.efSearch)
+            same = {"nprobe": self._made.nprobe} if self.kind == "ivf" else {"efSearch": self._made.hnsw.efSearch}
+            how["params"] = getattr(faiss, f"SearchParameters{self.kind.upper()}")(sel=only, **same)
         scores, rows = self._made.search(_array(queries), k, **how)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
@@ -158,14 +157,15 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
 def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowed: Tensor | None = None) -> TopK:
     """Return about what `blockwise_topk(queries, keys, k, logsumexp=True)` does, from an index of the keys.
 
-    With different rows `allowed` for each query, (B, N), or less than the share FILTERED for all, (1, N), it is exact.
-
-    The rows are about the k best, with exact scores; queries for which the index finds fewer are answered exactly. The
+    The rows are about the k best, with exact scores; queries for which the index finds fewer are answered exactly, and
+    so are all if different rows are `allowed` for each, (B, N), or no more than the share FILTERED for all, (1, N). The
     sum of exp(score) is exact over these rows; over the others, R, it is estimated without bias from those in a fixed
     uniform sample, S, as (|R| / |S|) sum over S. The expectation of its logarithm, which is returned, is a little low.
     """
-    count = len(keys) if allowed is None else int(allowed.sum())
-    if k >= min(SAMPLE, count) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
+    count, sample = len(keys), index.sample.to(keys.device)  # (S,), sorted
+    if allowed is not None:
+        count, sample = int(allowed.sum()), sample[allowed[0, sample]]
+    if k >= len(sample) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
         return blockwise_topk(queries, keys, k, logsumexp=True, allowed=allowed)
     _, rows = index.search(queries, k, None if allowed is None else allowed[0])
     if (short := (rows < 0).any(dim=-1)).any():
@@ -176,9 +176,6 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     scores = torch.cat([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     scores, rows = scores.gather(-1, order), rows.gather(-1, order)
-    sample = (index.sample if allowed is None else allowed[0].nonzero().squeeze(-1).cpu()[_sample(count)]).to(
-        keys.device
-    )
     size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
     drawn = sample[place] == rows  # (B, k)
     others = queries @ keys[sample].to(queries.dtype).T  # (B, S)
@@ -186,11 +183,6 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
     rest = others.logsumexp(dim=-1) + ((count - k) / (size - drawn.sum(dim=-1))).log()
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
-
-
-def _sample(count: int) -> Tensor:
-    """Return SAMPLE numbers below the count, ascending, always the same ones, so that one query gets one answer."""
-    return torch.randperm(count, generator=stream(0, "index sample"))[:SAMPLE].sort().values
 
 
 def _packed_ivf(made: Any) -> dict[str, Tensor]:

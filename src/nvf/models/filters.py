@@ -24,7 +24,7 @@ class Filter:
     def __init__(self, memory: VectorMemory, given: Any, queries: int, name: str = "allowed") -> None:
         if not _is_list(given):
             raise InputError(
-                f"{name} is {shown(given)}, no list or mask; give ids, or row numbers where there are none"
+                f"{name} is {shown(given)}; give a list of ids, or of rows where there are none, or a mask"
             )
         plain = _plain(given)
         self.memory, self.nested = memory, all(map(_is_list, plain))
@@ -45,7 +45,7 @@ class Filter:
         """Return the vectors' numbers, as given, from lists of ids, or of these numbers where the memory has no ids."""
         ids = self.memory.ids
         places: Any = range(self.memory.given) if ids is None else {one: at for at, one in enumerate(ids.tolist())}
-        own = f"row numbers below {len(places)}" if ids is None else f"ids, such as {shown(ids.tolist()[0])}"
+        remedy = f"give rows below {len(places)}" if ids is None else f"give ids, such as {shown(ids.tolist()[0])}"
         pads = -1 not in places
         numbers: list[list[int]] = []
         for query, some in enumerate(self.each):
@@ -55,9 +55,7 @@ class Filter:
                 if value is None or (pads and whole and value == -1):
                     continue
                 if not ((whole or isinstance(value, str)) and value in places):
-                    raise InputError(
-                        f"{name}: query {query} has {shown(value)}, which names no vector; give lists of {own}"
-                    )
+                    raise InputError(f"{name}: query {query} has {shown(value)}, which names no vector; {remedy}")
                 numbers[-1].append(places[value])
         return [np.array(some, np.int64) for some in numbers]
 

@@ -61,15 +61,13 @@ def search(
         for start in range(0, max(1, len(given)), size):
             block = slice(start, start + size)
             rows, first = (None, None) if only is None or not len(given) else only.of(block)
-            some = _some(words, block)
-            if allowed is not None and texts is not None:
-                some = _word_scores(pipeline, texts[block], rows)
+            some = (
+                _some(words, block) if allowed is None or texts is None else _word_scores(pipeline, texts[block], rows)
+            )
             found, probabilities = _search_block(pipeline, given[block], int(k), some, rows, candidates is not None)
-            if first is None:
-                vectors = memory.vectors_of(found)
-            else:
-                vectors = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
-            blocks.append((vectors, probabilities))
+            if first is not None:
+                found = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
+            blocks.append((memory.vectors_of(found) if first is None else found, probabilities))
     finally:
         pipeline.train(training)
     rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -123,11 +121,12 @@ def _search_block(
         return _listed(pipeline, queries, top, words, k)
     if reranked and pipeline.evidence is not None:
         top = top._replace(logsumexp=_best(pipeline, projected, 1, words).logsumexp)
-    total, counts = top.logsumexp, (top.scores != -math.inf).sum(dim=-1)
+    assert top.logsumexp is not None
+    counts = (top.scores != -math.inf).sum(dim=-1)
     rows, probabilities = torch.full_like(top.rows, -1), torch.zeros_like(top.scores, dtype=torch.float32)
     for count in counts.unique().tolist():  # queries with as many rows are answered together, without padding
         some = counts == count
-        of_some = TopK(top.scores[some, :count], top.rows[some, :count], total[some] if total is not None else None)
+        of_some = TopK(top.scores[some, :count], top.rows[some, :count], top.logsumexp[some])
         found = _listed(pipeline, queries[some], of_some, _some(words, some), count, reranked)
         rows[some, :count], probabilities[some, :count] = found
     return rows[:, :k], probabilities[:, :k]
