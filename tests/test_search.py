@@ -458,3 +458,121 @@ def test_usage_shows_every_option_with_its_default() -> None:
         "  k=null     how many; null: all",
         "  mode=fast  how",
     ]
+
+
+def padded(lists: list[list[Any]], k: int) -> list[list[Any]]:
+    return [[*some, *[-1] * (k - len(some))] for some in lists]
+
+
+def write_lists(path: Path, lists: list[Any]) -> None:
+    path.write_text("".join(json.dumps(some) + "\n" for some in lists))
+
+
+def lists_of(count: int, rows: int = 30) -> list[list[int]]:
+    """Different rows for each query, fewer than the k of 4 for some."""
+    rng = np.random.default_rng(0)
+    return [rng.permutation(rows)[:size].tolist() for size in rng.integers(1, 9, size=count)]
+
+
+def named(hits: Hits) -> list[list[Any]]:
+    """The answers of each query without the padding."""
+    names = hits.rows if hits.ids is None else hits.ids
+    return [[name for name, row in zip(*of, strict=True) if row >= 0] for of in zip(names, hits.rows, strict=True)]
+
+
+@pytest.mark.parametrize("ids", [None, [f"d{row}" for row in range(30)]], ids=["rows", "ids"])
+@pytest.mark.parametrize("option", ["one for all", "allowed", "candidates"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_filters_and_candidates_come_from_files(
+    place: Path, pipeline: Pipeline, ending: str, option: str, ids: list[str] | None
+) -> None:
+    count = QUERY_BLOCK + 9
+    asked, lists = vectors(count), lists_of(count)
+    pipeline.memory.ids = None if ids is None else checked_ids(ids, 30, "memory")
+    pipeline.save(place / "pipeline")
+    np.save(place / "q.npy", asked)
+    lists[-1] = lists[-1][:3]
+    lists = lists if ids is None else [[ids[row] for row in some] for some in lists]
+    given = lists[-1] if option == "one for all" else lists
+    if option == "one for all":
+        (place / "given.json").write_text(json.dumps(given))
+    else:
+        write_lists(place / "given.jsonl", given)
+    name, file = option if option == "candidates" else "allowed", next(place.glob("given*"))
+    ask(place, output=place / f"a{ending}", k=5, **{name: file})
+    hits = pipeline.rerank(asked, given) if option == "candidates" else pipeline.search(asked, 5, allowed=given)
+    hits = Hits(*(None if part is None else part[:, :5] for part in hits))
+    if ending == ".npy":
+        rows, probabilities = read_answers(place / "a.npy")
+        assert rows == hits.rows.tolist()
+        np.testing.assert_allclose(probabilities, hits.probabilities, rtol=1e-5)
+    elif ending == ".jsonl":
+        lines = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
+        assert [line["ids"] for line in lines] == named(hits)
+        assert [line["query"] for line in lines] == list(range(count))
+        assert [len(line["probabilities"]) for line in lines] == list(map(len, named(hits)))
+    else:
+        lines = [line.split(" ") for line in (place / "a.trec").read_text().splitlines()]
+        answers = enumerate(named(hits))
+        expected = [(query, str(one), rank) for query, of in answers for rank, one in enumerate(of, 1)]
+        assert [(int(line[0]), line[2], int(line[3])) for line in lines] == expected
+
+
+def test_answers_of_a_search_and_arrays_are_candidates(place: Path, pipeline: Pipeline) -> None:
+    ask(place, k=9)
+    found = pipeline.search(vectors(7), 9).rows
+    expected = pipeline.rerank(vectors(7), found)
+    np.save(place / "found.npy", found[:, ::-1])
+    for file in ("a.jsonl", "found.npy"):
+        ask(place, candidates=place / file, output=place / "b.npy", k=3)
+        rows, probabilities = read_answers(place / "b.npy")
+        assert rows == expected.rows[:, :3].tolist()
+        np.testing.assert_allclose(probabilities, expected.probabilities[:, :3], rtol=1e-5)
+    ask(place, candidates=place / "found.npy", output=place / "b.npy", k=12)
+    assert read_answers(place / "b.npy")[0] == padded(expected.rows.tolist(), 12)
+
+
+def test_words_and_filters_go_together(place: Path, worded: Pipeline) -> None:
+    asked, texts, lists = vectors(7), write_texts(place / "q.jsonl", 7), lists_of(7)
+    write_lists(place / "given.jsonl", lists)
+    ask(place, texts=place / "q.jsonl", allowed=place / "given.jsonl", output=place / "a.npy")
+    assert read_answers(place / "a.npy")[0] == worded.search(asked, texts=texts, allowed=lists).rows.tolist()
+    ask(place, texts=place / "q.jsonl", candidates=place / "given.jsonl", output=place / "a.npy")
+    expected = worded.rerank(asked, lists, texts=texts).rows[:, :4].tolist()
+    assert read_answers(place / "a.npy")[0] == padded(expected, 4)
+
+
+BAD_LISTS = [
+    ("allowed", "g.json", "[]", "allowed: "),
+    ("allowed", "g.json", "[1, 30]", "allowed: query 0 has 30"),
+    ("allowed", "g.json", "7", "allowed is 7"),
+    ("allowed", "g.json", "[1, 2", "g.json is missing or damaged"),
+    ("allowed", "g.json", None, "g.json is missing or damaged"),
+    ("allowed", "g.txt", "[1]", "g.txt is missing or damaged"),
+    ("allowed", "g.jsonl", "[1]\n" * 6, "allowed: 6"),
+    ("allowed", "g.jsonl", "[1]\n" * 6 + "[]\n", "allowed: nothing is given for query 6"),
+    ("candidates", "g.jsonl", "[1]\n" * 6 + "[2, 2]\n", "candidates: query 6"),
+    ("candidates", "g.jsonl", "[1]\n" * 6 + "[2, 99]\n", "candidates: query 6 has 99"),
+    ("candidates", "g.jsonl", '{"rows": [1]}\n', "g.jsonl is missing or damaged"),
+    ("candidates", "g.jsonl", "[1]\n" * 8, "candidates: 8"),
+    ("candidates", "g.json", "[1, 2]", "candidates: query 0"),
+    ("candidates", "g.npy", "nonsense", "g.npy is truncated"),
+]
+
+
+@pytest.mark.parametrize(("option", "name", "content", "message"), BAD_LISTS)
+def test_bad_lists_are_refused(place: Path, option: str, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (place / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        ask(place, **{option: place / name})
+    assert not (place / "a.jsonl").exists()
+
+
+def test_filters_and_candidates_exclude_each_other_and_are_not_overwritten(place: Path) -> None:
+    write_lists(place / "g.jsonl", lists_of(7))
+    with pytest.raises(InputError, match="allowed= and candidates="):
+        ask(place, allowed=place / "g.jsonl", candidates=place / "g.jsonl")
+    for option in ("allowed", "candidates"):
+        with pytest.raises(InputError, match="a file of the queries"):
+            ask(place, output=place / "g.jsonl", **{option: place / "g.jsonl"})

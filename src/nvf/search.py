@@ -1,7 +1,8 @@
 """`python -m nvf.search`: answer a file of query vectors with a pipeline that a run saved."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from nvf.statistics import two_digits
 
 if TYPE_CHECKING:
     from nvf.files.npy import ArrayFile
-    from nvf.models.pipeline import Pipeline
     from nvf.models.pipeline_search import Hits
 
 OPTIONS = (
@@ -20,6 +20,8 @@ OPTIONS = (
     Option("output", "the answers, best first: .npy, .jsonl, or .trec, a TREC run", read=path),
     Option("k", "answers a query; null: as many as the pipeline has candidates", None, whole),
     Option("texts", '.jsonl, a line {"text": ...} a query: has words searched too; null: vectors alone', None, path),
+    Option("allowed", "ids or rows that may answer: .json, a list; .jsonl, a list a query; null: all", None, path),
+    Option("candidates", "of another engine, to be ordered: .npy (n, m), or .jsonl, as answers; null", None, path),
     Option("column", "of a .parquet file, the column that holds the vectors", "vector"),
     Option("index", "flat: search exactly; null: with the index that the pipeline was saved with, if any", None),
     Option("device", "cpu, cuda, cuda:1; auto: the GPU where there is one, else the CPU", "auto"),
@@ -33,17 +35,22 @@ def search(
     output: Path,
     k: Any,
     texts: Path | None,
+    allowed: Path | None,
+    candidates: Path | None,
     column: str,
     index: str | None,
     device: str,
 ) -> str:
     """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.search_files import check_ids, check_output, open_queries, open_texts, write_answers
+    from nvf.data.search_files import check_ids, check_output, open_queries, open_texts, read_ids_of, write_answers
+    from nvf.models.filters import Filter
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
 
-    check_output(output, queries, texts)
+    check_output(output, queries, texts, allowed, candidates)
+    if allowed is not None and candidates is not None:
+        raise InputError("allowed= and candidates= exclude each other; give candidates that are allowed")
     if index not in (None, "flat"):
         raise InputError(f"index={index} is neither null nor flat; others are built in training: nvf.train index=hnsw")
     model = Pipeline.load(pipeline, find_device(device), index=index is None)
@@ -51,25 +58,37 @@ def search(
     k = model.k if k is None else k
     check_k(k, len(model.memory))
     vectors = open_queries(queries, column, dim=model.attention.query_dim)
-    words = None if texts is None else open_texts(texts, len(vectors), known=model.words is not None)
+    each: dict[str, Any] = {}  # what has a value for each query
+    if texts is not None:
+        each["texts"] = open_texts(texts, len(vectors), known=model.words is not None)
+    answer: Any = partial(model.search, k=k) if candidates is None else model.rerank
+    if (path := allowed or candidates) is not None:
+        name, given = "allowed" if candidates is None else "candidates", read_ids_of(path)
+        only = Filter(model.memory, given, len(vectors), name)  # so that all is checked before any work
+        if (only if candidates is None else only.candidates()).nested:
+            each[name] = given
+        else:
+            answer = partial(answer, allowed=given)
 
     start = time.perf_counter()
-    write_answers(output, _answer(model, vectors, words, k), count=len(vectors), k=k)
+    write_answers(output, _answers(answer, vectors, each, k), count=len(vectors), k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(len(vectors) / seconds)
     how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
     return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
 
 
-def _answer(model: "Pipeline", vectors: "ArrayFile", texts: list[str] | None, k: int) -> Iterator["Hits"]:
+def _answers(answer: Callable[..., "Hits"], vectors: "ArrayFile", each: dict[str, Any], k: int) -> Iterator["Hits"]:
     from tqdm import tqdm
 
+    from nvf.models.pipeline_search import Hits
     from nvf.ops.products import QUERY_BLOCK
 
     starts = range(0, len(vectors), QUERY_BLOCK)
     blocks = zip(starts, vectors.blocks(QUERY_BLOCK), strict=True)
     for start, block in tqdm(blocks, total=len(starts), unit=" blocks", leave=False, delay=1):
-        yield model.search(block, k, texts=None if texts is None else texts[start : start + QUERY_BLOCK])
+        hits = answer(block, **{name: values[start : start + QUERY_BLOCK] for name, values in each.items()})
+        yield Hits(*(None if part is None else part[:, :k] for part in hits))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     .jsonl    a line a query: {"query": 0, "ids": [...], "probabilities": [...]}
     .trec     a line an answer, as trec_eval and ir-measures read it: query Q0 id rank score nvf
 
-Answers are best first; `query` counts from 0, and `rank` from 1; `ids` are row numbers if the memory has none.
+Answers are best first; `query` counts from 0, and `rank` from 1; `ids` are row numbers if the memory has none. Of fewer
+than k answers, lists and lines are fewer; in .npy rows are then padded with -1 and probabilities with 0.
 """
 
 import itertools
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 
 from nvf.data.beside import text_lines
-from nvf.errors import InputError
+from nvf.errors import InputError, one_line
 from nvf.files.atomic import atomic_write
 from nvf.files.ids import shown
-from nvf.files.npy import ROWS, ArrayFile, open_vectors
+from nvf.files.npy import ROWS, ArrayFile, NpyFile, open_vectors
 from nvf.files.vectors import check_largest, largest
 from nvf.models.memory import check_dim
 from nvf.models.pipeline_search import Hits
@@ -51,6 +52,22 @@ def open_texts(path: Path, count: int, *, known: bool) -> list[str]:
     return text_lines(path, count)
 
 
+def read_ids_of(path: Path) -> Any:
+    """Read ids or rows: .json, a list for all queries; for each query .jsonl, a list or an answer a line, or .npy."""
+    if path.suffix == ".npy":
+        return NpyFile(path, "ids or rows").read()
+    try:
+        if path.suffix not in (".json", ".jsonl"):
+            raise ValueError(f"{path.suffix or 'no ending'} is not read")
+        text = path.read_text(encoding="utf-8-sig")
+        values = [json.loads(line) for line in ([text] if path.suffix == ".json" else text.split("\n")) if line.strip()]
+        lists = [value["ids"] if isinstance(value, dict) else value for value in values]
+        return lists[0] if path.suffix == ".json" else lists
+    except (OSError, ValueError, LookupError, RecursionError) as fault:
+        remedy = "give a JSON list in .json, a line with a list for each query in .jsonl, or .npy"
+        raise InputError(f"{path} is missing or damaged ({one_line(fault)}); {remedy}") from None
+
+
 def check_output(output: Path, *asked: Path | None) -> None:
     """Raise an InputError unless answers can be written there; a file may be replaced, but not one that is asked."""
     theirs = {path.resolve() for path in asked if path is not None}
@@ -78,16 +95,17 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
             np.lib.format.write_array_header_1_0(file, header)
         for rows, probabilities, ids in hits:
             if output.suffix == ".npy":
-                answers = np.empty(len(rows), dtype)
-                answers["rows"], answers["probabilities"] = rows, probabilities
+                answers = np.full(len(rows), np.array((-1, 0), dtype))
+                answers["rows"][:, : rows.shape[1]], answers["probabilities"][:, : rows.shape[1]] = rows, probabilities
                 file.write(answers.tobytes())
                 continue
             names = (rows if ids is None else ids).tolist()
             line, shares = (
                 (_run_lines, _descending(probabilities)) if output.suffix == ".trec" else (_answer, probabilities)
             )
-            for of_query, scores, query in zip(names, shares.tolist(), numbers, strict=False):
-                file.write(line(query, of_query, scores).encode())
+            counts = (rows >= 0).sum(axis=1).tolist()
+            for of_query, scores, some, query in zip(names, shares.tolist(), counts, numbers, strict=False):
+                file.write(line(query, of_query[:some], scores[:some]).encode())
 
 
 def _answer(query: int, ids: list[Any], probabilities: list[float]) -> str:

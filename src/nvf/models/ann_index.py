@@ -37,6 +37,7 @@ TRAINED_ON = 256  # keys a cell
 BLOCK = 65_536  # keys added or checked at a time
 SAMPLE = 4096  # rows that stand for those that the index did not return
 GATHERED = 2**22  # numbers of gathered keys held at a time
+FILTERED = 0.1  # share of allowed keys up to which exact search is as fast, and FAISS finds too few of the best
 
 
 class Index:
@@ -54,10 +55,18 @@ class Index:
     def __len__(self) -> int:
         return self._made.ntotal
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return about the k largest inner products and their rows, (B, k) each; if it finds fewer, the last are -1."""
-        _faiss().omp_set_num_threads(torch.get_num_threads())
-        scores, rows = self._made.search(_array(queries), k)
+    def search(self, queries: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return about the k largest inner products and their rows, (B, k) each; if it finds fewer, the last are -1.
+
+        Where rows are `allowed`, (N,) bool, it finds no others.
+        """
+        faiss, how = _faiss(), {}
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        if allowed is not None:
+            only = faiss.IDSelectorBitmap(np.packbits(allowed.cpu().numpy(), bitorder="little"))
+            same = {"nprobe": self._made.nprobe} if self.kind == "ivf" else {"efSearch": self._made.hnsw.efSearch}
+            how["params"] = getattr(faiss, f"SearchParameters{self.kind.upper()}")(sel=only, **same)
+        scores, rows = self._made.search(_array(queries), k, **how)
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
     def check_fits(self, keys: Tensor) -> None:
@@ -145,31 +154,34 @@ def read_index(path: Path, about: Mapping[str, Any], keys: Tensor) -> Index | No
 
 
 @torch.no_grad()
-def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int) -> TopK:
+def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowed: Tensor | None = None) -> TopK:
     """Return about what `blockwise_topk(queries, keys, k, logsumexp=True)` does, from an index of the keys.
 
-    The rows are about the k best, with exact scores; queries for which the index finds fewer are answered exactly. The
+    The rows are about the k best, with exact scores; queries for which the index finds fewer are answered exactly, and
+    so are all if different rows are `allowed` for each, (B, N), or no more than the share FILTERED for all, (1, N). The
     sum of exp(score) is exact over these rows; over the others, R, it is estimated without bias from those in a fixed
     uniform sample, S, as (|R| / |S|) sum over S. The expectation of its logarithm, which is returned, is a little low.
     """
-    if k >= min(SAMPLE, len(keys)):
-        return blockwise_topk(queries, keys, k, logsumexp=True)
-    _, rows = index.search(queries, k)
+    count, sample = len(keys), index.sample.to(keys.device)  # (S,), sorted
+    if allowed is not None:
+        count, sample = int(allowed.sum()), sample[allowed[0, sample]]
+    if k >= len(sample) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
+        return blockwise_topk(queries, keys, k, logsumexp=True, allowed=allowed)
+    _, rows = index.search(queries, k, None if allowed is None else allowed[0])
     if (short := (rows < 0).any(dim=-1)).any():
-        rows[short] = blockwise_topk(queries[short], keys, k).rows
+        rows[short] = blockwise_topk(queries[short], keys, k, allowed=allowed).rows
     rows = rows.sort(dim=-1).values  # so that of equal scores the smallest rows come first
     size = max(1, GATHERED // (k * keys.shape[1]))
     blocks = zip(queries.split(size), rows.split(size), strict=True)
     scores = torch.cat([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     scores, rows = scores.gather(-1, order), rows.gather(-1, order)
-    sample = index.sample.to(keys.device)  # (S,), sorted
     size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
     drawn = sample[place] == rows  # (B, k)
     others = queries @ keys[sample].to(queries.dtype).T  # (B, S)
     others = torch.cat([others, others[:, :1]], dim=-1)  # with a last column for rows that were not drawn
     others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
-    rest = others.logsumexp(dim=-1) + ((len(keys) - k) / (size - drawn.sum(dim=-1))).log()
+    rest = others.logsumexp(dim=-1) + ((count - k) / (size - drawn.sum(dim=-1))).log()
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
 
 

@@ -192,7 +192,14 @@ class Pipeline(nn.Module):
         return self.reranker(queries, keys, logits, self.attention.beta)
 
     @torch.no_grad()
-    def search(self, queries: np.ndarray | Tensor, k: int | None = None, *, texts: Sequence[str] | None = None) -> Hits:
+    def search(
+        self,
+        queries: np.ndarray | Tensor,
+        k: int | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        allowed: Any = None,
+    ) -> Hits:
         """List k rows for each query, with their probabilities and ids, in blocks that never hold (B, N).
 
         The candidates come first, the most probable ahead; then all other rows in stage 1's order. So the first row is
@@ -202,10 +209,29 @@ class Pipeline(nn.Module):
         estimate, see `approximate_topk`.
 
         Queries are (B, D) of any float type and length, numpy or torch; k is the number of candidates if None. Their
-        `texts` have their words searched as well, in a pipeline that was fitted with texts. Queries of another shape or
-        type, zero or not finite, k not in 1..N, or texts that are not one for each query raise an InputError.
+        `texts` have their words searched as well, in a pipeline that was fitted with texts.
+
+        What is `allowed` may be ids, row numbers where the memory has no ids, or a bool mask over the vectors as given:
+        for all queries, or one list or mask for each. Lists may be padded with None, or with -1 where that is no id.
+        The answer is that of a memory with nothing else, and its probabilities those given that the answer is allowed;
+        k allowed rows are found exactly, but by an index where one filter for all queries allows over a tenth of the
+        rows. Of equal vectors the first that is allowed is returned. A query that allows fewer than k gets them all.
+
+        Queries of another shape or type, zero or not finite, k not in 1..N, texts that are not one for each query, a
+        filter of another length, with unknown ids, or that allows a query nothing raise an InputError.
         """
-        return pipeline_search.search(self, queries, k, texts=texts)
+        return pipeline_search.search(self, queries, k, texts=texts, allowed=allowed)
+
+    @torch.no_grad()
+    def rerank(self, queries: np.ndarray | Tensor, candidates: Any, *, texts: Sequence[str] | None = None) -> Hits:
+        """Order candidates that any engine found by the reranker's scores, with their probabilities among each other.
+
+        Candidates are ids, or row numbers where the memory has no ids, (B, m) or B lists, padded with None, or with -1
+        where that is no id. They are scored as if stage 1 had chosen them, whatever their order is. So those that
+        `search` chooses keep its order, and their shares of its probability. Queries and texts are as there. Ids that
+        are unknown or come twice, a query without candidates, or another number of lists raise an InputError.
+        """
+        return pipeline_search.search(self, queries, None, texts=texts, candidates=candidates)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""

@@ -1,5 +1,6 @@
 """How a pipeline answers queries: its candidates in the reranker's order, then the other rows in stage 1's."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,40 +14,68 @@ from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import checked_queries
 from nvf.models.distribution import most_probable_first, shared_out
+from nvf.models.filters import Filter
 from nvf.models.memory import check_k, unit
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK, can_branch_on
-from nvf.ops.topk import TopK
+from nvf.ops.topk import TopK, blockwise_topk
+
+RERANKED_AT_ONCE = 2**24  # numbers in the vectors of candidates that are held at once; 64 MB of float32
 
 
 class Hits(NamedTuple):
-    """A list of k rows for each query, best first: numpy arrays for numpy queries, tensors for tensors."""
+    """A list of k rows for each query, best first: numpy arrays for numpy queries, tensors for tensors.
+
+    Where a query lacks rows, it has row -1 with probability 0 and, since -1 may be an id, the id None.
+    """
 
     rows: Any  # (B, k) int64, numbered as the vectors were given; of equal vectors the first
     probabilities: Any  # (B, k) float32
     ids: np.ndarray | None = None  # (B, k), of the rows, numpy always; None where the memory has none
 
 
-def search(pipeline: Any, queries: np.ndarray | Tensor, k: int | None, *, texts: Sequence[str] | None) -> Hits:
-    """Answer queries in blocks, see `Pipeline.search`."""
-    k = pipeline.k if k is None else k
-    check_k(k, len(pipeline.memory))
-    given, training, words = checked(pipeline, queries), pipeline.training, _word_scores(pipeline, queries, texts)
+def search(
+    pipeline: Any,
+    queries: np.ndarray | Tensor,
+    k: int | None,
+    *,
+    texts: Sequence[str] | None,
+    allowed: Any = None,
+    candidates: Any = None,
+) -> Hits:
+    """Answer queries in blocks, see `Pipeline.search`, or order their candidates, see `Pipeline.rerank`."""
+    given, memory, only, size = checked(pipeline, queries), pipeline.memory, None, QUERY_BLOCK
+    if candidates is not None:
+        only = Filter(memory, candidates, len(given), "candidates").candidates()
+        k, size = only.width, max(1, RERANKED_AT_ONCE // (memory.dim * max(1, only.width)))
+    else:
+        check_k(k := pipeline.k if k is None else k, len(memory))
+        only = None if allowed is None else Filter(memory, allowed, len(given))
+    _check_texts(pipeline, texts, len(given))
+    words = _word_scores(pipeline, texts) if allowed is None else None
+    training, size = pipeline.training, size if only is None else min(size, only.size)
     pipeline.eval()  # no dropout in a search
     try:
         blocks = []
-        for start in range(0, max(1, len(given)), QUERY_BLOCK):
-            block = slice(start, start + QUERY_BLOCK)
-            some = None if words is None else WordScores(words.rows[block], words.scores[block])
-            blocks.append(_search_block(pipeline, given[block], int(k), some))
+        for start in range(0, max(1, len(given)), size):
+            block = slice(start, start + size)
+            rows, first = (None, None) if only is None or not len(given) else only.of(block)
+            some = (
+                _some(words, block) if allowed is None or texts is None else _word_scores(pipeline, texts[block], rows)
+            )
+            found, probabilities = _search_block(pipeline, given[block], int(k), some, rows, candidates is not None)
+            if first is not None:
+                found = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
+            blocks.append((memory.vectors_of(found) if first is None else found, probabilities))
     finally:
         pipeline.train(training)
     rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    rows = pipeline.memory.vectors_of(rows)
-    ids = None if pipeline.memory.ids is None else pipeline.memory.ids[rows.cpu().numpy()]
+    ids, numbers = memory.ids, rows.cpu().numpy()
+    if ids is not None:
+        ids = ids[numbers] if (numbers >= 0).all() else np.where(numbers >= 0, ids.astype(object)[numbers], None)
     if isinstance(queries, np.ndarray):
-        return Hits(rows.cpu().numpy(), probabilities.cpu().numpy(), ids)
+        return Hits(numbers, probabilities.cpu().numpy(), ids)
     return Hits(rows.to(given.device), probabilities.to(given.device), ids)
 
 
@@ -60,37 +89,78 @@ def checked(pipeline: Any, queries: np.ndarray | Tensor) -> Tensor:
     return given
 
 
-def _word_scores(pipeline: Any, queries: np.ndarray | Tensor, texts: Sequence[str] | None) -> WordScores | None:
+def _check_texts(pipeline: Any, texts: Sequence[str] | None, count: int) -> None:
     if texts is None:
-        return None
+        return
     if pipeline.words is None:
         raise InputError("the pipeline was fitted without texts, or bm25s is missing; search without texts")
-    if isinstance(texts, str) or len(texts) != len(queries) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{len(texts)} texts are not one string for each of {len(queries)} queries; give as many")
+    if isinstance(texts, str) or len(texts) != count or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{len(texts)} texts are not one string for each of {count} queries; give as many")
+
+
+def _word_scores(pipeline: Any, texts: Sequence[str] | None, allowed: Tensor | None = None) -> WordScores | None:
+    if texts is None:
+        return None
     device = pipeline.memory.rows.device
-    return WordScores(*(part.to(device) for part in pipeline.words.scores(texts)))
+    found = pipeline.words.scores(texts, allowed=None if allowed is None else allowed.cpu())
+    return WordScores(*(part.to(device) for part in found))
 
 
-def _search_block(pipeline: Any, queries: Tensor, k: int, words: WordScores | None) -> tuple[Tensor, Tensor]:
+def _some(words: WordScores | None, queries: slice | Tensor) -> WordScores | None:
+    return None if words is None else WordScores(words.rows[queries], words.scores[queries])
+
+
+def _search_block(
+    pipeline: Any, queries: Tensor, k: int, words: WordScores | None, allowed: Tensor | None, reranked: bool
+) -> tuple[Tensor, Tensor]:
+    """Return k rows and their probabilities; if `reranked`, all that are allowed are candidates."""
     queries = unit(queries.to(pipeline.memory.rows.device), pipeline.attention.log_beta.dtype)
-    width = max(k, pipeline.k)
-    if pipeline.index is None:
-        top = pipeline.attention.candidates(queries, width, logsumexp=True, words=words)
-    else:
-        pipeline.index.check_fits(pipeline.attention.keys())
-        projected = pipeline.attention.project(queries)
-        top = approximate_topk(pipeline.index, projected, pipeline.attention.keys(), width)
-        top = pipeline.attention.best(top, projected, words)
+    projected = pipeline.attention.project(queries)
+    top = _best(pipeline, projected, max(k, pipeline.k), words, allowed)
+    if allowed is None:
+        return _listed(pipeline, queries, top, words, k)
+    if reranked and pipeline.evidence is not None:
+        top = top._replace(logsumexp=_best(pipeline, projected, 1, words).logsumexp)
     assert top.logsumexp is not None
-    candidates = TopK(top.scores[:, : pipeline.k], top.rows[:, : pipeline.k], top.logsumexp)
+    counts = (top.scores != -math.inf).sum(dim=-1)
+    rows, probabilities = torch.full_like(top.rows, -1), torch.zeros_like(top.scores, dtype=torch.float32)
+    for count in counts.unique().tolist():  # queries with as many rows are answered together, without padding
+        some = counts == count
+        of_some = TopK(top.scores[some, :count], top.rows[some, :count], top.logsumexp[some])
+        found = _listed(pipeline, queries[some], of_some, _some(words, some), count, reranked)
+        rows[some, :count], probabilities[some, :count] = found
+    return rows[:, :k], probabilities[:, :k]
+
+
+def _best(pipeline: Any, projected: Tensor, k: int, words: WordScores | None, allowed: Tensor | None = None) -> TopK:
+    """Return stage 1's best rows, exactly or from the index."""
+    keys = pipeline.attention.keys()
+    if pipeline.index is None:
+        top = blockwise_topk(projected, keys, k, logsumexp=True, allowed=allowed)
+    else:
+        pipeline.index.check_fits(keys)
+        top = approximate_topk(pipeline.index, projected, keys, k, allowed)
+    if words is not None and allowed is not None:
+        right = allowed.expand(len(projected), -1).gather(1, words.rows.clamp(min=0))
+        words = words._replace(rows=words.rows.where(right, -1))
+    return pipeline.attention.best(top, projected, words)
+
+
+def _listed(
+    pipeline: Any, queries: Tensor, top: TopK, words: WordScores | None, k: int, reranked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return k rows and their probabilities, (B, k), from stage 1's best; if `reranked`, all of them are candidates."""
+    assert top.logsumexp is not None
+    width = top.rows.shape[1] if reranked else pipeline.k
+    candidates = TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
     scores = _equal_scores_of_equal_rows(pipeline, pipeline.scores_of(queries, candidates, words), candidates)
     # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
-    total = torch.maximum(top.logsumexp, top.scores.logsumexp(dim=-1))
-    log_attention = top.scores - total.unsqueeze(-1)
-    inside = shared_out(log_attention[:, : pipeline.k], scores)
+    listed = top.scores.logsumexp(dim=-1)
+    log_attention = top.scores - (listed if reranked else torch.maximum(top.logsumexp, listed)).unsqueeze(-1)
+    inside = shared_out(log_attention[:, :width], scores)
     rows, inside = most_probable_first(candidates.rows, inside)
-    rows = torch.cat([rows, top.rows[:, pipeline.k :]], dim=-1)[:, :k]
-    log_probs = torch.cat([inside, log_attention[:, pipeline.k :]], dim=-1)[:, :k]
+    rows = torch.cat([rows, top.rows[:, width:]], dim=-1)[:, :k]
+    log_probs = torch.cat([inside, log_attention[:, width:]], dim=-1)[:, :k]
     return rows, log_probs.exp().clamp(max=1).float()
 
 

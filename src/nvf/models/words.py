@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +75,16 @@ class Words:
             raise InputError(f"none of the {len(texts)} texts has a word to search for; set data.words=null")
         return cls(indexes, answers, settings)
 
-    def scores(self, texts: Sequence[str], *, logged: bool = False) -> WordScores:
-        """Return what the words of some queries match.
+    def scores(self, texts: Sequence[str], *, logged: bool = False, allowed: Tensor | None = None) -> WordScores:
+        """Return what the words of some queries match, if need be among `allowed` rows, (n, N) bool, or (1, N) for all.
 
         If the texts are the `logged` queries, in their order, each is matched as if it had not been logged itself.
         """
-        starts = range(0, len(texts), TEXTS_AT_ONCE)
-        blocks = [self._block(texts[start : start + TEXTS_AT_ONCE], start if logged else None) for start in starts]
+        masks: Any = repeat(None) if allowed is None else allowed if len(allowed) > 1 else repeat(allowed[0])
+        size = 1 if masks is allowed else TEXTS_AT_ONCE  # bm25s masks all texts of a call alike
+        starts = range(0, len(texts), size)
+        given = zip(starts, masks, strict=False)
+        blocks = [self._block(texts[start : start + size], start if logged else None, mask) for start, mask in given]
         width = max((block.rows.shape[1] for block in blocks), default=1)
         rows, scores = torch.full((len(texts), width), -1), torch.zeros(len(texts), width, len(CHANNELS))
         for start, block in zip(starts, blocks, strict=True):
@@ -89,17 +92,21 @@ class Words:
             scores[start : start + len(block.rows), : block.rows.shape[1]] = block.scores
         return WordScores(rows, scores)
 
-    def _block(self, texts: Sequence[str], first: int | None) -> WordScores:
+    def _block(self, texts: Sequence[str], first: int | None, allowed: Tensor | None) -> WordScores:
         """Return what a block of texts matches, of which the first is the logged query of that number, if any."""
-        asked, found = terms(texts, **self.settings), []
+        asked, found, mask = terms(texts, **self.settings), [], None
+        answers = self.answers if allowed is None else self.answers.where(allowed[self.answers], -1)
         for channel, index in self.indexes.items():
             count = min(LISTED + (channel == "log"), index.scores["num_docs"])
-            places, scores = map(torch.from_numpy, index.retrieve(asked, k=count, show_progress=False))
+            if allowed is not None:
+                mask = (allowed if channel == "text" else (answers >= 0).any(dim=-1)).float().numpy()
+            listed_by = index.retrieve(asked, k=count, show_progress=False, weight_mask=mask)
+            places, scores = map(torch.from_numpy, listed_by)
             places = places.long().where(scores > 0, -1)
             if channel == "log":
                 if first is not None:
                     places = places.masked_fill(places == torch.arange(first, first + len(places)).unsqueeze(-1), -1)
-                rows = self.answers[places].where((places >= 0).unsqueeze(-1), -1)  # (b, count, m)
+                rows = answers[places].where((places >= 0).unsqueeze(-1), -1)  # (b, count, m)
                 places, scores = rows.flatten(1), scores.unsqueeze(-1).expand(rows.shape).flatten(1)
             listed = _by_row(places, scores.unsqueeze(-1))
             best, order = listed.scores.squeeze(-1).topk(min(LISTED, listed.rows.shape[1]), dim=-1)

@@ -1,6 +1,7 @@
 """The k rows of the largest inner products with each query, found in blocks, with equal rows in their order."""
 
 import math
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class TopK(NamedTuple):
 
     scores: Tensor  # (B, k)
     rows: Tensor  # (B, k) int64
-    logsumexp: Tensor | None = None  # (B,) over all N scores, where it was asked for
+    logsumexp: Tensor | None = None  # (B,) over the scores of all N rows, or those allowed, where it was asked for
 
 
 @torch.no_grad()
@@ -32,40 +33,60 @@ def blockwise_topk(
     logsumexp: bool = False,
     scores_per_block: int | None = None,
     sparse_from: int = SPARSE_FROM,
+    allowed: Tensor | None = None,
 ) -> TopK:
     """Return the k largest of each query's products with the keys, holding one block of scores at a time.
 
     Queries are (B, D), keys (N, D) of any float type. On a CPU, equal rows come smallest first, whatever the blocks,
-    the batch and the threads, see `resolve_near_ties`; elsewhere in the order of torch.topk.
+    the batch and the threads, see `resolve_near_ties`; elsewhere in the order of torch.topk. Where rows are `allowed`,
+    (1, N) or (B, N) bool, at least one a query, no other counts; for rows that a query lacks, -1 has a score of -inf.
     """
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
-        found = [_topk(part, keys, k, logsumexp, budget, sparse_from) for part in queries.split(QUERY_BLOCK)]
+        masks = repeat(allowed) if allowed is None or len(allowed) == 1 else allowed.split(QUERY_BLOCK)
+        parts = zip(queries.split(QUERY_BLOCK), masks, strict=False)
+        found = [_topk(part, keys, k, logsumexp, budget, sparse_from, mask) for part, mask in parts]
     scores, rows, totals = zip(*found, strict=True)
     return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
 
 
-def _topk(queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, sparse_from: int) -> TopK:
+def _topk(
+    queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, sparse_from: int, allowed: Tensor | None
+) -> TopK:
     count = len(queries)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    sparse = can_branch_on(queries) and count >= sparse_from and len(keys) > SPARSE_ROWS
-    more = min(k + 1, len(keys))  # one more than wanted shows whether the k-th is a near tie
-    best = (_Sparse if sparse else _Dense)(queries, more, len(keys))
+    lowest = torch.finfo(queries.dtype).min  # for what a query must not find; -inf would make its sums NaN
+    # The only rows that are looked at; amax of bytes takes a tenth of the time of any.
+    some = None if allowed is None else allowed.view(torch.uint8).amax(dim=0).nonzero().squeeze(-1)
+    size = len(keys) if some is None else len(some)
+    alike = allowed is None or len(allowed) == 1
+    sparse = can_branch_on(queries) and count >= sparse_from and size > SPARSE_ROWS and alike
+    more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
+    best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start = 0
-    for part in keys.split(max(more, budget // max(1, count))):
-        scores = products(part, queries, by_query=not sparse)  # (w, B)
+    for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
+        scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
+        if allowed is not None and not alike:
+            scores.masked_fill_(~allowed.gather(1, part.expand(count, -1)).T, lowest)
         largest = best.add(scores, start)
         if total is not None:
             total.add_(scores, largest)
         start += len(part)
         del scores  # so that the next block takes its place in the cache
-    scores, rows = resolve_near_ties(queries, keys, best.scores, best.rows, k)
+    rows = best.rows if some is None else some[best.rows]
+    scores, rows = resolve_near_ties(queries, keys, best.scores, rows, min(k, size), allowed)
+    if allowed is not None:
+        lacking, pad = scores == lowest, (0, k - scores.shape[1])
+        scores = F.pad(scores.masked_fill(lacking, -math.inf), pad, value=-math.inf)
+        rows = F.pad(rows.masked_fill(lacking, -1), pad, value=-1)
     return TopK(scores, rows, None if total is None else total.result())
 
 
 @torch.no_grad()
-def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def resolve_near_ties(
+    queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k best of the rows; on a CPU, near ties are ordered by their exact products, and equal ones by row.
 
     Scores and rows are (B, k + 1), or all N where k = N, best first; queries are float32 or float64. The last bits of a
@@ -78,6 +99,9 @@ def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tenso
     epsilons = torch.finfo(scores.dtype).eps * math.sqrt(queries.shape[1])
     noise = epsilons * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)  # (B, 1)
     near = scores[:, 1:] >= scores[:, :-1] - noise
+    if allowed is not None:
+        near &= scores[:, 1:] > torch.finfo(scores.dtype).min
+        allowed = allowed.expand(len(queries), -1)
     if not near.any():
         return scores[:, :k], rows[:, :k]
     scores, rows = scores[:, :k].clone(), rows[:, :k].clone()
@@ -85,23 +109,34 @@ def resolve_near_ties(queries: Tensor, keys: Tensor, scores: Tensor, rows: Tenso
     last = near[:, -1] if near.shape[1] == k else near.new_zeros(len(near))  # whether the k-th ties with the next
     some = (near.any(dim=-1) & ~last).nonzero().squeeze(-1)
     query = torch.arange(len(some)).repeat_interleave(k)
-    exact, rows[some] = _best_exactly(queries[some], keys, query, rows[some].sort(dim=-1).values.flatten(), k)
+    row = rows[some].sort(dim=-1).values.flatten()
+    right = None if allowed is None else allowed[some[query], row]
+    exact, rows[some] = _best_exactly(queries[some], keys, query, row, k, right)
     tied = (F.pad(near, (0, 1)) | F.pad(near, (1, 0)))[some, :k]  # with the next or with the one before
     scores[some] = exact.where(tied, scores[some])
     for some in last.nonzero().squeeze(-1).split(max(1, NEAR_TIES // len(keys))):
         with torch.autocast("cpu", enabled=False):
             possible = inner_products(queries[some], keys) >= floor[some]  # (b, N)
+        if allowed is not None:
+            possible &= allowed[some]
         possible.scatter_(-1, rows[some], True)
         query, row = possible.nonzero(as_tuple=True)
         scores[some], rows[some] = _best_exactly(queries[some], keys, query, row, k)
     return scores, rows
 
 
-def _best_exactly(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return scores and rows of the k best of each query's pairs, (P,), whose rows ascend, by products in float64."""
+def _best_exactly(
+    queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int, right: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return scores and rows of the k best of each query's pairs, (P,), whose rows ascend, by products in float64.
+
+    Pairs that are not `right`, (P,), come last.
+    """
     size = max(1, NEAR_TIES // queries.shape[1])
     pairs = zip(query.split(size), row.split(size), strict=True)
     exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
+    if right is not None:
+        exact.masked_fill_(~right, -math.inf)
     kept = _best_of_each(query, exact, len(queries), k)
     return exact[kept].to(queries.dtype), row[kept]
 
