@@ -229,7 +229,7 @@ def test_texts_are_in_a_field_of_the_payload(tmp_path: Path) -> None:
 FAULTS = {
     "neither": ({"path": None}, r"data.path=None and data.url=None; set one"),
     "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one"),
-    "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be read .*; name the folder"),
+    "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be used .*; name the folder"),
     "no collection": (
         {"collection": None},
         r"data.collection=None does not exist; .*: empty, multi, named, one, zero$",
@@ -245,9 +245,9 @@ FAULTS = {
     "zero": ({"collection": "zero"}, r"collection zero: row 1 \(id 9\) is zero"),
     "no server": (
         {"path": None, "url": "http://localhost:1"},
-        r"data.url=http://localhost:1 cannot be read .*; check",
+        r"data.url=http://localhost:1 cannot be used .*; check",
     ),
-    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port cannot be read"),
+    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port cannot be used"),
 }
 
 
@@ -270,7 +270,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
     try:
         other.stdout.readline()
         with pytest.raises(
-            InputError, match=r"data.path=.*storage cannot be read \(.*already accessed.*close it elsewhere"
+            InputError, match=r"data.path=.*storage cannot be used \(.*already accessed.*close it elsewhere"
         ):
             read(storage)
     finally:
@@ -281,7 +281,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
 @pytest.mark.parametrize("name", ["meta.json", "collection/items/storage.sqlite"])
 def test_a_damaged_storage_is_named(storage: Path, name: str) -> None:
     (storage / name).write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(InputError, match=r"data.path=.*storage cannot be read \(.*\); name the folder"):
+    with pytest.raises(InputError, match=r"data.path=.*storage cannot be used \(.*\); name the folder"):
         read(storage)
 
 
@@ -380,7 +380,7 @@ def test_the_key_of_a_server_is_in_no_file(tmp_path: Path, folder: Path, storage
     overrides.append("data.distance=cosine")
     done = command(*overrides, cwd=tmp_path, **{KEY: "wrong"})
     assert done.returncode == 1
-    assert f"error: data.url={server} cannot be read (UnexpectedResponse: Unexpected Response: 401" in done.stderr
+    assert f"error: data.url={server} cannot be used (UnexpectedResponse: Unexpected Response: 401" in done.stderr
     assert not list(tmp_path.glob("outputs/*"))
     done = command(*overrides, cwd=tmp_path, **{KEY: "secret"})
     assert done.returncode == 0, done.stderr
