@@ -26,7 +26,7 @@ except ImportError:
 
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
 PAGE = 1000  # points a request that reads: some 30 MB of JSON at 1,536 dimensions
-BATCH = 200  # points a request that writes, since servers refuse more than 32 MB
+BATCH = 100  # points a request that writes, since servers refuse more than 32 MB
 ELSEWHERE = "name a collection that does not exist yet"
 TIMEOUT = 60  # seconds a request
 ONE_LENGTH = 1e-3  # relative difference of lengths that count as equal
