@@ -1,7 +1,7 @@
 """`python -m nvf.export`: give a pipeline's keys to an index of your own, or its networks to other programs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvf.embed import load_model
 from nvf.errors import InputError
@@ -9,15 +9,12 @@ from nvf.files.atomic import atomic_write, check_new
 from nvf.options import Option, run
 from nvf.options import path as path_of
 
-if TYPE_CHECKING:
-    from nvf.models.pipeline import Pipeline
-
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path_of),
     Option("to", "a file of keys: .npy, .safetensors or .parquet; or qdrant, sentence-transformers, onnx"),
     Option("collection", "of Qdrant: made with the keys, or its points get them as a vector more", None),
     Option("url", "of a Qdrant server, whose key is read from the environment, QDRANT_API_KEY; or", None),
-    Option("path", "of a local storage of qdrant-client, its folder", None),
+    Option("path", "of a local storage of qdrant-client, its folder", None, path_of),
     Option("vector", "what the keys are called in the collection; null: nvf", None),
     Option("model", "a sentence-transformers model, the one of your queries: its name, or its folder", None),
     Option("output", "the folder to make, for sentence-transformers and onnx", None, path_of),
@@ -39,10 +36,10 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
     if to not in TAKES and (file.suffix not in ENDINGS or file.is_dir()):
         raise InputError(f"to={to} is a folder, or none of {', '.join((*ENDINGS, *TAKES))}; give one of them")
     must, may = TAKES.get(to, ((), ()))
-    if wrong := [name for name, value in given.items() if value is None and name in must]:
-        raise InputError(f"to={to} needs {wrong[0]}=; give it")
-    if wrong := [name for name, value in given.items() if value is not None and name not in (*must, *may)]:
-        raise InputError(f"{wrong[0]}={given[wrong[0]]} is not for to={to}; leave it out")
+    for name, value in given.items():
+        if name in must if value is None else name not in (*must, *may):
+            remedy = f"give {name}=" if value is None else "leave it out"
+            raise InputError(f"{name}={value} does not go with to={to}; {remedy}")
     if output:
         check_new(output)
 
@@ -67,7 +64,7 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
     return f"{len(keys):,} keys of {keys.shape[1]} dimensions in {to}; search them by {asked}"
 
 
-def _write_encoder(folder: Path, pipeline: "Pipeline", name: str) -> None:
+def _write_encoder(folder: Path, pipeline: Any, name: str) -> None:
     """Write a sentence-transformers model, with stage 1's transform as layers behind it, atomically."""
     import torch
 

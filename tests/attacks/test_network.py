@@ -24,6 +24,7 @@ TRAIN = ["nvf.train", "trainer=debug", *COMMON, "hydra.run.dir=outputs/run"]
 COMMANDS = {
     "train": TRAIN,
     "search": ["nvf.search", "pipeline=outputs/run/pipeline", "queries=queries.npy", "k=3", "output=outputs/a.jsonl"],
+    "export": ["nvf.export", "pipeline=outputs/run/pipeline", "to=outputs/keys.npy"],
     "compare": ["nvf.compare", "outputs", "output=outputs/comparison"],
 }
 HOOK = """

@@ -75,7 +75,13 @@ def read_memory(
 
 
 def write_vectors(
-    points: Sequence[Any], vectors: np.ndarray, *, collection: str, vector: str, path: str | None, url: str | None
+    points: Sequence[Any],
+    vectors: np.ndarray,
+    *,
+    collection: str,
+    vector: str,
+    path: str | Path | None,
+    url: str | None,
 ) -> None:
     """Give points, by N ids, a vector of this name each, (N, D), which is searched by inner products.
 
@@ -132,7 +138,7 @@ def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[
 
 
 @contextmanager
-def _opened(path: str | None, url: str | None, prefix: str = "") -> Iterator[QdrantClient]:
+def _opened(path: str | Path | None, url: str | None, prefix: str = "") -> Iterator[QdrantClient]:
     """Give a client; a fault of the storage or of the server names the setting that leads to it."""
     if (path is None) == (url is None):
         where = f"{prefix}path={path} and {prefix}url={url}"
@@ -150,13 +156,13 @@ def _opened(path: str | None, url: str | None, prefix: str = "") -> Iterator[Qdr
         raise InputError(f"{where} cannot be used ({one_line(fault)}); {remedy}") from None
 
 
-def _open(path: str | None, url: str | None) -> QdrantClient:
+def _open(path: str | Path | None, url: str | None) -> QdrantClient:
     if path is None:
         return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
     check_storage(Path(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
-        return QdrantClient(path=path)
+        return QdrantClient(path=str(path))
 
 
 def _read(
