@@ -30,6 +30,7 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
     """Export a pipeline; return the line that says what was written, and what to do with it."""
     # Imported here so that --help and an option's error answer without importing torch.
     from nvf.data.key_files import ENDINGS, write_keys
+    from nvf.models.onnx_files import write_onnx
     from nvf.models.pipeline import Pipeline
 
     file, output = path_of(to), given["output"]
@@ -46,8 +47,6 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
     model = Pipeline.load(pipeline, index=False)
     keys, ids, asked = model.keys(), model.memory.ids, "inner products with pipeline.transform(queries)"
     if to == "onnx":
-        from nvf.models.onnx_files import write_onnx
-
         write_onnx(output, model)
         return f"{output}: transform.onnx makes queries for the keys, reranker.onnx scores what they find"
     if to == "sentence-transformers":
@@ -72,7 +71,7 @@ def _write_encoder(folder: Path, pipeline: Any, name: str) -> None:
 
     attention, dim = pipeline.attention, pipeline.memory.dim
     if (kind := attention.settings["transform"]) not in ("linear", "identity"):
-        raise InputError(f"to={'sentence-transformers'} takes attention=linear or identity, not {kind}; give to=onnx")
+        raise InputError(f"to=sentence-transformers takes attention=linear or identity, not {kind}; give to=onnx")
     encoder = load_model(name, torch.device("cpu")).float()  # the keys are not halved either
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 

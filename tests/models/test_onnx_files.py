@@ -46,14 +46,10 @@ def check(folder: Path, pipeline: Pipeline) -> None:
         np.testing.assert_allclose(output(folder / "reranker.onnx", **given), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("transform", "how"),
-    [("mlp", {"normalize": False}), ("residual", {"biased": True}), ("identity", {})],
-)
-def test_candidates_are_compared(tmp_path: Path, memory: VectorMemory, transform: str, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "how"), [("mlp", {"normalize": False}), ("residual", {"biased": True})])
+def test_candidates_are_compared(tmp_path: Path, memory: VectorMemory, kind: str, how: dict[str, Any]) -> None:
     torch.manual_seed(1)
-    attention = SoftAttention(memory, transform=transform, beta=5.0, **how)
-    kind = "residual" if transform == "residual" else "mlp"
+    attention = SoftAttention(memory, transform=kind, beta=5.0, **how)
     pipeline = Pipeline(attention, Reranker(8, kind=kind, hidden=(8, 8)), k=3).requires_grad_(False).eval()
     for tensor in (attention.bias, *pipeline.parameters()):
         if tensor is not None:

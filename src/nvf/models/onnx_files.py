@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
@@ -44,7 +43,7 @@ def write_onnx(folder: Path, pipeline: Pipeline) -> None:
 def _write(path: Path, forward: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
     graph: Any = nn.Module()  # without the pipeline as its part, whose rows would be written too
     graph.forward = forward
-    sizes = tuple({0: Dim("B")} if name == "queries" else {0: Dim("B"), 1: Dim("k")} for name in inputs)
+    sizes = tuple({0: "B"} if name == "queries" else {0: "B", 1: "k"} for name in inputs)
     output = "transformed" if len(inputs) == 1 else "scores"
     for logger in ("torch.onnx", "onnxscript"):
         logging.getLogger(logger).setLevel(logging.ERROR)  # they tell that torchvision is not installed
