@@ -95,7 +95,6 @@ def write_vectors(
         if new := not client.collection_exists(collection):
             client.create_collection(collection, vectors_config={vector: models.VectorParams(**shape)})
         added = not new and _add_vector(client, collection, vector, shape, ids)
-        write: Any
         write, point = (client.upsert, models.PointStruct) if new else (client.update_vectors, models.PointVectors)
         try:
             for at in tqdm(range(0, len(ids), BATCH), desc=f"writing {collection}", leave=False, delay=3):
@@ -129,8 +128,8 @@ def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[
             raise InputError(f"vector {vector} of collection {collection} is {own}, not {shape}; {ELSEWHERE}")
         return False
     try:
-        config = models.DenseVectorNameConfig(dense=models.DenseVectorConfig(**shape))
-        client.create_vector_name(collection, vector, config)
+        dense = models.DenseVectorConfig(**shape)
+        client.create_vector_name(collection, vector, models.DenseVectorNameConfig(dense=dense))
     except (AttributeError, UnexpectedResponse) as fault:
         lacks = f"collection {collection} has no vector {vector}, and none can be added ({one_line(fault)})"
         raise InputError(f"{lacks}; upgrade server and qdrant-client to 1.18, or {ELSEWHERE}") from None
@@ -138,22 +137,20 @@ def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[
 
 
 @contextmanager
-def _opened(path: str | Path | None, url: str | None, prefix: str = "") -> Iterator[QdrantClient]:
+def _opened(path: str | Path | None, url: str | None, prefix: str = "") -> Iterator[Any]:
     """Give a client; a fault of the storage or of the server names the setting that leads to it."""
     if (path is None) == (url is None):
-        where = f"{prefix}path={path} and {prefix}url={url}"
-        raise InputError(f"{where}; set one: a local storage's folder, or a server's URL")
+        raise InputError(f"{prefix}path={path} and {prefix}url={url}; set one: a storage's folder, or a server's URL")
     try:
         with closing(_open(path, url)) as client:
             yield client
     except InputError:
         raise
     except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
-        where, remedy = f"{prefix}url={url}", f"check the server, and {KEY} if it asks for a key"
+        where, remedy = f"url={url}", f"check the server, and {KEY} if it asks for a key"
         if path is not None:
-            where = f"{prefix}path={path}"
-            remedy = "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
-        raise InputError(f"{where} cannot be used ({one_line(fault)}); {remedy}") from None
+            where, remedy = f"path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
+        raise InputError(f"{prefix}{where} cannot be used ({one_line(fault)}); {remedy}") from None
 
 
 def _open(path: str | Path | None, url: str | None) -> QdrantClient:
