@@ -85,9 +85,8 @@ def write_vectors(
 ) -> None:
     """Give points, by N ids, a vector of this name each, (N, D), which is searched by inner products.
 
-    A collection that does not exist is made. One that does gets the named vector, if it lacks that and the server can
-    add it, and keeps everything else. What was made goes again if a write fails. A point that it lacks, or a vector of
-    that name that is of another size or searched otherwise, raises an InputError.
+    The collection is made if it does not exist, and keeps everything else if it does; what was made goes again if a
+    write fails. A point that it lacks, or another kind of vector under that name, raises an InputError.
     """
     ids = [_point_id(one) for one in points]
     shape: Any = {"size": vectors.shape[1], "distance": models.Distance.DOT}

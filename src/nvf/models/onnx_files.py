@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.models.memory import unit
-from nvf.models.pipeline import Pipeline
 
 
-def write_onnx(folder: Path, pipeline: Pipeline) -> None:
+def write_onnx(folder: Path, pipeline: Any) -> None:
     """Write transform.onnx and reranker.onnx, for any B and k, atomically; without onnxscript that is an InputError.
 
     The former turns `queries`, (B, D), into `transformed`, as `Pipeline.transform` does. The latter gives stage 2's
@@ -26,8 +25,7 @@ def write_onnx(folder: Path, pipeline: Pipeline) -> None:
     """
     if find_spec("onnxscript") is None:
         raise InputError("to=onnx needs onnxscript: pip install -e '.[onnx]' in NVF's folder")
-    attention, evidence = pipeline.attention, pipeline.evidence
-    score: Any = pipeline.reranker.forward
+    attention, evidence, score = pipeline.attention, pipeline.evidence, pipeline.reranker.forward
     queries, logits = torch.ones(2, attention.query_dim), torch.ones(2, 3)  # a size of 1 would be taken for a constant
     if evidence is not None:
         given = {"logits": logits, "evidence": torch.ones(2, 3, len(evidence.features))}
@@ -44,10 +42,10 @@ def _write(path: Path, forward: Callable[..., Tensor], inputs: dict[str, Tensor]
     graph: Any = nn.Module()  # without the pipeline as its part, whose rows would be written too
     graph.forward = forward
     sizes = tuple({0: "B"} if name == "queries" else {0: "B", 1: "k"} for name in inputs)
-    output = "transformed" if len(inputs) == 1 else "scores"
     for logger in ("torch.onnx", "onnxscript"):
         logging.getLogger(logger).setLevel(logging.ERROR)  # they tell that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of itself
-        names: Any = {"input_names": [*inputs], "output_names": [output], "verbose": False}
-        torch.onnx.export(graph, (*inputs.values(),), path, dynamic_shapes=sizes, external_data=False, **names)
+        how: Any = {"dynamic_shapes": sizes, "external_data": False, "verbose": False, "input_names": [*inputs]}
+        output = "scores" if "logits" in inputs else "transformed"
+        torch.onnx.export(graph, (*inputs.values(),), path, output_names=[output], **how)
