@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvf.errors import InputError, check_number, one_line
-from nvf.files.atomic import atomic_write
+from nvf.files.atomic import atomic_write, check_new
 from nvf.files.ids import FILE as IDS_FILE
 from nvf.files.ids import write_ids
 from nvf.options import Option, find_device, path, run, whole
@@ -45,8 +45,7 @@ def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str
 
     start = time.perf_counter()
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"output={output} exists and is not an empty folder; remove it, or give another path")
+    check_new(output)
     ids, documents, queries = read_set(texts)
     asked = list(chain.from_iterable(split.texts for split in queries.values()))
 

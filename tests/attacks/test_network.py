@@ -24,6 +24,7 @@ TRAIN = ["nvf.train", "trainer=debug", *COMMON, "hydra.run.dir=outputs/run"]
 COMMANDS = {
     "train": TRAIN,
     "search": ["nvf.search", "pipeline=outputs/run/pipeline", "queries=queries.npy", "k=3", "output=outputs/a.jsonl"],
+    "export": ["nvf.export", "pipeline=outputs/run/pipeline", "to=outputs/keys.npy"],
     "compare": ["nvf.compare", "outputs", "output=outputs/comparison"],
 }
 HOOK = """
@@ -253,7 +254,7 @@ def test_nothing_is_written_elsewhere(place: Path) -> None:
     assert {path for path in tree(place / "home") if not fonts.match(path)} == set()
     rest = tree(place / "work") - {"queries.npy", "seen.json"}
     allowed = ("outputs/run/", "outputs/cache/", "outputs/comparison/")
-    assert {path for path in rest if not path.startswith(allowed)} == {"outputs/a.jsonl"}
+    assert {path for path in rest if not path.startswith(allowed)} == {"outputs/a.jsonl", "outputs/keys.npy"}
     allowed = tuple(str(place / name) + "/" for name in ("home", "work", "temporary"))
     assert [line for line in notes(place, "written") if not line.rpartition(": ")[2].startswith(allowed)] == []
 

@@ -353,7 +353,7 @@ def test_the_pickle_of_a_type_is_not_loaded(tables: Path, tmp_path: Path) -> Non
 def test_without_pyarrow_the_remedy_is_named(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "nvf.data.parquet", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"needs pyarrow: pip install -e '\.\[parquet\]'"):
+    with pytest.raises(InputError, match=r"need pyarrow: pip install -e '\.\[parquet\]'"):
         read(tables)
 
 

@@ -24,7 +24,7 @@ from programs import PATIENCE
 
 client = pytest.importorskip("qdrant_client")
 models = pytest.importorskip("qdrant_client.models")
-from nvf.data.qdrant import KEY, read_memory  # noqa: E402  # needs qdrant-client
+from nvf.data.qdrant import BATCH, KEY, read_memory, write_vectors  # noqa: E402  # needs qdrant-client
 
 UUIDS = [str(uuid.UUID(int=7919 * row)) for row in range(50)]
 RANDOM = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_texts_are_in_a_field_of_the_payload(tmp_path: Path) -> None:
 FAULTS = {
     "neither": ({"path": None}, r"data.path=None and data.url=None; set one"),
     "both": ({"url": "http://localhost"}, r"data.path=.* and data.url=http://localhost; set one"),
-    "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be read .*; name the folder"),
+    "no storage": ({"path": "nowhere"}, r"data.path=nowhere cannot be used .*; name the folder"),
     "no collection": (
         {"collection": None},
         r"data.collection=None does not exist; .*: empty, multi, named, one, zero$",
@@ -245,9 +245,9 @@ FAULTS = {
     "zero": ({"collection": "zero"}, r"collection zero: row 1 \(id 9\) is zero"),
     "no server": (
         {"path": None, "url": "http://localhost:1"},
-        r"data.url=http://localhost:1 cannot be read .*; check",
+        r"data.url=http://localhost:1 cannot be used .*; check",
     ),
-    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port cannot be read"),
+    "no URL": ({"path": None, "url": "http://localhost:port"}, r"data.url=http://localhost:port cannot be used"),
 }
 
 
@@ -270,7 +270,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
     try:
         other.stdout.readline()
         with pytest.raises(
-            InputError, match=r"data.path=.*storage cannot be read \(.*already accessed.*close it elsewhere"
+            InputError, match=r"data.path=.*storage cannot be used \(.*already accessed.*close it elsewhere"
         ):
             read(storage)
     finally:
@@ -281,7 +281,7 @@ def test_an_open_storage_is_named(storage: Path) -> None:
 @pytest.mark.parametrize("name", ["meta.json", "collection/items/storage.sqlite"])
 def test_a_damaged_storage_is_named(storage: Path, name: str) -> None:
     (storage / name).write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(InputError, match=r"data.path=.*storage cannot be read \(.*\); name the folder"):
+    with pytest.raises(InputError, match=r"data.path=.*storage cannot be used \(.*\); name the folder"):
         read(storage)
 
 
@@ -340,6 +340,8 @@ class _Server(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path.endswith("/count"):
             return self._answer({"count": len(self.points)})
+        if "ids" in asked:
+            return self._answer([point for point in self.points if point["id"] in asked["ids"]])
         start = asked.get("offset", 0)
         end = start + asked["limit"]
         page = {"points": self.points[start:end], "next_page_offset": end if end < len(self.points) else None}
@@ -380,7 +382,7 @@ def test_the_key_of_a_server_is_in_no_file(tmp_path: Path, folder: Path, storage
     overrides.append("data.distance=cosine")
     done = command(*overrides, cwd=tmp_path, **{KEY: "wrong"})
     assert done.returncode == 1
-    assert f"error: data.url={server} cannot be read (UnexpectedResponse: Unexpected Response: 401" in done.stderr
+    assert f"error: data.url={server} cannot be used (UnexpectedResponse: Unexpected Response: 401" in done.stderr
     assert not list(tmp_path.glob("outputs/*"))
     done = command(*overrides, cwd=tmp_path, **{KEY: "secret"})
     assert done.returncode == 0, done.stderr
@@ -389,3 +391,98 @@ def test_the_key_of_a_server_is_in_no_file(tmp_path: Path, folder: Path, storage
     files = [path for path in results.parent.rglob("*") if path.is_file()]
     assert len(files) > 5
     assert not [path for path in files if b"secret" in path.read_bytes()]
+
+
+def keys(count: int, size: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, size)).astype(np.float32)
+
+
+def write(storage: Path, points: Any, vectors: np.ndarray, /, **settings: Any) -> None:
+    given = {"path": str(storage), "url": None, "collection": "named", "vector": "nvf"}
+    write_vectors(points, vectors, **{**given, **settings})
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """All collections of a storage: their vectors' settings and their points."""
+    storage = client.QdrantClient(path=str(path))
+    names = [one.name for one in storage.get_collections().collections]
+    found = {
+        name: (storage.get_collection(name).config.params, storage.scroll(name, limit=1000, with_vectors=True))
+        for name in names
+    }
+    storage.close()
+    return found
+
+
+def test_points_get_a_vector_and_keep_what_they_have(tmp_path: Path) -> None:
+    with_named_vectors(tmp_path)
+    write(tmp_path, [2, "1"], keys(2))  # integers among UUIDs are spelled out
+    found = {point.id: point.vector for point in everything(tmp_path)["named"][1][0]}
+    assert found[1] == {"a": [1.0, 2.0], "b": [1.0, 2.0, 2.0], "nvf": keys(2)[1].tolist()}
+    assert found[2] == {"a": [0.0, 3.0], "nvf": keys(2)[0].tolist()}
+    write(tmp_path, [1], keys(3)[2:])
+    found = {point.id: point.vector for point in everything(tmp_path)["named"][1][0]}
+    assert (found[1]["nvf"], found[2]["nvf"]) == (keys(3)[2].tolist(), keys(2)[0].tolist())
+
+
+def test_a_collection_is_made_in_batches(tmp_path: Path) -> None:
+    with_named_vectors(tmp_path)
+    write(tmp_path, range(BATCH + 2), keys(BATCH + 2), collection="new")
+    params, (points, _) = everything(tmp_path)["new"]
+    assert params.vectors == {"nvf": models.VectorParams(size=3, distance=models.Distance.DOT)}
+    assert [point.vector["nvf"] for point in points] == keys(BATCH + 2).tolist()
+
+
+UNFIT = {
+    "a point that is not there": ([1, 7], {}, "collection named has no point 7; add it, or name a collection"),
+    "a size": ([1], {"vector": "a"}, "vector a of collection named is size=2 .*; name a collection"),
+    "a distance": (
+        [9],
+        {"collection": "cosine", "vector": "a"},
+        "vector a of collection cosine is size=3 distance=.*Co",
+    ),
+    "a name": (["item 3"], {}, "id 'item 3' is neither a whole number from 0 nor a UUID"),
+    "a negative number": ([-3], {"collection": "new"}, "id -3 is neither a whole number from 0 nor a UUID"),
+    "no storage": ([1], {"path": "nowhere"}, "path=nowhere cannot be used .*; name the folder"),
+    "no place": ([1], {"path": None}, "path=None and url=None; set one"),
+    # What fails half way.
+    "too few vectors": ([1, 2], {}, "path=.* cannot be used"),
+    "too few vectors of a new collection": ([*range(BATCH + 1)], {"collection": "new"}, "path=.* cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("points", "settings", "message"), UNFIT.values(), ids=UNFIT)
+def test_a_collection_stays_as_it_was_where_the_keys_do_not_fit(
+    tmp_path: Path, points: list[Any], settings: dict[str, Any], message: str
+) -> None:
+    with_named_vectors(tmp_path)
+    storage = client.QdrantClient(path=str(tmp_path))
+    cosine = {"a": models.VectorParams(size=3, distance=models.Distance.COSINE)}
+    storage.create_collection("cosine", vectors_config=cosine)
+    storage.upsert("cosine", [models.PointStruct(id=9, vector={"a": [1.0, 2.0, 2.0]})])
+    storage.close()
+    before = everything(tmp_path)
+    with pytest.raises(InputError, match=message):
+        write(tmp_path, points, keys(len(points) - ("cannot be used" in message and len(points) > 1)), **settings)
+    assert everything(tmp_path) == before
+
+
+def test_a_collection_without_names_can_be_read_beside_the_keys(folder: Path, storage: Path) -> None:
+    expected = read(storage)
+    write(storage, range(50), keys(50), collection="items")
+    found = read(storage)
+    assert torch.equal(found.rows, expected.rows)
+    assert found.fingerprint == expected.fingerprint
+    torch.testing.assert_close(
+        read(storage, vector="nvf").rows, torch.nn.functional.normalize(torch.from_numpy(keys(50)))
+    )
+
+
+def test_a_server_that_cannot_add_a_vector_is_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "secret")
+    remedy = "upgrade server and qdrant-client to 1.18, or name a collection that does not exist yet"
+    with pytest.raises(InputError, match=rf"collection items has no vector nvf, and none .*501.*; {remedy}"):
+        write_vectors([1, 2], keys(2), path=None, url=server, collection="items", vector="nvf")
+    monkeypatch.setenv(KEY, "wrong")
+    with pytest.raises(InputError, match=rf"url={server} cannot be used .*401.*, and {KEY} if it asks for a key"):
+        write_vectors([1, 2], keys(2), path=None, url=server, collection="items", vector="nvf")

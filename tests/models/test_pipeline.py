@@ -335,20 +335,15 @@ def test_weighing_evidence_searches_saves_and_loads(weighing: Pipeline, tmp_path
     assert torch.equal(again.probabilities, hits.probabilities)
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_exported_keys_answer_as_stage_one_does(weighing: Pipeline, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"keys{suffix}"
-    weighing.export_keys(path)
-    keys = np.load(path) if suffix == ".npy" else load_file(path)["keys"].numpy()
-    assert np.array_equal(keys, weighing.keys().numpy())
+def test_keys_answer_as_stage_one_does(weighing: Pipeline) -> None:
     asked = 3 * queries().numpy()
-    scores = weighing.transform(asked) @ keys.T
+    scores = weighing.transform(asked) @ weighing.keys().numpy().T
     expected = weighing.attention(queries()) / weighing.attention.beta
     np.testing.assert_allclose(scores, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rows_of_half_precision_are_searched_saved_and_exported(tmp_path: Path, dtype: str) -> None:
+def test_rows_of_half_precision_are_searched_and_saved(tmp_path: Path, dtype: str) -> None:
     halved = VectorMemory(queries(40), dtype=dtype)
     whole = VectorMemory.restore(halved.rows.float(), halved.fingerprint)
     torch.manual_seed(0)
@@ -367,14 +362,7 @@ def test_rows_of_half_precision_are_searched_saved_and_exported(tmp_path: Path, 
         torch.testing.assert_close(found.log_probs, distribution.log_probs)
         torch.testing.assert_close(found.answer, distribution.answer)
         assert model.transform(queries(9)).dtype == torch.float32
-    loaded.export_keys(tmp_path / "keys.npy")
-    assert np.array_equal(np.load(tmp_path / "keys.npy").astype(np.float32), whole.rows.numpy())
-
-
-def test_keys_go_to_no_other_format(weighing: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"ends in neither \.npy nor \.safetensors"):
-        weighing.export_keys(tmp_path / "keys.txt")
-    assert not any(tmp_path.iterdir())
+    assert torch.equal(loaded.keys().float(), whole.rows)
 
 
 def test_evidence_and_its_reranker_go_together(weighing: Pipeline) -> None:

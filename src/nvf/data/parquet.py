@@ -18,7 +18,7 @@ try:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 except ImportError:
-    raise InputError("reading .parquet files needs pyarrow: pip install -e '.[parquet]' in NVF's folder") from None
+    raise InputError(".parquet files need pyarrow: pip install -e '.[parquet]' in NVF's folder") from None
 
 ROWS_A_BYTE = 1024  # more than even equal vectors reach, run-length encoded and compressed
 

@@ -1,8 +1,10 @@
-"""Reader of a Qdrant collection as the memory; a fault, or no qdrant-client, is an InputError."""
+"""A Qdrant collection, read as the memory or given a vector more; a fault, or no qdrant-client, is an InputError."""
 
 import os
+import uuid
 import warnings
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,20 @@ from tqdm import tqdm
 
 from nvf.data.qdrant_points import check_storage
 from nvf.errors import InputError, one_line
-from nvf.files.ids import checked_ids, plain_uuid
+from nvf.files.ids import checked_ids, plain_uuid, shown
 from nvf.files.vectors import check_vectors
 from nvf.models.memory import VectorMemory
 
 try:
-    from qdrant_client import QdrantClient
+    from qdrant_client import QdrantClient, models
+    from qdrant_client.http.exceptions import UnexpectedResponse
 except ImportError:
-    raise InputError("reading a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
+    raise InputError("a collection needs qdrant-client: pip install -e '.[qdrant]' in NVF's folder") from None
 
 KEY = "QDRANT_API_KEY"  # of the environment, so that no run's folder ever holds it
-PAGE = 1000  # points a request: some 30 MB of JSON at 1,536 dimensions
+PAGE = 1000  # points a request that reads: some 30 MB of JSON at 1,536 dimensions
+BATCH = 100  # points a request that writes, since servers refuse more than 32 MB
+ELSEWHERE = "name a collection that does not exist yet"
 TIMEOUT = 60  # seconds a request
 ONE_LENGTH = 1e-3  # relative difference of lengths that count as equal
 
@@ -47,19 +52,8 @@ def read_memory(
     """
     if distance not in (None, "cosine"):
         raise InputError(f"data.distance={distance} is neither null, the collection's own, nor cosine; give one")
-    if (path is None) == (url is None):
-        raise InputError(f"data.path={path} and data.url={url}; set one: a local storage's folder, or a server's URL")
-    try:
-        with closing(_open(path, url)) as client:
-            own, ids, vectors, texts = _read(client, collection, vector, text)
-    except InputError:
-        raise
-    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
-        where, remedy = f"data.url={url}", f"check the server, and {KEY} if it asks for a key"
-        if path is not None:
-            where = f"data.path={path}"
-            remedy = "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
-        raise InputError(f"{where} cannot be read ({one_line(fault)}); {remedy}") from None
+    with _opened(path, url, "data.") as client:
+        own, ids, vectors, texts = _read(client, collection, vector, text)
     if len(set(map(type, ids))) > 1:
         ids = [str(point) for point in ids]
     order = sorted(range(len(ids)), key=ids.__getitem__)  # numpy would round large ids to float64
@@ -80,13 +74,91 @@ def read_memory(
     return memory
 
 
-def _open(path: str | None, url: str | None) -> QdrantClient:
+def write_vectors(
+    points: Sequence[Any],
+    vectors: np.ndarray,
+    *,
+    collection: str,
+    vector: str,
+    path: str | Path | None,
+    url: str | None,
+) -> None:
+    """Give points, by N ids, a vector of this name each, (N, D), which is searched by inner products.
+
+    The collection is made if it does not exist, and keeps everything else if it does; what was made goes again if a
+    write fails. A point that it lacks, or another kind of vector under that name, raises an InputError.
+    """
+    ids = [_point_id(one) for one in points]
+    shape: Any = {"size": vectors.shape[1], "distance": models.Distance.DOT}
+    with _opened(path, url) as client:
+        if new := not client.collection_exists(collection):
+            client.create_collection(collection, vectors_config={vector: models.VectorParams(**shape)})
+        added = not new and _add_vector(client, collection, vector, shape, ids)
+        write, point = (client.upsert, models.PointStruct) if new else (client.update_vectors, models.PointVectors)
+        try:
+            for at in tqdm(range(0, len(ids), BATCH), desc=f"writing {collection}", leave=False, delay=3):
+                pairs = zip(ids[at : at + BATCH], vectors[at : at + BATCH].tolist(), strict=True)
+                write(collection, [point(id=one, vector={vector: values}) for one, values in pairs])
+        except BaseException:
+            if new:
+                client.delete_collection(collection)
+            elif added:
+                client.delete_vector_name(collection, vector)
+            raise
+
+
+def _point_id(name: Any) -> int | str:
+    try:
+        return int(name) if str(name).isdecimal() else str(uuid.UUID(name))  # see `read_memory` for spelled integers
+    except (ValueError, AttributeError):
+        fault = f"id {shown(name)} is neither a whole number from 0 nor a UUID, as a point's must be"
+        raise InputError(f"{fault}; give the items other ids, or to=keys.parquet") from None
+
+
+def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[str, Any], ids: list[Any]) -> bool:
+    """Add a named vector to a collection that has all of the points; return whether it was not there before."""
+    pages = (client.retrieve(collection, ids[at : at + PAGE], with_payload=False) for at in range(0, len(ids), PAGE))
+    known = {one.id for page in pages for one in page}
+    if lacking := [one for one in ids if one not in known]:
+        raise InputError(f"collection {collection} has no point {lacking[0]}; add it, or {ELSEWHERE}")
+    params: Any = client.get_collection(collection).config.params.vectors
+    if isinstance(params, dict) and (own := params.get(vector)):
+        if (own.size, own.distance, own.multivector_config) != (shape["size"], shape["distance"], None):
+            raise InputError(f"vector {vector} of collection {collection} is {own}, not {shape}; {ELSEWHERE}")
+        return False
+    try:
+        dense = models.DenseVectorConfig(**shape)
+        client.create_vector_name(collection, vector, models.DenseVectorNameConfig(dense=dense))
+    except (AttributeError, UnexpectedResponse) as fault:
+        lacks = f"collection {collection} has no vector {vector}, and none can be added ({one_line(fault)})"
+        raise InputError(f"{lacks}; upgrade server and qdrant-client to 1.18, or {ELSEWHERE}") from None
+    return True
+
+
+@contextmanager
+def _opened(path: str | Path | None, url: str | None, prefix: str = "") -> Iterator[Any]:
+    """Give a client; a fault of the storage or of the server names the setting that leads to it."""
+    if (path is None) == (url is None):
+        raise InputError(f"{prefix}path={path} and {prefix}url={url}; set one: a storage's folder, or a server's URL")
+    try:
+        with closing(_open(path, url)) as client:
+            yield client
+    except InputError:
+        raise
+    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
+        where, remedy = f"url={url}", f"check the server, and {KEY} if it asks for a key"
+        if path is not None:
+            where, remedy = f"path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
+        raise InputError(f"{prefix}{where} cannot be used ({one_line(fault)}); {remedy}") from None
+
+
+def _open(path: str | Path | None, url: str | None) -> QdrantClient:
     if path is None:
         return QdrantClient(url=url, api_key=os.environ.get(KEY), timeout=TIMEOUT, check_compatibility=False)
     check_storage(Path(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises against more than 20,000 points, which are read but once
-        return QdrantClient(path=path)
+        return QdrantClient(path=str(path))
 
 
 def _read(
@@ -99,15 +171,15 @@ def _read(
     params: Any = client.get_collection(collection).config.params.vectors
     named = params if isinstance(params, dict) else {None: params} if params else {}
     named = {name: one for name, one in named.items() if one.multivector_config is None}
-    if vector is None and len(named) == 1:
-        (vector,) = named
+    if vector is None:
+        vector = next(iter(named)) if len(named) == 1 else "" if "" in named else None  # "": the one without a name
     if vector not in named:
         fault = f"data.vector={vector} is no vector of collection {collection} of which a point has one"
         raise InputError(f"{fault}; choose one of: {', '.join(filter(None, named)) or 'none with a name'}")
     ids: list[int | str] = []
     texts: list[str] = []
     pages: list[np.ndarray] = []
-    wanted: Any = True if vector is None else [vector]
+    wanted: Any = [vector] if vector else True
     shown: Any = False if text is None else [text]
     offset = None
     with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:

@@ -41,6 +41,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def check_new(folder: Path) -> None:
+    """Raise an InputError if there is anything at the path of a folder to make."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"output={folder} exists and is not an empty folder; remove it, or give another path")
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

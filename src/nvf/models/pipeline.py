@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.files.atomic import atomic_write
 from nvf.models import pipeline_search, saved_pipeline
 from nvf.models.ann_index import Index
 from nvf.models.attention import SoftAttention, checked_queries
@@ -75,18 +73,6 @@ class Pipeline(nn.Module):
         """
         keys = self.attention.keys()
         return keys.clone() if self.memory.row_of_vector is None else keys[self.memory.row_of_vector]
-
-    def export_keys(self, path: str | Path) -> None:
-        """Write `keys()` to a .npy file, or to a .safetensors file under the name `keys`, atomically."""
-        path, keys = Path(path), self.keys().cpu().contiguous()
-        if path.suffix not in (".npy", ".safetensors"):
-            raise InputError(f"{path} ends in neither .npy nor .safetensors; choose one of them")
-        with atomic_write(path) as partial:
-            if path.suffix == ".safetensors":
-                save_file({"keys": keys}, partial)
-                return
-            with partial.open("wb") as file:
-                np.save(file, (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy())  # numpy has no bfloat16
 
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:

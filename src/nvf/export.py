@@ -1,0 +1,93 @@
+"""`python -m nvf.export`: give a pipeline's keys to an index of your own, or its networks to other programs."""
+
+from pathlib import Path
+from typing import Any
+
+from nvf.embed import load_model
+from nvf.errors import InputError
+from nvf.files.atomic import atomic_write, check_new
+from nvf.options import Option, run
+from nvf.options import path as path_of
+
+OPTIONS = (
+    Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path_of),
+    Option("to", "a file of keys: .npy, .safetensors or .parquet; or qdrant, sentence-transformers, onnx"),
+    Option("collection", "of Qdrant: made with the keys, or its points get them as a vector more", None),
+    Option("url", "of a Qdrant server, whose key is read from the environment, QDRANT_API_KEY; or", None),
+    Option("path", "of a local storage of qdrant-client, its folder", None, path_of),
+    Option("vector", "what the keys are called in the collection; null: nvf", None),
+    Option("model", "a sentence-transformers model, the one of your queries: its name, or its folder", None),
+    Option("output", "the folder to make, for sentence-transformers and onnx", None, path_of),
+)
+TAKES = {  # what each kind must be given, and may be given
+    "qdrant": (("collection",), ("url", "path", "vector")),
+    "sentence-transformers": (("model", "output"), ()),
+    "onnx": (("output",), ()),
+}
+
+
+def export(*, pipeline: Path, to: str, **given: Any) -> str:
+    """Export a pipeline; return the line that says what was written, and what to do with it."""
+    # Imported here so that --help and an option's error answer without importing torch.
+    from nvf.data.key_files import ENDINGS, write_keys
+    from nvf.models.onnx_files import write_onnx
+    from nvf.models.pipeline import Pipeline
+
+    file, output = path_of(to), given["output"]
+    if to not in TAKES and (file.suffix not in ENDINGS or file.is_dir()):
+        raise InputError(f"to={to} is a folder, or none of {', '.join((*ENDINGS, *TAKES))}; give one of them")
+    must, may = TAKES.get(to, ((), ()))
+    for name, value in given.items():
+        if name in must if value is None else name not in (*must, *may):
+            remedy = f"give {name}=" if value is None else "leave it out"
+            raise InputError(f"{name}={value} does not go with to={to}; {remedy}")
+    if output:
+        check_new(output)
+
+    model = Pipeline.load(pipeline, index=False)
+    keys, ids, asked = model.keys(), model.memory.ids, "inner products with pipeline.transform(queries)"
+    if to == "onnx":
+        write_onnx(output, model)
+        return f"{output}: transform.onnx makes queries for the keys, reranker.onnx scores what they find"
+    if to == "sentence-transformers":
+        _write_encoder(output, model, given["model"])
+        return f"{output}: SentenceTransformer({str(output)!r}).encode_query(texts) makes queries for the keys"
+    if to == "qdrant":
+        from nvf.data.qdrant import write_vectors
+
+        place = {name: given[name] for name in (*must, *may)} | {"vector": given["vector"] or "nvf"}
+        write_vectors(range(len(keys)) if ids is None else ids.tolist(), keys.float().numpy(), **place)
+        to = f"collection {given['collection']}, vector {place['vector']}"
+    else:
+        write_keys(file, keys, ids)
+    return f"{len(keys):,} keys of {keys.shape[1]} dimensions in {to}; search them by {asked}"
+
+
+def _write_encoder(folder: Path, pipeline: Any, name: str) -> None:
+    """Write a sentence-transformers model, with stage 1's transform as layers behind it, atomically."""
+    import torch
+
+    from nvf.models.memory import check_dim
+
+    attention, dim = pipeline.attention, pipeline.memory.dim
+    if (kind := attention.settings["transform"]) not in ("linear", "identity"):
+        raise InputError(f"to=sentence-transformers takes attention=linear or identity, not {kind}; give to=onnx")
+    encoder = load_model(name, torch.device("cpu")).float()  # the keys are not halved either
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    width = encoder.get_embedding_dimension()
+    check_dim(width, attention.query_dim, f"model={name}")
+    matrix, one = attention.transform(torch.eye(width)).T.contiguous(), torch.eye(dim + 1)
+    layers = [Normalize(), Dense(width, dim, bias=False, activation_function=None, init_weight=matrix)]
+    layers += [Normalize()] * attention.normalize
+    if attention.bias is not None:  # a 1 more, which meets the bias
+        weight, bias = one[:, :dim].clone(), one[dim].clone()
+        layers.append(Dense(dim, dim + 1, activation_function=None, init_weight=weight, init_bias=bias))
+    encoder.extend(layers)
+    encoder.similarity_fn_name = "dot"
+    with atomic_write(folder) as partial:
+        encoder.save_pretrained(str(partial), create_model_card=False)
+
+
+if __name__ == "__main__":
+    run(export, program="nvf.export", summary=(__doc__ or "").partition(": ")[2], options=OPTIONS)
