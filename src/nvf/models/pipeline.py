@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.files.atomic import atomic_write
-from nvf.models import pipeline_search, saved_pipeline
+from nvf.models import pipeline_search, saved_pipeline, updated_pipeline
 from nvf.models.ann_index import Index
 from nvf.models.attention import SoftAttention, checked_queries
 from nvf.models.distribution import Retrieval, joint
@@ -205,6 +205,33 @@ class Pipeline(nn.Module):
         type, zero or not finite, k not in 1..N, or texts that are not one for each query raise an InputError.
         """
         return pipeline_search.search(self, queries, k, texts=texts)
+
+    def updated(
+        self,
+        *,
+        add: np.ndarray | Tensor | None = None,
+        ids: Sequence[Any] | np.ndarray | None = None,
+        texts: Sequence[str] | None = None,
+        remove: Sequence[Any] | np.ndarray = (),
+        log: tuple[np.ndarray | Tensor, Any] | None = None,
+        log_texts: Sequence[str] | None = None,
+    ) -> "Pipeline":
+        """Return a pipeline with items added, replaced and removed, and queries logged; nothing is fitted.
+
+        Rows that stay keep their learned keys and their hub correction in every bit; a new row starts with its vector.
+
+        Args:
+            add: (m, D) vectors. One whose id the memory has takes the place of that id's; others come last.
+            ids: their ids, where the memory has ids.
+            texts: their texts, where the pipeline has words.
+            remove: ids, or in a memory without ids the numbers of vectors as given.
+            log: queries, (n, D), and for each its target or a list of them, ids or numbers in the new memory; -1 is none.
+            log_texts: texts of these queries, where the pipeline has words.
+
+        Raises:
+            InputError: an item or a query that does not fit the pipeline, or fewer than k rows that stay.
+        """
+        return updated_pipeline.updated(self, add, ids, texts, remove, log, log_texts)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""

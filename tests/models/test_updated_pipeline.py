@@ -1,0 +1,220 @@
+"""An updated pipeline against one that is put together from scratch over the new items and the new log."""
+
+import copy
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvf.errors import InputError
+from nvf.models.ann_index import build_index
+from nvf.models.attention import SoftAttention
+from nvf.models.evidence import FEATURES, OF_WORDS, Evidence
+from nvf.models.memory import VectorMemory, unit
+from nvf.models.pipeline import Pipeline
+from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.models.words import Words
+
+GIVEN, DIM, LOGGED = 40, 8, 60
+WORDS = "red green blue old new big small round flat warm cold fast slow soft hard light".split()
+lexical = pytest.mark.skipif(find_spec("bm25s") is None, reason="needs bm25s")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)]
+
+
+class State:
+    """What a pipeline is made from, by name of the item: vectors, texts, and a log of queries with names of items."""
+
+    def __init__(self, *, named: bool, seed: int = 0) -> None:
+        vectors = normal(GIVEN, DIM, seed=seed)
+        vectors[[7, 21]] = vectors[3].clone()  # three items of one row
+        vectors[30] = vectors[29].clone()
+        names = [f"item {number}" for number in range(GIVEN)] if named else [*range(GIVEN)]
+        self.named, self.vectors = named, dict(zip(names, vectors, strict=True))
+        self.texts = dict(zip(names, sentences(GIVEN, seed), strict=True))
+        self.queries, self.log_texts = unit(normal(LOGGED, DIM, seed=seed + 1)), sentences(LOGGED, seed + 1)
+        rng = np.random.default_rng(seed + 2)
+        self.answers = [{names[place] for place in rng.choice(30, 1 + query % 2)} for query in range(LOGGED)]
+        self.close()
+
+    def close(self) -> None:
+        """An answer is the row, and so all items of it."""
+        for answers in self.answers:
+            rows = {tuple(self.vectors[name].tolist()) for name in answers}
+            answers |= {name for name, vector in self.vectors.items() if tuple(vector.tolist()) in rows}
+
+    def memory(self) -> VectorMemory:
+        ids = np.array([*self.vectors], dtype=object) if self.named else None
+        memory = VectorMemory(torch.stack([*self.vectors.values()]), ids=ids, distinct=True)
+        memory.texts = [*self.texts.values()]
+        return memory
+
+    def log(self, memory: VectorMemory) -> Tensor:
+        """The targets, (n, m) rows padded with -1."""
+        place = {name: number for number, name in enumerate(self.vectors)}
+        rows = [
+            sorted({int(memory.rows_of(torch.tensor([place[name]]))) for name in answers if name in place})
+            for answers in self.answers
+        ]
+        width = max(1, *map(len, rows))
+        return torch.tensor([[*some, *[-1] * (width - len(some))] for some in rows])
+
+    def evidence(self, memory: VectorMemory, *, worded: bool) -> Evidence:
+        return Evidence.gather(memory, self.queries, self.log(memory), worded=worded)
+
+    def words(self, memory: VectorMemory) -> Words:
+        return Words.gather(memory.texts_of_rows(), self.log_texts, self.log(memory))
+
+
+def made(state: State, *, worded: bool = False, keys: str = "learned") -> Pipeline:
+    """A pipeline over the state of which nothing is left at zero, with moved keys and hubs corrected."""
+    torch.manual_seed(0)
+    memory = state.memory()
+    attention = SoftAttention(
+        memory, transform="linear", keys=keys, biased=True, worded=worded, hubs=[0.5, 7.0], beta=9.0
+    )
+    features = len((*FEATURES, *OF_WORDS)) if worded else len(FEATURES)
+    pipeline = Pipeline(
+        attention,
+        EvidenceReranker(features, hidden=(8, 8)),
+        k=4,
+        evidence=state.evidence(memory, worded=worded),
+    )
+    with torch.no_grad():
+        for tensor in (*pipeline.parameters(), attention.bias):
+            tensor += 0.1 * torch.randn(tensor.shape)
+        if worded:
+            attention.word_weights.copy_(torch.tensor([0.05, 0.02]))
+            pipeline.words = state.words(memory)
+    return pipeline.requires_grad_(False).eval()
+
+
+def rebuilt(before: Pipeline, state: State, old: dict[Any, Any]) -> Pipeline:
+    """A pipeline over the state with the weights of another; `old` maps items that stay to what they were called."""
+    memory, worded = state.memory(), before.words is not None
+    new = copy.deepcopy(before)
+    attention = SoftAttention(memory, **before.attention.settings)
+    attention.load_state_dict({
+        name: value for name, value in before.attention.state_dict().items() if name not in ("delta", "bias")
+    }, strict=False)
+    evidence = state.evidence(memory, worded=worded)
+    was = {name: number for number, name in enumerate(before_names(before))}
+    share, beta = before.attention.hubs
+    bank = before.attention.moved(before.evidence.queries)
+    for place, name in enumerate(state.vectors):
+        row = int(memory.rows_of(torch.tensor([place])))
+        if name in old:
+            former = int(before.memory.rows_of(torch.tensor([was[old[name]]])))
+            attention.bias[row] = before.attention.bias[former]
+            attention.delta.data[row] = before.attention.delta[former]
+        elif not any(
+            torch.equal(memory.rows[row], before.memory.rows[int(before.memory.rows_of(torch.tensor([was[one]])))])
+            for one in old.values()
+        ):
+            mean = sum(math.exp(beta * float(query @ memory.rows[row])) for query in bank) / len(bank)
+            attention.bias[row] = -share * math.log(mean) / beta
+    new.attention, new.evidence, new.words = attention, evidence, state.words(memory) if worded else None
+    return new.requires_grad_(False).eval()
+
+
+def before_names(pipeline: Pipeline) -> list[Any]:
+    return [*range(pipeline.memory.given)] if pipeline.memory.ids is None else pipeline.memory.ids.tolist()
+
+
+def same(mine: Pipeline, theirs: Pipeline, *, exactly: bool = False) -> None:
+    """Both hold the same and answer the same."""
+    near = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
+    assert torch.equal(mine.memory.rows, theirs.memory.rows)
+    assert before_names(mine) == before_names(theirs)
+    assert (mine.memory.row_of_vector is None) == (theirs.memory.row_of_vector is None)
+    if mine.memory.row_of_vector is not None:
+        assert torch.equal(mine.memory.row_of_vector, theirs.memory.row_of_vector)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}", **near)
+    if theirs.evidence is not None:
+        torch.testing.assert_close(mine.evidence.similar, theirs.evidence.similar, **near)
+    texts = None if theirs.words is None else sentences(50, 9)
+    asked = normal(50, DIM, seed=8)
+    found, expected = (pipeline.search(asked, 12, texts=texts) for pipeline in (mine, theirs))
+    torch.testing.assert_close(found.probabilities, expected.probabilities, **near)
+    assert float((found.rows == expected.rows).double().mean()) > 0.99
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=lexical)], ids=["vectors", "worded"])
+def worded(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def changed(state: State, pipeline: Pipeline, *, add: Tensor, names: list[Any], remove: list[Any], log: int) -> Pipeline:
+    """Change the state and the pipeline alike; names that exist are replaced, and `log` queries are asked."""
+    worded, old = pipeline.words is not None, dict(zip(state.vectors, state.vectors, strict=True))
+    texts = sentences(len(add), 5)
+    state.close()
+    for name, vector, text in zip(names, add, texts, strict=True):
+        if name in old and not torch.equal(unit(state.vectors[name]), unit(vector)):
+            del old[name]
+        state.vectors[name], state.texts[name] = vector, text
+    for name in remove:
+        del state.vectors[name], state.texts[name], old[name]
+    queries, asked = normal(log, DIM, seed=6), sentences(log, 7)
+    if log > 1:
+        queries[1] = queries[0]
+    new = [[name] for name in [*state.vectors][-log:]] if log else []
+    state.queries = torch.cat([state.queries, unit(queries)])
+    state.log_texts, state.answers = [*state.log_texts, *asked], [*state.answers, *map(set, new)]
+    numbered = {name: place for place, name in enumerate(state.vectors)}
+    expected = rebuilt(pipeline, state, old)
+    mine = pipeline.updated(
+        add=add,
+        ids=names if state.named else None,
+        texts=texts if worded else None,
+        remove=remove,
+        log=(queries, new if state.named else [[numbered[name] for name in some] for some in new]) if log else None,
+        log_texts=asked if worded and log else None,
+    )
+    same(mine, expected)
+    return mine
+
+
+CASES = {
+    "added": ([*range(40, 45)], [], 0),
+    "removed": ([], [0, 5, 39], 0),
+    "one of equals": ([], [7], 0),
+    "all of equals": ([], [3, 7, 21], 0),
+    "replaced": ([2, 3, 40], [], 0),
+    "all": ([1, 29, 40, 41], [0, 21, 9], 6),
+    "logged": ([], [], 5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("named", [True, False])
+def test_an_update_is_what_is_put_together_from_scratch(case: str, named: bool, worded: bool) -> None:
+    state = State(named=named)
+    add, remove, log = CASES[case]
+    if not named:
+        add = [number for number in add if number >= 40]
+    name: Callable[[int], Any] = (lambda number: f"item {number}") if named else (lambda number: number)
+    changed(
+        state,
+        made(state, worded=worded),
+        add=normal(len(add), DIM, seed=3),
+        names=[*map(name, add)],
+        remove=[*map(name, remove)],
+        log=log,
+    )
