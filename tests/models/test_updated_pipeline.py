@@ -218,3 +218,183 @@ def test_an_update_is_what_is_put_together_from_scratch(case: str, named: bool, 
         remove=[*map(name, remove)],
         log=log,
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_rows_stay_and_new_ones_join(dtype: str) -> None:
+    state, add = State(named=False), normal(3, DIM, seed=3)
+    memory = VectorMemory(torch.stack([*state.vectors.values()]), dtype=dtype, distinct=True)
+    attention = SoftAttention(memory, transform="identity", biased=True, hubs=[0.5, 20.0])
+    pipeline = Pipeline(
+        attention, EvidenceReranker(len(FEATURES)), k=4, evidence=state.evidence(memory, worded=False)
+    ).eval()
+    expected = VectorMemory(torch.cat([*state.vectors.values(), *add]).view(-1, DIM), dtype=dtype, distinct=True)
+    mine = pipeline.updated(add=add)
+    assert torch.equal(mine.memory.rows, expected.rows)
+    assert torch.equal(mine.memory.row_of_vector, expected.row_of_vector)
+    theirs = state.evidence(expected, worded=False)
+    torch.testing.assert_close(mine.evidence.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_to_do_changes_no_bit(worded: bool) -> None:
+    pipeline = made(State(named=True), worded=worded)
+    same(pipeline.updated(), pipeline, exactly=True)
+    assert pipeline.updated().memory.fingerprint == pipeline.memory.fingerprint
+
+
+def test_what_is_added_and_removed_again_leaves_no_trace(worded: bool) -> None:
+    pipeline = made(State(named=True), worded=worded)
+    add, new = normal(5, DIM, seed=3), [f"new {number}" for number in range(5)]
+    add[0] = pipeline.memory.rows[3]
+    more = pipeline.updated(add=add, ids=new, texts=sentences(5, 5) if worded else None)
+    assert len(more.memory) > len(pipeline.memory)
+    same(more.updated(remove=new[::-1]), pipeline)
+
+
+def test_the_rows_that_stay_keep_every_bit_and_the_given_pipeline_is_untouched() -> None:
+    pipeline = made(State(named=True))
+    before = {name: value.clone() for name, value in pipeline.state_dict().items()}
+    new = pipeline.updated(add=normal(6, DIM, seed=3), ids=[f"item {n}" for n in range(35, 41)], remove=["item 0"])
+    old = torch.arange(1, 32)  # rows; of the vectors, three others are equal to rows that come before
+    assert torch.equal(new.attention.delta[:31], pipeline.attention.delta[old])
+    assert torch.equal(new.attention.bias[:31], pipeline.attention.bias[old])
+    assert not new.attention.delta[31:].any()
+    assert torch.equal(new.memory.rows[:31], pipeline.memory.rows[old])
+    for name, value in pipeline.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_update_of_a_saved_pipeline_is_that_of_the_pipeline(tmp_path: Path, worded: bool) -> None:
+    pipeline = made(State(named=True), worded=worded)
+    change: dict[str, Any] = {"add": normal(3, DIM, seed=3), "ids": ["a", "item 7", "b"], "remove": ["item 21"]}
+    change |= {"log": (normal(2, DIM, seed=4), ["a", ["b", "item 3"]])}
+    change |= {"texts": sentences(3, 5), "log_texts": sentences(2, 6)} if worded else {}
+    expected = pipeline.updated(**change)
+    pipeline.save(tmp_path / "before")
+    mine = Pipeline.load(tmp_path / "before").updated(**change)
+    same(mine, expected, exactly=True)
+    mine.save(tmp_path / "before")
+    same(Pipeline.load(tmp_path / "before"), expected, exactly=True)
+    assert (mine.memory.texts is not None) == worded
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_an_index_follows_with_its_settings(kind: str) -> None:
+    pytest.importorskip("faiss")
+    pipeline = made(State(named=False))
+    pipeline.index = build_index(pipeline.attention.keys(), kind, **({"nlist": 20} if kind == "ivf" else {"m": 8}))
+    more, fewer = pipeline.updated(add=normal(5, DIM, seed=3)), pipeline.updated(remove=[*range(25)])
+    assert pipeline.updated().index is pipeline.index
+    for new, rows in ((more, 42), (fewer, 14)):
+        assert new.index.kind == kind
+        assert len(new.index) == len(new.memory) == rows
+        new.index.check_fits(new.attention.keys())
+        found = new.search(normal(9, DIM, seed=4), 4).rows
+        new.index = None
+        assert torch.equal(found, new.search(normal(9, DIM, seed=4), 4).rows)
+    assert more.updated(remove=[0]).memory.given == 44
+
+
+@pytest.mark.parametrize("keys", ["frozen", "learned"])
+@pytest.mark.parametrize("distinct", [True, False])
+def test_a_pipeline_without_log_ids_or_bias(keys: str, distinct: bool) -> None:
+    vectors = normal(20, DIM, seed=0)
+    vectors[5] = vectors[4].clone()
+    torch.manual_seed(0)
+    attention = SoftAttention(VectorMemory(vectors, distinct=distinct), transform="linear", keys=keys)
+    pipeline = Pipeline(attention, Reranker(DIM, kind="residual", hidden=(8, 8)), k=4).eval()
+    add = torch.cat([vectors[:1], normal(2, DIM, seed=3)])
+    mine = pipeline.updated(add=add.numpy().astype(np.float64), remove=np.array([1, 4]))
+    assert len(mine.memory) == (20 if distinct else 21)
+    expected = VectorMemory(torch.cat([vectors[[0, 2, 3, *range(5, 20)]], add]), distinct=distinct)
+    assert torch.equal(mine.memory.rows, expected.rows)
+    hits = mine.search(vectors[6:8], 1)
+    assert hits.rows.tolist() == [[4], [5]]
+    assert mine.memory.fingerprint != pipeline.memory.fingerprint
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "width": ({"add": torch.ones(1, 9), "ids": ["a"]}, "add"),
+    "integers": ({"add": torch.ones(1, DIM).long(), "ids": ["a"]}, "add"),
+    "one vector": ({"add": torch.ones(DIM), "ids": ["a"]}, "add"),
+    "list": ({"add": [[1.0] * DIM], "ids": ["a"]}, "add"),
+    "zero": ({"add": torch.zeros(1, DIM), "ids": ["some"]}, "some"),
+    "not finite": ({"add": torch.full((1, DIM), math.nan), "ids": ["a"]}, "add"),
+    "no ids": ({"add": torch.ones(1, DIM)}, "ids"),
+    "too few ids": ({"add": torch.ones(2, DIM), "ids": ["a"]}, "ids"),
+    "ids of another type": ({"add": torch.ones(1, DIM), "ids": [731]}, "731"),
+    "an id twice": ({"add": torch.ones(2, DIM), "ids": ["twice", "twice"]}, "twice"),
+    "added and removed": ({"add": torch.ones(1, DIM), "ids": ["item 4"], "remove": ["item 4"]}, "item 4"),
+    "unknown": ({"remove": ["item 4", "nobody"]}, "nobody"),
+    "removed twice": ({"remove": ["item 4", "item 4"]}, "item 4"),
+    "number for a name": ({"remove": [4]}, "remove"),
+    "too many": ({"remove": [f"item {number}" for number in range(38)]}, "remove"),
+    "all": ({"remove": [f"item {number}" for number in range(40)]}, "remove"),
+    "log": ({"log": (torch.ones(1, DIM), ["nobody"])}, "nobody"),
+    "log of what is removed": ({"remove": ["item 4"], "log": (torch.ones(1, DIM), ["item 4"])}, "item 4"),
+    "no target": ({"log": (torch.ones(2, DIM), ["item 4", []])}, "log"),
+    "too few targets": ({"log": (torch.ones(2, DIM), ["item 4"])}, "log"),
+    "width of queries": ({"log": (torch.ones(1, 9), ["item 4"])}, "queries"),
+    "texts without words": ({"add": torch.ones(1, DIM), "ids": ["a"], "texts": ["red"]}, "texts"),
+    "no answer left": ({"remove": [f"item {number}" for number in range(31)]}, "remove"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    given, named = BAD[case]
+    with pytest.raises(InputError, match=named) as caught:
+        made(State(named=True)).updated(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("remove", [[40], [-1], ["item 4"], [True]])
+def test_row_numbers_are_those_of_the_vectors(remove: list[Any]) -> None:
+    with pytest.raises(InputError, match="remove"):
+        made(State(named=False)).updated(remove=remove)
+
+
+@pytest.mark.parametrize("targets", [[40], ["item 4"], [1.5], [-1]])
+def test_targets_without_ids_are_row_numbers(targets: list[Any]) -> None:
+    with pytest.raises(InputError, match="log"):
+        made(State(named=False)).updated(log=(torch.ones(1, DIM), targets))
+
+
+@lexical
+@pytest.mark.parametrize("given", [{}, {"texts": []}, {"texts": ["red", "green"]}, {"texts": [None]}])
+def test_items_of_a_pipeline_with_words_have_texts(given: dict[str, Any]) -> None:
+    pipeline = made(State(named=True), worded=True)
+    with pytest.raises(InputError, match="texts"):
+        pipeline.updated(add=torch.ones(1, DIM), ids=["a"], **given)
+    with pytest.raises(InputError, match="log_texts"):
+        pipeline.updated(log=(torch.ones(1, DIM), ["item 4"]), log_texts=given.get("texts"))
+
+
+@lexical
+def test_words_whose_texts_were_not_kept_cannot_be_updated(tmp_path: Path) -> None:
+    pipeline = made(State(named=True), worded=True)
+    pipeline.memory.texts = None  # as in a folder of an older version
+    pipeline.save(tmp_path / "old")
+    with pytest.raises(InputError, match="train it again"):
+        Pipeline.load(tmp_path / "old").updated(remove=["item 4"])
+
+
+def test_a_log_needs_a_pipeline_that_keeps_one_and_so_do_new_rows_among_hubs() -> None:
+    memory = VectorMemory(normal(20, DIM, seed=0))
+    attention = SoftAttention(memory, biased=True, hubs=[0.5, 20.0])
+    pipeline = Pipeline(attention, Reranker(DIM), k=4)
+    with pytest.raises(InputError, match="log"):
+        pipeline.updated(log=(torch.ones(1, DIM), [3]))
+    with pytest.raises(InputError, match="hub_correction"):
+        pipeline.updated(add=torch.ones(1, DIM))
+    assert len(pipeline.updated(remove=[3]).memory) == 19
+    old = made(State(named=False))
+    old.attention.hubs = None  # as in a folder of an older version
+    with pytest.raises(InputError, match="hub_correction"):
+        old.updated(add=torch.ones(1, DIM))
+
+
+def test_density_is_computed_anew_where_it_was_saved_without_neighbours() -> None:
+    pipeline = made(State(named=False))
+    known, pipeline.evidence.similar = pipeline.updated(add=normal(3, DIM, seed=3)), None
+    same(pipeline.updated(add=normal(3, DIM, seed=3)), known)

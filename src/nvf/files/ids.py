@@ -56,15 +56,17 @@ def plain_uuid(name: Any) -> Any:
         return name
 
 
-def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
-    """Read a JSON list of ids, one a row; a missing or faulty file is an InputError."""
+def read_ids(path: Path, rows: int | None, *, remedy: str = REMEDY) -> np.ndarray:
+    """Read a JSON list of ids, one a row, or of any number if `rows` is None; a faulty file is an InputError."""
     try:
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if not isinstance(ids, list):
             raise ValueError("no list")
     except (ValueError, RecursionError, OSError) as fault:
         raise InputError(f"{path} is missing, truncated or no JSON list ({fault}); {remedy}") from None
-    return checked_ids(ids, rows, str(path), remedy=remedy)
+    if not ids and rows is None:
+        return np.empty(0, dtype=object)
+    return checked_ids(ids, len(ids) if rows is None else rows, str(path), remedy=remedy)
 
 
 def write_ids(ids: np.ndarray, path: Path) -> None:
