@@ -12,11 +12,11 @@ import torch
 from conftest import command
 from nvf.embed import write_texts
 from nvf.errors import InputError
+from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, OF_WORDS, Evidence
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
-from nvf.models.attention import SoftAttention
 from nvf.models.words import Words
 from nvf.options import parse
 from nvf.update import OPTIONS, update

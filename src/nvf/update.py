@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from nvf.errors import InputError
 from nvf.options import Option, path, run
@@ -22,7 +23,6 @@ def update(*, pipeline: Path, output: Path, add: Path | None, remove: Path | Non
     from nvf.data.beside import read_texts
     from nvf.data.folder import open_items, read_log
     from nvf.files.ids import read_ids
-    from nvf.files.vectors import from_numpy
     from nvf.models.pipeline import Pipeline
     from nvf.models.saved_pipeline import check_replaceable
 
@@ -30,17 +30,16 @@ def update(*, pipeline: Path, output: Path, add: Path | None, remove: Path | Non
         raise InputError("add=, remove= and log= are not set; give one of them at least")
     check_replaceable(output)
     start, model = time.perf_counter(), Pipeline.load(pipeline)
-    items, ids = (None, None) if add is None else open_items(add)
-    asked = None if log is None else read_log(log, by_id=model.memory.ids is not None)
-    worded = model.words is not None
-    updated = model.updated(
-        add=None if items is None else from_numpy(items.read()),
-        ids=ids,
-        texts=read_texts(add, "corpus", len(items)) if worded and add is not None and items is not None else None,
-        remove=() if remove is None else read_ids(remove, None),
-        log=asked,
-        log_texts=read_texts(log, "queries", len(asked[0])) if worded and log is not None and asked else None,
-    )
+    change: dict[str, Any] = {"remove": () if remove is None else read_ids(remove, None)}
+    if add is not None:
+        items, ids = open_items(add)
+        texts = None if model.words is None else read_texts(add, "corpus", len(items))
+        change |= {"add": items.read(), "ids": ids, "texts": texts}
+    if log is not None:
+        queries, targets = read_log(log, by_id=model.memory.ids is not None)
+        texts = None if model.words is None else read_texts(log, "queries", len(queries))
+        change |= {"log": (queries, targets), "log_texts": texts}
+    updated = model.updated(**change)
     updated.save(output)
     counts = f"{updated.memory.given:,} items, {model.memory.given:,} before"
     return f"{counts}, in {two_digits(time.perf_counter() - start)} s; the pipeline is in {output}"

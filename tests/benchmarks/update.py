@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nvf.data.beside import read_texts
-from nvf.data.folder import read_memory, read_recorded
+from nvf.data.folder import read_recorded
 from nvf.data.queries import QueryBatch
 from nvf.embed import write_texts
 from nvf.evaluation.calibration import fit_words
@@ -108,7 +108,7 @@ def compare(folder: Path, seed: int, work: Path) -> list[list[str]]:
     exact = {"exact search": SoftAttention(after.memory, transform="identity")}
     if before.words is not None:
         exact["words + exact search"] = SoftAttention(after.memory, transform="identity", worded=True)
-        fit_words(exact["words + exact search"], validation(work / "rest", before.memory, after))
+        fit_words(exact["words + exact search"], validation(work / "rest", before.memory, after), ("text",))
     rows = []
     for name, some in (("added items", theirs), ("other items", ~theirs)):
         chosen = torch.from_numpy(some)
@@ -128,7 +128,7 @@ def validation(folder: Path, before: VectorMemory, after: Pipeline) -> QueryBatc
     """The validation queries of the other items, with what their words match among all items."""
     batch = read_recorded(folder, before, seed=0).splits["val"]
     texts = read_texts(folder, "val", len(np.load(folder / "val_queries.npy")))
-    assert texts is not None and len(texts) == len(batch.queries), "validation queries that are equal"
+    assert len(texts or ()) == len(batch.queries), "some validation queries are equal"
     return batch._replace(words=after.words.scores(texts))  # rows that stay keep their numbers
 
 

@@ -104,7 +104,7 @@ class Evidence(nn.Module):
         pairs = targets[query, place] * len(distinct) + logged[query]
         near = min(NEIGHBOURS, len(memory) - 1)
         # The first of a row's best rows is the row itself.
-        similar = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:]
+        similar = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].contiguous()
         density = similar.mean(dim=-1) if near > 0 else memory.rows.new_zeros(len(memory), dtype=torch.float32)
         hubs = hubness(distinct, memory.rows, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)

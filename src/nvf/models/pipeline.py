@@ -220,16 +220,11 @@ class Pipeline(nn.Module):
 
         Rows that stay keep their learned keys and their hub correction in every bit; a new row starts with its vector.
 
-        Args:
-            add: (m, D) vectors. One whose id the memory has takes the place of that id's; others come last.
-            ids: their ids, where the memory has ids.
-            texts: their texts, where the pipeline has words.
-            remove: ids, or in a memory without ids the numbers of vectors as given.
-            log: queries, (n, D), and for each its target or a list of them, ids or numbers in the new memory; -1 is none.
-            log_texts: texts of these queries, where the pipeline has words.
-
-        Raises:
-            InputError: an item or a query that does not fit the pipeline, or fewer than k rows that stay.
+        Vectors to `add`, (m, D), have `ids` where the memory has ids; one whose id it has takes the place of that id's,
+        others come last. `remove` lists ids, or where there are none the numbers of vectors as given. The `log` is of
+        queries, (n, D), and of each the target or a list of them: ids, or numbers in the new memory; -1 is none. Both
+        have texts where the pipeline has words. What does not fit the pipeline, or fewer than k rows that stay, raise
+        an InputError.
         """
         return updated_pipeline.updated(self, add, ids, texts, remove, log, log_texts)
 

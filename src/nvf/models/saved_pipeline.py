@@ -110,7 +110,7 @@ def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise an InputError if what is to be replaced is no saved pipeline, or holds more; what does not exist is none."""
+    """Raise an InputError if there is something that is to be replaced and is no saved pipeline, or holds more."""
     if not os.path.lexists(folder):
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -52,47 +52,32 @@ class Words:
         indexes: of `bm25s`, by channel; a log that must not be used has none.
         answers: rows that answer each logged query, (n, m) int64, padded with -1.
         settings: `stemmer`, a language of PyStemmer, and `stopwords`, a language of bm25s or a list; None for neither.
-        texts: what was indexed, by channel; None where it was not kept.
     """
 
-    def __init__(
-        self,
-        indexes: dict[str, Any],
-        answers: Tensor,
-        settings: dict[str, Any],
-        texts: dict[str, list[str]] | None = None,
-    ) -> None:
-        self.indexes, self.answers, self.settings, self.texts = indexes, answers, settings, texts
+    texts: dict[str, list[str]] | None = None  # what was indexed, by channel, if it is known
+
+    def __init__(self, indexes: dict[str, Any], answers: Tensor, settings: dict[str, Any]) -> None:
+        self.indexes, self.answers, self.settings = indexes, answers, settings
 
     @classmethod
     def gather(
-        cls,
-        texts: Sequence[str],
-        logged: Sequence[str],
-        answers: Tensor,
-        *,
-        stemmer: Any = None,
-        stopwords: Any = None,
-        known: "Words | None" = None,
+        cls, texts: Sequence[str], logged: Sequence[str], answers: Tensor, *, stemmer: Any = None, stopwords: Any = None
     ) -> "Words":
         """Index the text of each row, and each logged query with the rows that answer it; no `logged` are no channel.
-
-        Where `known` words are of the same texts and settings, their index is taken.
 
         Raises:
             InputError: bm25s is missing, there is no such stemmer or list of stop words, or no row's text has a word.
         """
         settings, indexes = {"stemmer": stemmer, "stopwords": stopwords}, {}
-        kept = {channel: list(some) for channel, some in zip(CHANNELS, (texts, logged), strict=True)}
-        for channel, some in kept.items():
-            if known is not None and known.texts is not None and known.texts[channel] == some:
-                indexes |= {name: index for name, index in known.indexes.items() if name == channel}
-            elif any(words := terms(some, **settings)):
+        for channel, some in zip(CHANNELS, (texts, logged), strict=True):
+            if any(words := terms(some, **settings)):
                 indexes[channel] = _bm25s().BM25(**HOW)
                 indexes[channel].index(words, show_progress=False)
         if "text" not in indexes:
             raise InputError(f"none of the {len(texts)} texts has a word to search for; set data.words=null")
-        return cls(indexes, answers, settings, kept)
+        made = cls(indexes, answers, settings)
+        made.texts = dict(zip(CHANNELS, (list(texts), list(logged)), strict=True))
+        return made
 
     def scores(self, texts: Sequence[str], *, logged: bool = False) -> WordScores:
         """Return what the words of some queries match.
