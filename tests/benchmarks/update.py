@@ -114,7 +114,11 @@ def compare(folder: Path, seed: int, work: Path) -> list[list[str]]:
         chosen = torch.from_numpy(some)
         words = None if asked is None else [text for text, one in zip(asked, some, strict=True) if one]
         block, right = queries[chosen], targets[chosen]
-        found = {"before": before.search(block, texts=words).rows} if name == "other items" else {}
+        found = {}
+        if name == "other items":  # which have fewer rivals then, for exact search too
+            alone = SoftAttention(before.memory, transform="identity").candidates(unit(block), 1).rows
+            found["before"] = before.search(block, texts=words).rows
+            found["exact search before"] = before.memory.vectors_of(alone)
         found["updated"] = after.search(block, texts=words).rows
         scores = None if words is None else after.words.scores(words)
         for search, attention in exact.items():
