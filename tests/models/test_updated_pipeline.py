@@ -204,6 +204,7 @@ CASES = {
     "one of equals": ([], [7], 0),
     "all of equals": ([], [3, 7, 21], 0),
     "replaced": ([2, 3, 40], [], 0),
+    "replaced with its equal": ([29, 30], [], 0),
     "all": ([1, 29, 40, 41], [0, 21, 9], 6),
     "logged": ([], [], 5),
 }
@@ -335,7 +336,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"remove": ["item 4", "nobody"]}, "nobody"),
     "removed twice": ({"remove": ["item 4", "item 4"]}, "item 4"),
     "number for a name": ({"remove": [4]}, "remove"),
-    "too many": ({"remove": [f"item {number}" for number in range(38)]}, "remove"),
+    "too many": ({"remove": [f"item {number}" for number in range(2, 40)]}, "k=4"),
     "all": ({"remove": [f"item {number}" for number in range(40)]}, "remove"),
     "log": ({"log": (torch.ones(1, DIM), ["nobody"])}, "nobody"),
     "log of what is removed": ({"remove": ["item 4"], "log": (torch.ones(1, DIM), ["item 4"])}, "item 4"),
