@@ -47,13 +47,8 @@ def optional_column(table: "ParquetFile", columns: Mapping[str, Any], role: str)
 
 def texts_of_rows(folder: str | Path, memory: VectorMemory, columns: Mapping[str, Any] = COLUMNS) -> list[str] | None:
     """Return the text of each row, those of equal vectors joined; None where neither memory nor folder has texts."""
-    texts = memory.texts or read_texts(Path(folder), "corpus", memory.given, columns)
-    if texts is None or memory.row_of_vector is None:
-        return texts
-    of_row: list[list[str]] = [[] for _ in range(len(memory))]
-    for row, text in zip(memory.row_of_vector.tolist(), texts, strict=True):
-        of_row[row].append(text)
-    return ["\n".join(dict.fromkeys(some)) for some in of_row]
+    memory.texts = memory.texts or read_texts(Path(folder), "corpus", memory.given, columns)
+    return memory.texts_of_rows()
 
 
 def read_texts(folder: Path, stem: str, count: int, columns: Mapping[str, Any] = COLUMNS) -> list[str] | None:

@@ -33,7 +33,7 @@ from nvf.data.queries import QueryBatch, Recorded
 from nvf.data.splits import SPLITS, deal, merge, repeats
 from nvf.errors import InputError
 from nvf.files.ids import FILE, checked_ids, padded, plain_uuid, read_ids, target_rows
-from nvf.files.npy import NpyFile, open_vectors
+from nvf.files.npy import ArrayFile, NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
 from nvf.models.evidence import OF_THE_LOG, law_of
 from nvf.models.memory import VectorMemory, check_dim, unit
@@ -48,14 +48,30 @@ def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **s
 
     `stored` may say how the memory keeps its rows, `dtype` and `mapped`.
     """
-    folder = Path(folder)
+    vectors, ids = open_items(Path(folder), columns)
+    return VectorMemory(vectors, ids=ids, distinct=True, **stored)
+
+
+def open_items(folder: Path, columns: Mapping[str, str] = COLUMNS) -> tuple[ArrayFile, np.ndarray | None]:
+    """Open the corpus of a folder, (N, D), and read its ids, if it has any."""
     if _format(folder, "corpus") == "parquet":
         table = open_table(folder / "corpus.parquet", columns, "vector", "id")
-        ids = checked_ids(table.ids(columns["id"])[0], len(table), f"{table.path}: column {columns['id']!r}")
-        return VectorMemory(table, ids=ids, distinct=True, **stored)
+        return table, checked_ids(table.ids(columns["id"])[0], len(table), f"{table.path}: column {columns['id']!r}")
     vectors = open_vectors(folder / "corpus.npy", "the vectors of your items")
-    given = read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
-    return VectorMemory(vectors, ids=given, distinct=True, **stored)
+    return vectors, read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
+
+
+def read_log(folder: Path, *, by_id: bool) -> tuple[np.ndarray, list[list[Any]]]:
+    """Read the queries of a folder, (n, D), and of each the targets that it names: ids, or rows unless `by_id`."""
+    kind = _format(folder, "queries") or "npy"
+    path = folder / f"queries.{kind}"
+    if kind == "parquet":
+        table = open_table(path, COLUMNS, "vector", "targets")
+        names, counts = table.ids(COLUMNS["targets"])
+        ends = counts.cumsum()
+        return table.read(), [list(names[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    queries = open_vectors(path, "the vectors of your queries").read()
+    return queries, _read_targets(folder / "targets.npy", "id" if by_id else "row", len(queries)).tolist()
 
 
 def read_recorded(

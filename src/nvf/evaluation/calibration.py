@@ -249,4 +249,5 @@ def fit_hub_correction(
     if cautious and not clearly_above(qualities[best], qualities[0]):
         best = 0
     attention.bias = -shares[best] * hubs if shares[best] else None
+    attention.hubs = [shares[best], float(attention.beta)] if shares[best] else None
     return shares[best]

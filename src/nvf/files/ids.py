@@ -24,11 +24,11 @@ def shown(value: Any) -> str:
 
 
 def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy: str = REMEDY) -> np.ndarray:
-    """Return the ids, (N,) for N > 0 rows, as int64 or objects: integers or strings, all different."""
+    """Return the ids, (N,), as int64 or objects: integers or strings, all different."""
     values = np.atleast_1d(ids).tolist() if isinstance(ids, np.ndarray) else list(ids)
     if len(values) != rows:
         raise InputError(f"{name}: {len(values)} ids for {rows} rows; {remedy}")
-    kind: Any = str if isinstance(values[0], str) else Integral
+    kind: Any = str if values and isinstance(values[0], str) else Integral
     first: dict[Any, int] = {}
     for row, value in enumerate(values):
         fault = None
@@ -40,7 +40,7 @@ def checked_ids(ids: np.ndarray | Sequence[Any], rows: int, name: str, *, remedy
             fault = f" of row {first[value]}"
         if fault:
             raise InputError(f"{name}: row {row} has the id {shown(value)}{fault}; {remedy}")
-    if kind is str:
+    if kind is str or not values:
         return np.array(values, dtype=object)
     least, most = int(min(values)), int(max(values))
     if least < -(2**63) or most >= 2**64:
@@ -56,15 +56,15 @@ def plain_uuid(name: Any) -> Any:
         return name
 
 
-def read_ids(path: Path, rows: int, *, remedy: str = REMEDY) -> np.ndarray:
-    """Read a JSON list of ids, one a row; a missing or faulty file is an InputError."""
+def read_ids(path: Path, rows: int | None, *, remedy: str = REMEDY) -> np.ndarray:
+    """Read a JSON list of ids, one a row, or any number if that is None; a faulty file is an InputError."""
     try:
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if not isinstance(ids, list):
             raise ValueError("no list")
     except (ValueError, RecursionError, OSError) as fault:
         raise InputError(f"{path} is missing, truncated or no JSON list ({fault}); {remedy}") from None
-    return checked_ids(ids, rows, str(path), remedy=remedy)
+    return checked_ids(ids, len(ids) if rows is None else rows, str(path), remedy=remedy)
 
 
 def write_ids(ids: np.ndarray, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Stage 1, peripheral vision: softmax attention of a transformed query over the whole memory."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class SoftAttention(nn.Module):
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; with "moved" delta
     is set from a log instead. The values V stay frozen. The bias b, one number a row, corrects hubs; it exists if
-    `biased`, and is zero until it is set.
+    `biased`, and is zero until it is set; `hubs` then are the share of the hubness that it subtracts, and the beta at
+    which that was measured, from which new rows get theirs.
 
     If `worded`, a query's `WordScores` s, (B, N, 2) but for the rows with scores of zero, are evidence too: the logits
     are then beta (z K^T + b + s w). The weights w, (2,), are at least zero, and zero until they are set; s is constant.
@@ -87,6 +88,7 @@ class SoftAttention(nn.Module):
         keys: str = "frozen",
         biased: bool = False,
         worded: bool = False,
+        hubs: Sequence[float] | None = None,
         beta: float = 20.0,
     ) -> None:
         super().__init__()
@@ -94,10 +96,13 @@ class SoftAttention(nn.Module):
         for name, flag in (("normalize", normalize), ("biased", biased), ("worded", worded)):
             if not isinstance(flag, bool):
                 raise InputError(f"attention.{name}={flag} is neither true nor false; leave it out for the default")
+        for number in hubs or ():
+            check_number("attention.hubs", number, above=0, remedy="null is right until hubs are corrected")
         if keys not in KEYS:
             raise InputError(f"attention.keys={keys} is unknown; choose one of {', '.join(KEYS)}")
         self.memory = memory
         self.normalize = normalize
+        self.hubs = hubs
         if callable(transform):
             self.transform = transform(memory.query_dim)
             name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
@@ -124,6 +129,7 @@ class SoftAttention(nn.Module):
             "keys": keys,
             "biased": self.bias is not None,
             "worded": self.word_weights is not None,
+            "hubs": None if self.bias is None else self.hubs,
         }
 
     @property

@@ -57,6 +57,7 @@ class Evidence(nn.Module):
     hubness: Tensor
     density: Tensor
     starts: Tensor
+    similar: Tensor | None
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Evidence(nn.Module):
         starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
         self.register_buffer("starts", starts, persistent=False)  # the place of each row's first pair, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # set by `gather`
+        self.register_buffer("similar", None, persistent=False)  # cosines of a row's nearest others, (N, m), if known
         self.slots = min(LOGGED, int(starts.diff().max()))
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
@@ -101,12 +103,12 @@ class Evidence(nn.Module):
         query, place = (targets >= 0).nonzero(as_tuple=True)
         pairs = targets[query, place] * len(distinct) + logged[query]
         near = min(NEIGHBOURS, len(memory) - 1)
-        density = memory.rows.new_zeros(len(memory), dtype=torch.float32)
-        if near > 0:  # the first of its best rows is the row itself
-            density = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].mean(dim=-1)
+        # The first of a row's best rows is the row itself.
+        similar = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].contiguous()
+        density = similar.mean(dim=-1) if near > 0 else memory.rows.new_zeros(len(memory), dtype=torch.float32)
         hubs = hubness(memory.aligned_queries(distinct), memory.keys, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
-        evidence.logged = logged
+        evidence.logged, evidence.similar = logged, similar
         return evidence
 
     def law(self) -> dict[str, Any]:

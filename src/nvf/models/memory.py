@@ -169,6 +169,15 @@ class VectorMemory(nn.Module):
         """Return the number, as given, of the first vector that became each row."""
         return rows if self.vector_of_row is None else self.vector_of_row[rows]
 
+    def texts_of_rows(self) -> list[str] | None:
+        """Return the text of each row, those of equal vectors joined; None without texts."""
+        if self.texts is None or self.row_of_vector is None:
+            return self.texts
+        of_row: list[list[str]] = [[] for _ in range(len(self))]
+        for row, text in zip(self.row_of_vector.tolist(), self.texts, strict=True):
+            of_row[row].append(text)
+        return ["\n".join(dict.fromkeys(some)) for some in of_row]
+
     def check_unchanged(self) -> None:
         """Raise an InputError if the rows are mapped from a file that has changed since."""
         path, state = self.file or (None, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.models import pipeline_search, saved_pipeline
+from nvf.models import pipeline_search, saved_pipeline, updated_pipeline
 from nvf.models.ann_index import Index
 from nvf.models.attention import SoftAttention, checked_queries
 from nvf.models.distribution import Retrieval, joint
@@ -218,6 +218,28 @@ class Pipeline(nn.Module):
         are unknown or come twice, a query without candidates, or another number of lists raise an InputError.
         """
         return pipeline_search.search(self, queries, None, texts=texts, candidates=candidates)
+
+    def updated(
+        self,
+        *,
+        add: np.ndarray | Tensor | None = None,
+        ids: Sequence[Any] | np.ndarray | None = None,
+        texts: Sequence[str] | None = None,
+        remove: Sequence[Any] | np.ndarray = (),
+        log: tuple[np.ndarray | Tensor, Any] | None = None,
+        log_texts: Sequence[str] | None = None,
+    ) -> "Pipeline":
+        """Return a pipeline with items added, replaced and removed, and queries logged; nothing is fitted.
+
+        Rows that stay keep their learned keys and their hub correction in every bit; a new row starts with its vector.
+
+        Vectors to `add`, (m, D), have `ids` where the memory has ids; one whose id it has takes the place of that id's,
+        others come last. `remove` lists ids, or where there are none the numbers of vectors as given. The `log` is of
+        queries, (n, D), and of each the target or a list of them: ids, or numbers in the new memory; -1 is none. Both
+        have texts where the pipeline has words. What does not fit the pipeline, or fewer than k rows that stay, raise
+        an InputError.
+        """
+        return updated_pipeline.updated(self, add, ids, texts, remove, log, log_texts)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""

@@ -26,7 +26,7 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.models.words import Words
 
 FORMAT = "nvf-pipeline-1"
-WORDS = "words"  # a folder, where the rows have texts
+WORDS, TEXTS = "words", "texts.json"  # a folder, where the rows have texts, and these with those of logged queries
 FILES = ("config.json", "memory.safetensors", "weights.safetensors")
 SAVE_AGAIN = "save the pipeline again"
 
@@ -34,8 +34,7 @@ SAVE_AGAIN = "save the pipeline again"
 def save(folder: Path, pipeline: Any) -> None:
     """Write the folder that `load` reads, atomically; an InputError if the path holds something else."""
     folder, memory = Path(os.path.realpath(folder)), pipeline.memory  # where a link leads, so that it stays a link
-    if os.path.lexists(folder):
-        _check_replaceable(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as partial:
         partial.mkdir()
@@ -44,7 +43,9 @@ def save(folder: Path, pipeline: Any) -> None:
         rows = memory.rows if memory.rows.dtype in DTYPES.values() else memory.rows.float()
         merged = {} if memory.row_of_vector is None else {"place": memory.row_of_vector}
         aligned = {} if memory.alignment is None else dict(memory.alignment.named_buffers())
-        save_file({"rows": rows.contiguous(), **merged, **aligned}, partial / "memory.safetensors")
+        similar = getattr(pipeline.evidence, "similar", None)
+        near = {} if similar is None else {"similar": similar.contiguous()}
+        save_file({"rows": rows.contiguous(), **merged, **near, **aligned}, partial / "memory.safetensors")
         weights = {name: tensor.contiguous() for name, tensor in pipeline.state_dict().items()}
         save_file(weights, partial / "weights.safetensors")
         config = {
@@ -58,6 +59,8 @@ def save(folder: Path, pipeline: Any) -> None:
         }
         if pipeline.words is not None:
             pipeline.words.save(partial / WORDS)
+            if memory.texts is not None and pipeline.words.texts is not None:
+                (partial / WORDS / TEXTS).write_text(json.dumps([memory.texts, pipeline.words.texts["log"]]))
         config["words"] = pipeline.words is not None
         config["sha256"] = {name: sha256(partial / name) for name in _hashed(partial, config)}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
@@ -75,7 +78,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
     try:
         config = read_record(folder / "config.json")
         _check_config(folder, config)
-        memory = _memory(folder, config)
+        memory, similar = _memory(folder, config)
         weights = read_tensors(folder / "weights.safetensors")
         with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
@@ -83,6 +86,11 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
                 memory, config["reranker"], weights, worded=config["attention"].get("worded", False)
             )
         words = Words.load(folder / WORDS, len(memory)) if config["words"] else None
+        if words is not None and (folder / WORDS / TEXTS).exists():
+            memory.texts, logged = _texts(folder / WORDS / TEXTS, memory.given, len(words.answers))
+            words.texts = {"text": memory.texts_of_rows() or [], "log": logged}
+        if evidence is not None:
+            evidence.similar = similar
         pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         pipeline.words = words
         fill(pipeline, weights)
@@ -103,8 +111,10 @@ def _hashed(folder: Path, config: dict[str, Any]) -> list[str]:
     return [*FILES[1:], *ids, *(path.relative_to(folder).as_posix() for path in words)]
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Raise an InputError unless the folder that is to be replaced is a saved pipeline and holds nothing else."""
+def check_replaceable(folder: Path) -> None:
+    """Raise an InputError if there is something that is to be replaced and is no saved pipeline, or holds more."""
+    if not os.path.lexists(folder):
+        return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = names.difference(FILES, (IDS_FILE, INDEX_FILE, WORDS))
     if others or len(names.intersection(FILES)) < 2 or not (folder / "config.json").is_file():
@@ -134,7 +144,17 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             raise InputError(f"{folder / name} is damaged, or of another pipeline; {SAVE_AGAIN}")
 
 
-def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
+def _texts(path: Path, vectors: int, logged: int) -> tuple[list[str], list[str]]:
+    """Read the texts of so many vectors and logged queries; a log that must not be used has none."""
+    of_vectors, of_log = json.loads(path.read_text())
+    for texts, counts in ((of_vectors, (vectors,)), (of_log, (0, logged))):
+        if not isinstance(texts, list) or len(texts) not in counts or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"{path.name} does not hold the texts of its rows and queries")
+    return of_vectors, of_log
+
+
+def _memory(folder: Path, config: dict[str, Any]) -> tuple[VectorMemory, Tensor | None]:
+    """Return the memory, and how similar each row is to its neighbours, if that was saved."""
     tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
@@ -142,7 +162,8 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
     given = len(rows if row_of_vector is None else row_of_vector)
     ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     memory = VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
-    return memory.aligned_with(Alignment(**tensors)) if tensors.keys() & BUFFERS else memory
+    memory = memory.aligned_with(Alignment(**tensors)) if tensors.keys() & BUFFERS else memory
+    return memory, tensors.get("similar")
 
 
 def _second_stage(

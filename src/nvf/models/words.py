@@ -54,6 +54,8 @@ class Words:
         settings: `stemmer`, a language of PyStemmer, and `stopwords`, a language of bm25s or a list; None for neither.
     """
 
+    texts: dict[str, list[str]] | None = None  # what was indexed, by channel, if it is known
+
     def __init__(self, indexes: dict[str, Any], answers: Tensor, settings: dict[str, Any]) -> None:
         self.indexes, self.answers, self.settings = indexes, answers, settings
 
@@ -73,7 +75,9 @@ class Words:
                 indexes[channel].index(words, show_progress=False)
         if "text" not in indexes:
             raise InputError(f"none of the {len(texts)} texts has a word to search for; set data.words=null")
-        return cls(indexes, answers, settings)
+        made = cls(indexes, answers, settings)
+        made.texts = dict(zip(CHANNELS, (list(texts), list(logged)), strict=True))
+        return made
 
     def scores(self, texts: Sequence[str], *, logged: bool = False, allowed: Tensor | None = None) -> WordScores:
         """Return what the words of some queries match, if need be among `allowed` rows, (n, N) bool, or (1, N) for all.

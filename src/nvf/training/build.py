@@ -151,7 +151,7 @@ def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage 
     last = tried[-1]
     if (path := config["attention_checkpoint"]) is not None:
         attention, _ = load_attention(path, source.memory)
-        theirs = {**attention.settings, "biased": False, "worded": False}  # which are fitted after training
+        theirs = {**attention.settings, "biased": False, "worded": False, "hubs": None}  # fitted after training
         mine = last.module.attention.settings
         same = [stage for stage in tried if stage.module.attention.settings == theirs]
         if not same:
