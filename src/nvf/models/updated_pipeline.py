@@ -194,7 +194,8 @@ def _evidence(evidence: Evidence, change: Change, queries: Tensor, targets: Tens
     fresh, hubs = torch.ones_like(bank[:, 0], dtype=torch.bool), change.carry(evidence.hubness)
     fresh[place[:known]] = False
     if fresh.any():
-        total = SHARPNESS * hubness(memory.aligned_queries(bank[fresh]), memory.keys, SHARPNESS) + math.log(int(fresh.sum()))
+        nearness = hubness(memory.aligned_queries(bank[fresh]), memory.keys, SHARPNESS)
+        total = SHARPNESS * nearness + math.log(int(fresh.sum()))
         hubs = (torch.logaddexp(SHARPNESS * hubs + math.log(known), total) - math.log(len(bank))) / SHARPNESS
     if new.any():
         hubs[new] = hubness(memory.aligned_queries(bank), memory.keys[new], SHARPNESS).to(hubs.dtype)
