@@ -69,16 +69,18 @@ def _write_encoder(folder: Path, pipeline: Any, name: str) -> None:
 
     from nvf.models.memory import check_dim
 
-    attention, dim = pipeline.attention, pipeline.memory.dim
+    attention, dim = pipeline.attention, pipeline.memory.query_dim
     if (kind := attention.settings["transform"]) not in ("linear", "identity"):
         raise InputError(f"to=sentence-transformers takes attention=linear or identity, not {kind}; give to=onnx")
     encoder = load_model(name, torch.device("cpu")).float()  # the keys are not halved either
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
-    width = encoder.get_embedding_dimension()
-    check_dim(width, attention.query_dim, f"model={name}")
-    matrix, one = attention.transform(torch.eye(width)).T.contiguous(), torch.eye(dim + 1)
-    layers = [Normalize(), Dense(width, dim, bias=False, activation_function=None, init_weight=matrix)]
+    check_dim(encoder.get_embedding_dimension(), dim, f"model={name}")
+    matrix, one, layers = attention.transform(torch.eye(dim)).T.contiguous(), torch.eye(dim + 1), [Normalize()]
+    if (alignment := pipeline.memory.alignment) is not None:
+        turn, shift = alignment.whitening.T.contiguous(), -alignment.centre @ alignment.whitening
+        layers += [Dense(dim, dim, activation_function=None, init_weight=turn, init_bias=shift), Normalize()]
+    layers.append(Dense(dim, dim, bias=False, activation_function=None, init_weight=matrix))
     layers += [Normalize()] * attention.normalize
     if attention.bias is not None:  # a 1 more, which meets the bias
         weight, bias = one[:, :dim].clone(), one[dim].clone()

@@ -21,7 +21,7 @@ def write_onnx(folder: Path, pipeline: Any) -> None:
 
     The former turns `queries`, (B, D), into `transformed`, as `Pipeline.transform` does. The latter gives stage 2's
     `scores`, (B, k), of stage 1's `logits`, (B, k), and the `evidence`, (B, k, F), or, where it weighs none, of unit
-    `queries`, (B, D), unit `candidates`, (B, k, D), and the `logits`.
+    `queries`, (B, D), unit `candidates`, (B, k, D), and the `logits`; aligned ones, if those of the memory are.
     """
     if find_spec("onnxscript") is None:
         raise InputError("to=onnx needs onnxscript: pip install -e '.[onnx]' in NVF's folder")
@@ -30,7 +30,7 @@ def write_onnx(folder: Path, pipeline: Any) -> None:
     if evidence is not None:
         given = {"logits": logits, "evidence": torch.ones(2, 3, len(evidence.features))}
     else:
-        given = {"queries": queries, "candidates": torch.ones(2, 3, pipeline.memory.dim), "logits": logits}
+        given = {"queries": queries, "candidates": torch.ones(2, 3, attention.query_dim), "logits": logits}
         score = partial(score, beta=attention.beta)
     with atomic_write(folder) as made:
         made.mkdir()
