@@ -324,8 +324,6 @@ def test_a_collection_answers_as_stage_one_does(
         best = [without_equals(ids(query, limit=K + 1))[:K] for query in moved]
     expected = pipeline.search(asked)
     assert [sorted(row) for row in best] == np.sort(expected.ids).tolist()
-    if not hasattr(pipeline, "rerank"):
-        return
     reranked = pipeline.rerank(asked, best)
     assert reranked.ids.tolist() == expected.ids.tolist()
     shares = expected.probabilities / expected.probabilities.sum(axis=1, keepdims=True)
