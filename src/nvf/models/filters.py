@@ -81,7 +81,7 @@ class Filter:
             return mask, None
         none = torch.full((len(mask), len(self.memory)), mask.shape[1], dtype=torch.int32, device=mask.device)
         numbers = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).where(mask, mask.shape[1])
-        first = none.scatter_reduce(1, row.expand_as(mask), numbers, "amax")
+        first = none.scatter_reduce(1, row.expand_as(mask), numbers, "amin")
         return first < mask.shape[1], first
 
 
