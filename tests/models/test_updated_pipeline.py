@@ -406,3 +406,11 @@ def test_density_is_computed_anew_where_it_was_saved_without_neighbours() -> Non
     pipeline = made(State(named=False))
     known, pipeline.evidence.similar = pipeline.updated(add=normal(3, DIM, seed=3)), None
     same(pipeline.updated(add=normal(3, DIM, seed=3)), known)
+
+
+def test_targets_may_be_given_as_numbers_lists_arrays_or_tensors() -> None:
+    pipeline, asked = made(State(named=False)), normal(2, DIM, seed=4)
+    expected = pipeline.updated(log=(asked, [[3, 5], [4]]))
+    rows = torch.tensor([[3, 5], [4, -1]])
+    for targets in (rows, rows.numpy(), [rows[0], rows[1].numpy()], [(3, 5), np.int64(4)]):
+        same(pipeline.updated(log=(asked, targets)), expected, exactly=True)

@@ -144,8 +144,9 @@ def _checked_log(pipeline: Any, memory: VectorMemory, log: Any) -> tuple[Tensor,
         return torch.empty(0, 1, device=device), torch.full((0, 1), -1, device=device)
     if pipeline.evidence is None:
         raise InputError("log: the pipeline keeps no log; leave it out, or train one with reranker=evidence")
-    queries, targets = checked(pipeline, log[0]), log[1].tolist() if hasattr(log[1], "tolist") else log[1]
-    named = [[target for target in (one if isinstance(one, list) else [one]) if target != -1] for one in targets]
+    queries, targets = checked(pipeline, log[0]), log[1]
+    plain = [one.tolist() if hasattr(one, "tolist") else one for one in targets]
+    named = [[name for name in (one if isinstance(one, list | tuple) else [one]) if name != -1] for one in plain]
     if len(named) != len(queries) or not all(named):
         raise InputError(f"log: {sum(map(bool, named))} of {len(queries)} queries have targets; give each its own")
     flat = np.array([*chain.from_iterable(named)], dtype=object)
