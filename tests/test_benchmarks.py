@@ -24,6 +24,7 @@ import scale
 import search_speed
 import timing
 import tuned_search
+import upgrade
 from nvf.data.queries import Recorded
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
@@ -574,3 +575,68 @@ def test_a_case_is_held_against_the_roof(tmp_path: Path) -> None:
     assert table.count("%") == 12
     found = json.loads((tmp_path / "roofline.json").read_text())["figures"]
     assert all(case["bound"] > 0 for case in found["cases"])
+
+
+UPGRADED = ["ridge to the rows", "orthogonal Procrustes", "low-rank affine", "residual MLP"]
+UPGRADED += ["NVF, alignment alone", "NVF, stage 1", "NVF, pipeline"]
+
+
+@pytest.fixture
+def upgraded(folder: Path) -> Path:
+    """The folder in splits, with queries of another width, those of the rows' model beside them."""
+    turn = np.random.default_rng(7).standard_normal((8, 12))
+    old, targets = np.load(folder / "queries.npy"), np.load(folder / "targets.npy")
+    for name, of in {"train": slice(0, 280), "val": slice(280, 340), "test": slice(340, 400)}.items():
+        np.save(folder / f"{name}_queries.npy", np.tanh(old[of] @ turn / 4) + 0.3)
+        np.save(folder / f"{name}_targets.npy", targets[of])
+        np.save(folder / f"reference_old_{name}_queries.npy", old[of])
+    for name in ("queries", "targets"):
+        (folder / f"{name}.npy").unlink()
+    np.save(folder / "reference_new_corpus.npy", np.tanh(np.load(folder / "corpus.npy") @ turn / 4) + 0.3)
+    return folder
+
+
+def test_an_upgrade_has_every_row(upgraded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "EPOCHS", 1)
+    output = tmp_path / "table.md"
+    upgrade.main([f"dir={upgraded}", f"output={output}", *FEW_EPOCHS])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.read_text().splitlines()[2:]]
+    assert [name for name, *_ in cells] == ["old queries, old rows", "everything embedded anew", *2 * UPGRADED]
+    assert [on for _, on, *_ in cells] == ["-"] * 2 + ["log"] * 7 + ["pairs"] * 7
+    old, corpus, targets = (
+        np.load(upgraded / f"{name}.npy").astype(np.float64)
+        for name in ("reference_old_test_queries", "corpus", "test_targets")
+    )
+    right = (old @ (corpus / np.linalg.norm(corpus, axis=1, keepdims=True)).T).argmax(axis=1) == targets
+    assert cells[0][2].startswith(f"{100 * right.mean():.1f} (")
+    (upgraded / "train_queries.npy").rename(tmp_path / "train_queries.npy")
+    with pytest.raises(InputError, match="train_queries"):
+        upgrade.main([f"dir={upgraded}"])
+
+
+def test_maps_between_models_are_what_they_say() -> None:
+    generator = stream(0, "test")
+    drawn, noise = torch.randn(200, 12, generator=generator), torch.randn(200, 8, generator=generator)
+    new = torch.linalg.qr(drawn - drawn.mean(dim=0)).Q  # no direction weighs more, so Procrustes finds the turn itself
+    turn = torch.linalg.qr(torch.randn(12, 8, generator=generator)).Q
+    queries = torch.randn(5, 12, generator=generator)
+    for offset, place in ((0, 0), (3, 1)):
+        moved = list(upgrade.procrustes((new, new @ turn + offset)))[place]
+        torch.testing.assert_close(moved(queries), F.normalize(queries @ turn + offset, dim=-1), rtol=1e-4, atol=1e-4)
+    both = drawn, torch.tanh(drawn @ turn) + 0.1 * noise + 1
+    x, y = (part.double() - part.double().mean(dim=0) for part in both)
+    scale = float((x.T @ x).diagonal().mean())
+    expected = torch.linalg.solve(x.T @ x + 0.1 * scale * torch.eye(12), x.T @ y)
+    fitted, offset = upgrade.affine(both, 0.1)
+    torch.testing.assert_close(fitted, expected.float())
+    torch.testing.assert_close(both[0].mean(dim=0) @ fitted + offset, both[1].mean(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(upgrade.affine(both, 0.1, 8)[0], fitted)
+    for rank in (1, 3):
+        low, _ = upgrade.affine(both, 0.0, rank)
+        assert int(torch.linalg.matrix_rank(low, rtol=1e-4)) == rank
+        left, values, right = torch.linalg.svd(upgrade.affine(both, 0.0)[0].double(), full_matrices=False)
+        cut = left[:, :rank] * values[:rank] @ right[:rank]
+        errors = [float((x @ matrix.double() - y).square().sum()) for matrix in (low, cut)]
+        assert errors[0] <= errors[1]
+    model = upgrade.ResidualMLP(fitted, offset)
+    torch.testing.assert_close(model(queries), upgrade.mapped(fitted, offset)(queries))

@@ -1,6 +1,6 @@
 """Queries of a new embedding model over the vectors of an old one: NVF next to maps between the models.
 
-    python tests/benchmarks/upgrade.py dir=path/to/folder [seed=0] [output=table.md]
+    python tests/benchmarks/upgrade.py dir=path/to/folder [seed=0] [output=table.md] [settings of NVF's runs]
 
 The folder holds corpus.npy, (N, D), by the old model, and {train,val,test}_queries.npy, (n, Dq), by the new one, with
 their targets; reference_old_train_queries.npy are the old halves of pairs, reference_old_test_queries.npy and
@@ -142,7 +142,7 @@ def maps(both: Both, source: Recorded, seed: int) -> Iterator[tuple[str, Move]]:
         yield name, max(choices, key=quality)
 
 
-def nvf(folder: Path, pairs: Both | None, seed: int) -> Pipeline:
+def nvf(folder: Path, pairs: Both | None, seed: int, overrides: Sequence[str] = ()) -> Pipeline:
     """NVF's pipeline, of a run on the folder, or on it with pairs."""
     with tempfile.TemporaryDirectory() as place:
         data, run = Path(place) / "data", Path(place) / "run"
@@ -153,8 +153,8 @@ def nvf(folder: Path, pairs: Both | None, seed: int) -> Pipeline:
                 shutil.copy(file, data)
         for name, vectors in zip(("new", "old"), pairs or (), strict=False):
             np.save(data / f"pairs_{name}.npy", vectors.numpy())
-        settings = nvf_settings(data, [f"seed={seed}", "cache=off", "dashboards=none", "data.foreign=true"])
-        train(settings, run, started=time.perf_counter())
+        ours = [f"seed={seed}", "cache=off", "dashboards=none", "data.foreign=true", *overrides]
+        train(nvf_settings(data, ours), run, started=time.perf_counter())
         return Pipeline.load(run / "pipeline")
 
 
@@ -178,7 +178,7 @@ def row(name: str, fitted_on: str, score: Callable[[QueryBatch], Tensor], test: 
     return [name, fitted_on, *shares]
 
 
-def compare(folder: Path, seed: int) -> list[list[str]]:
+def compare(folder: Path, seed: int, overrides: Sequence[str] = ()) -> list[list[str]]:
     """Every line of the table: both references, then every method, on the log alone and on pairs."""
     source = read(folder, seed)
     if not source.foreign:
@@ -196,16 +196,19 @@ def compare(folder: Path, seed: int) -> list[list[str]]:
     for name, both in fitted_on.items():
         for kind, move in maps(both, source, seed):
             lines.append(row(kind, name, lambda batch, move=move: move(batch.queries) @ memory.rows.T, test))
-        for part, score in answers(nvf(folder, both if name == "pairs" else None, seed)).items():
+        pipeline = nvf(folder, both if name == "pairs" else None, seed, overrides)
+        for part, score in answers(pipeline).items():
             lines.append(row(part, name, score, test))
     return lines
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
-    options = parse(arguments, OPTIONS)
+    names = [option.name for option in OPTIONS]
+    options = parse([word for word in arguments if word.partition("=")[0] in names], OPTIONS)
+    overrides = [word for word in arguments if word.partition("=")[0] not in names]
     titles = ("method", "fitted on", *(f"Top-{depth}" for depth in DEPTHS))
-    text = table(titles, compare(options["dir"], options["seed"]))
+    text = table(titles, compare(options["dir"], options["seed"], overrides))
     print(text)
     if options["output"] is not None:
         options["output"].write_text(f"{text}\n")

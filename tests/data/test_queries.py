@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nvf.data.queries import Nearest, Noisy, QuerySource, Warped
 from nvf.errors import InputError
@@ -90,3 +91,37 @@ def test_sigma_is_checked(memory: VectorMemory, sigma: float) -> None:
 def test_an_unknown_warp_is_refused(memory: VectorMemory) -> None:
     with pytest.raises(InputError, match=r"queries.warp=bend is unknown; choose one of rotation, mlp"):
         Warped(memory, sigma=0.1, warp="bend", warp_seed=0)
+
+
+@pytest.mark.parametrize("warp", ["rotation", "mlp"])
+@pytest.mark.parametrize("dim", [5, 8, 12])
+def test_queries_may_have_another_width_and_keep_their_oracle(warp: str, dim: int) -> None:
+    memory = VectorMemory.synthetic(rows=60, dim=8, seed=0)
+    given = {"sigma": 0.02, "warp": warp, "warp_seed": 0}
+    source = Warped(memory, dim=dim, **given)
+    queries = source.sample(300, stream(0, "test")).queries
+    assert queries.shape == (300, dim)
+    assert source.foreign == (dim != 8)
+    torch.testing.assert_close(source.oracle.norm(dim=-1), torch.ones(60))
+    assert oracle_top1(source) > 0.9
+    if warp == "rotation" and dim == 12:  # of rows padded with zeros
+        torch.testing.assert_close(source.oracle @ source.oracle.T, memory.rows @ memory.rows.T)
+    plain = Warped(memory, **given)
+    if dim == 8:  # the same bits
+        assert torch.equal(plain.oracle, source.oracle)
+        assert torch.equal(plain.sample(300, stream(0, "test")).queries, queries)
+        generator = stream(0, "warp")
+        shapes = ((8, 8),) if warp == "rotation" else ((8, 32), (32, 8))
+        layers = [torch.randn(*shape, generator=generator) for shape in shapes]
+        if warp == "rotation":
+            q, r = torch.linalg.qr(layers[0])
+            expected = memory.rows @ (q * r.diagonal().sign())
+        else:
+            expected = torch.tanh(memory.rows @ layers[0]) @ layers[1]
+        assert torch.equal(F.normalize(expected, dim=-1), plain.oracle)
+
+
+@pytest.mark.parametrize("dim", [0, -1, 2.5, "wide", True])
+def test_the_width_of_queries_is_checked(memory: VectorMemory, dim: object) -> None:
+    with pytest.raises(InputError, match=f"queries.dim={dim}"):
+        Warped(memory, sigma=0.1, warp="rotation", warp_seed=0, dim=dim)

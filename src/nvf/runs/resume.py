@@ -45,7 +45,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock:
     """Lock a run's folder, and write the record of the run or check that the data of a resumed one are the same.
 
-    The record holds JSON values: the `config`, hashes of `memory` and `queries`, and what else the figures depend on.
+    The record holds JSON values: the `config`, hashes of `memory`, `queries`, `pairs`, and what else figures depend on.
     Changed data, and another process in the folder, are an InputError. The lock ends with the process.
     """
     lock, curves = locked(folder), "events.out.tfevents.*"
@@ -57,7 +57,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
         return lock
     before = _read(folder / RECORD)
     for name in (name for name in record if name != "config" and before.get(name) != record[name]):
-        if name in ("memory", "queries"):
+        if name in ("memory", "queries", "pairs"):
             raise InputError(f"resume={folder}: the {name} changed since the run began; restore them, or start anew")
         log.warning("%s: %s changed since the run began; its figures may differ in the last digits", folder, name)
     for left in folder.glob(curves):  # are written again at the end of the run
