@@ -253,7 +253,6 @@ FAULTS = {
         lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)),
         r"type int64; give the vectors of your items as",
     ),
-    "dimensions": (lambda f: edit(f, "queries.npy", lambda a: a[:, :5]), r"queries.npy: 5 dimensions.*has 8"),
     "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: shape \(9,\) .* for 400 queries"),
     "too high": (lambda f: edit(f, "targets.npy", put(7, 50)), r"targets.npy: row 7: target 50 is outside 0..49"),
     "too low": (lambda f: edit(f, "targets.npy", put(7, -2)), r"targets.npy: row 7: target -2 is outside 0..49"),

@@ -107,6 +107,8 @@ def test_queries_in_parquet_may_be_of_another_model(wide: Path, tmp_path: Path) 
     found = read(tmp_path / "tables")
     assert found.foreign
     assert found.splits["train"].queries.shape[1] == DIM
+    with pytest.raises(InputError, match=r"data\.foreign=false.*12.*8"):
+        read(tmp_path / "tables", foreign=False)
 
 
 def put_nan(path: Path) -> None:

@@ -245,10 +245,6 @@ FAULTS = {
         lambda f: edit(f, "queries.parquet", "vector", put(4, [np.nan] * 8), FLOATS),
         r"queries.parquet: row 4 holds NaN or infinite values",
     ),
-    "dimensions": (
-        lambda f: edit(f, "queries.parquet", "vector", [[1.0] * 5] * 400, FLOATS),
-        r"queries.parquet: 5 dimensions, but the memory has 8",
-    ),
     "unknown target": (
         lambda f: edit(f, "queries.parquet", "targets", put(7, "item 50")),
         r"queries.parquet: row 7: target 'item 50' is not an id of the memory, whose first is 'item 0' \(1 such",

@@ -67,8 +67,8 @@ def _figures(results: Figures) -> Iterator[tuple[str, str]]:
         told = _won_and_lost(joint["against"]) if kept else "not clearly better on validation, so not kept"
         yield "joint training", told
     for group, name in (("seen_rows", "items in the log"), ("unseen_rows", "items not in the log")):
-        if figures.get(group) and figures[group]["attention"] is not None:
-            yield name, f"{_top1(figures[group])} ({figures[group]['attention']['queries']:,} queries)"
+        if (found := next(filter(None, (figures.get(group) or {}).values()), None)) is not None:
+            yield name, f"{_top1(figures[group])} ({found['queries']:,} queries)"
 
 
 def _origin(results: Figures) -> Iterator[tuple[str, str]]:

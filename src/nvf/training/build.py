@@ -65,7 +65,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
     _check_numbers(config, source)
-    check_sharded(config, source)
+    check_sharded(config)
     aligned = _align(config, source) if getattr(source, "foreign", False) else None
     tried = _variants(config, source)
     given = _given(config, source, tried)
@@ -102,6 +102,8 @@ def build_source(config: Settings) -> Source:
 
 def _align(config: Settings, source: Source) -> dict[str, Any]:
     """Align the source's rows with its queries, which are of another model, and return how."""
+    if _is_sharded(config):
+        raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     if isinstance(source, Recorded):
         log, held_out, pairs = source.splits["train"], source.splits["val"], source.pairs
     else:
@@ -111,12 +113,14 @@ def _align(config: Settings, source: Source) -> dict[str, Any]:
     return how
 
 
-def check_sharded(config: Settings, source: Source) -> None:
+def _is_sharded(config: Settings) -> bool:
+    return config["trainer"].get("strategy") == SHARDED and not on_one_device(config["trainer"])
+
+
+def check_sharded(config: Settings) -> None:
     """Raise an InputError for what a memory that several devices share cannot do."""
-    if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
+    if not _is_sharded(config):
         return
-    if getattr(source, "foreign", False):
-        raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     learned = any(variant["attention"]["keys"] != "frozen" for variant in variants(config))
     if stages(config) != ["attention"] or learned or config["attention"]["sample"] is not None:
         raise InputError(
