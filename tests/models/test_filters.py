@@ -198,12 +198,20 @@ def test_the_best_of_many_allowed_rows_are_those_of_one_matmul(alike: bool, shar
     assert bool(lacking.any()) == (share < 0.01)
 
 
+def test_more_queries_than_are_searched_at_once_keep_their_own_masks() -> None:
+    rows, asked = drawn(40, 6), drawn(2 * QUERY_BLOCK + 3, 6, seed=2)
+    mask = torch.from_numpy(masks(some_lists(len(asked), 40), 40))
+    expected = (asked @ rows.T).masked_fill(~mask, -math.inf).topk(1).indices
+    assert torch.equal(blockwise_topk(asked, rows, 1, allowed=mask).rows, expected)
+
+
 def test_equal_rows_that_are_not_merged_come_in_their_order() -> None:
     pipeline = made(VectorMemory(drawn(6, 8).repeat(5, 1)), "residual")
     with torch.no_grad():
         pipeline.attention.delta.zero_()
         pipeline.attention.bias.zero_()
     asked, each = drawn(COUNT, 8), some_lists()
+    each[3] = [12, 0, 6]  # equal ones, fewer than are wanted
     same(pipeline.search(asked, 9, allowed=each), brute(pipeline, asked, each, 9))
 
 
@@ -351,7 +359,7 @@ ALL = {"ivf": {"nlist": 5, "nprobe": 5}, "hnsw": {"ef_search": 5000}}  # where e
 def test_an_index_keeps_to_the_filter(indexed: Pipeline, kind: str) -> None:
     pytest.importorskip("faiss")
     asked, rng = drawn(20, 8), np.random.default_rng(0)
-    filters_of = [rng.random(5000) < share for share in (0.002, 0.5, 0.9)]
+    filters_of = [rng.random(5000) < share for share in (0.002, 0.08, 0.5, 0.9)]
     filters_of += [np.ones(5000, bool), rng.random((20, 5000)) < 0.4]
     exact = [indexed.search(asked, 9, allowed=mask) for mask in filters_of]
     indexed.index = build_index(indexed.keys(), kind, **ALL[kind])
@@ -362,13 +370,25 @@ def test_an_index_keeps_to_the_filter(indexed: Pipeline, kind: str) -> None:
     indexed.index = build_index(
         indexed.keys(), kind, **({"nlist": 60, "nprobe": 1} if kind == "ivf" else {"ef_search": 1})
     )
-    narrow = filters_of[1]
-    rows = indexed.search(asked, 9, allowed=narrow).rows
-    assert narrow[rows].all()
-    assert not torch.equal(rows, exact[1].rows)  # FAISS was asked
+    rows = indexed.search(asked, 9, allowed=filters_of[2]).rows
+    assert filters_of[2][rows].all()
+    assert not torch.equal(rows, exact[2].rows)  # FAISS was asked
+    assert torch.equal(indexed.search(asked, 9, allowed=filters_of[1]).rows, exact[1].rows)  # it was not
     unfiltered, everything = indexed.search(asked, 9), indexed.search(asked, 9, allowed=range(5000))
     assert torch.equal(unfiltered.rows, everything.rows)
     assert torch.equal(unfiltered.probabilities, everything.probabilities)
+
+
+def test_the_sum_over_allowed_rows_is_estimated_from_allowed_rows(indexed: Pipeline) -> None:
+    pytest.importorskip("faiss")
+    projected = 3 * indexed.attention.project(unit(drawn(20, 8)))
+    keys = indexed.keys()
+    mask = (projected[:1] @ keys.T) < 0  # where the first query has its least likely rows
+    index = build_index(keys, "ivf", nlist=5, nprobe=5)
+    assert index is not None
+    found = approximate_topk(index, projected[:1], keys, 12, mask)
+    exact = blockwise_topk(projected[:1], keys, 12, logsumexp=True, allowed=mask)
+    torch.testing.assert_close(found.logsumexp, exact.logsumexp, atol=0.2, rtol=0)
 
 
 def test_queries_of_which_an_index_finds_too_few_are_answered_exactly(indexed: Pipeline) -> None:
