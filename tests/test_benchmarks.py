@@ -24,6 +24,7 @@ import scale
 import search_speed
 import timing
 import tuned_search
+import update
 import upgrade
 from nvf.data.queries import Recorded
 from nvf.errors import InputError
@@ -640,3 +641,24 @@ def test_maps_between_models_are_what_they_say() -> None:
         assert errors[0] <= errors[1]
     model = upgrade.ResidualMLP(fitted, offset)
     torch.testing.assert_close(model(queries), upgrade.mapped(fitted, offset)(queries))
+
+
+def test_items_held_out_leave_the_folder_with_their_queries(folder: Path, tmp_path: Path) -> None:
+    queries, targets = np.load(folder / "queries.npy"), np.load(folder / "targets.npy")
+    for name, part in zip(update.SPLITS, (slice(0, 300), slice(300, 350), slice(350, 400)), strict=True):
+        np.save(folder / f"{name}_queries.npy", queries[part])
+        np.save(folder / f"{name}_targets.npy", targets[part])
+    held = update.held_out_items(50, seed=0)
+    theirs = update.split(folder, tmp_path / "rest", held)
+    corpus, rest = np.load(folder / "corpus.npy"), np.load(tmp_path / "rest" / "corpus.npy")
+    assert held.sum() == 10
+    assert np.array_equal(rest, corpus[~held])
+    assert np.array_equal(theirs["test"], held[targets[350:]])
+    kept = np.load(tmp_path / "rest" / "test_targets.npy")[:, 0]
+    assert np.array_equal(rest[kept], corpus[targets[350:][~theirs["test"]]])
+
+
+def test_an_update_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["update.py", "rows=300", "add=20", "dim=8"])
+    update.main()
+    assert capsys.readouterr().out.startswith("20 rows added in ")

@@ -414,3 +414,16 @@ def test_targets_may_be_given_as_numbers_lists_arrays_or_tensors() -> None:
     rows = torch.tensor([[3, 5], [4, -1]])
     for targets in (rows, rows.numpy(), [rows[0], rows[1].numpy()], [(3, 5), np.int64(4)]):
         same(pipeline.updated(log=(asked, targets)), expected, exactly=True)
+
+
+@lexical
+def test_words_remain_where_nothing_that_was_asked_for_does(tmp_path: Path) -> None:
+    state = State(named=True)
+    memory = state.memory()
+    pipeline = Pipeline(SoftAttention(memory, transform="identity", worded=True), Reranker(DIM), k=4)
+    pipeline.words = state.words(memory)
+    pipeline.updated(remove=[f"item {number}" for number in range(31)]).save(tmp_path / "new")
+    mine, left = Pipeline.load(tmp_path / "new"), [state.texts[f"item {number}"] for number in range(31, 40)]
+    expected = Words.gather(left, [], torch.full((1, 1), -1)).scores(sentences(20, 9))
+    every = torch.arange(9).expand(20, -1)
+    assert torch.equal(mine.words.scores(sentences(20, 9)).of(every), expected.of(every))

@@ -235,5 +235,5 @@ def _words(words: Words, change: Change, targets: Tensor, log_texts: Any) -> Wor
     query, row = _joined(change, query, answers[query, column], count + numbers, targets)
     order = query.argsort(stable=True).cpu()
     counts = torch.bincount(query.cpu(), minlength=count + len(targets))
-    table = padded(row.cpu()[order].numpy(), counts.numpy())
+    table = padded(row.cpu()[order].numpy(), counts.numpy()) if len(row) else np.full((len(counts), 1), -1)
     return Words.gather(change.memory.texts_of_rows() or [], logged, torch.from_numpy(table), **words.settings)
