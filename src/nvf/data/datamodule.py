@@ -13,7 +13,7 @@ from tqdm import tqdm
 from nvf.data.queries import QueryBatch, Recorded, Source, blocks, each, score_blocks
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import Evidence
+from nvf.models.evidence import Evidence, evenly
 from nvf.models.words import WordScores
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.ops.ranks import are_targets, criterion
@@ -67,6 +67,7 @@ class VectorDataModule(L.LightningDataModule):
         steps_per_epoch: steps between two validations; None is one pass over a finite training set.
         attention: a trained stage 1, used without gradients, which chooses k candidates a query.
         evidence: what the reranker weighs; gathered from the training split.
+        taught_by: how many recorded training queries, evenly spaced, have candidates; None is all.
         folds: stages 1 that choose the candidates of the training queries that they have not seen, all of them
             together. A stage 1 ranks the targets of its own training queries too well to teach a reranker.
         train_samples, val_samples, test_samples: sizes of a generated source's fixed sets.
@@ -82,6 +83,7 @@ class VectorDataModule(L.LightningDataModule):
         steps_per_epoch: int | None = None,
         attention: SoftAttention | None = None,
         evidence: Evidence | None = None,
+        taught_by: int | None = None,
         folds: Sequence[Fold] = (),
         k: int = 5,
         train_samples: int | None = None,
@@ -102,7 +104,7 @@ class VectorDataModule(L.LightningDataModule):
         if not isinstance(source, Recorded) and train_samples is None and steps_per_epoch is None:
             raise InputError("generated queries never end; set steps_per_epoch, or train_samples")
         self.source, self.attention, self.evidence, self.folds, self.k = source, attention, evidence, folds, k
-        self.seed, self.eval_seed = seed, eval_seed
+        self.seed, self.eval_seed, self.taught_by = seed, eval_seed, taught_by
         self.stage = stage or ("attention" if attention is None else "reranker")
         self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
         self.samples = {"val": val_samples, "test": test_samples}
@@ -191,7 +193,9 @@ class VectorDataModule(L.LightningDataModule):
         assert self.attention is not None
         folds = self.folds if split == "train" else ()
         folds = folds or [Fold(self.attention, torch.arange(len(queries.queries)))]
-        work = [(fold.attention, places.to(self.device)) for fold in folds for places in fold.unseen.split(EVAL_BATCH)]
+        taught = evenly(len(queries.queries), self.taught_by if split == "train" else None)
+        unseen = [(fold.attention, fold.unseen[torch.isin(fold.unseen.cpu(), taught)]) for fold in folds]
+        work = [(of, some.to(self.device)) for of, places in unseen for some in places.split(EVAL_BATCH)]
         found = []
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
             part = each(queries, itemgetter(places))

@@ -14,6 +14,7 @@ from torch import Tensor
 from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each, score_blocks
 from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
+from nvf.models.evidence import evenly
 from nvf.models.memory import VectorMemory, hubness
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
@@ -71,7 +72,12 @@ def align(
 
 
 def fit_alignment(
-    memory: VectorMemory, log: QueryBatch, held_out: QueryBatch, pairs: tuple[Tensor, Tensor] | None
+    memory: VectorMemory,
+    log: QueryBatch,
+    held_out: QueryBatch,
+    pairs: tuple[Tensor, Tensor] | None,
+    *,
+    bank: int | None = None,
 ) -> tuple[VectorMemory, dict[str, Any]]:
     """Return the memory of those that `align` yields that validates best, and how it was aligned.
 
@@ -82,7 +88,7 @@ def fit_alignment(
     for by, shrinkage in product(sources, SHRINKAGES):
         for strength, aligned in align(memory, log, pairs, by=by, shrinkage=shrinkage):
             attention = SoftAttention(aligned, transform="identity")
-            fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
+            fit_hub_correction(attention, log.queries, held_out, shares=(0.5,), bank=bank)
             found = float(quality(attention, held_out).double().mean())
             if found > best:
                 best, kept, how = found, aligned, {"by": by, "shrinkage": shrinkage, "strength": strength}
@@ -91,7 +97,12 @@ def fit_alignment(
 
 @torch.no_grad()
 def move_keys(
-    attention: SoftAttention, log: QueryBatch, held_out: QueryBatch, *, strengths: Sequence[float] = STRENGTHS
+    attention: SoftAttention,
+    log: QueryBatch,
+    held_out: QueryBatch,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    bank: int | None = None,
 ) -> float:
     """Move each row's key towards the logged queries that it answers, as far as validates best; return how far.
 
@@ -103,13 +114,15 @@ def move_keys(
     moved, targets = attention.moved(log.queries), log.targets
     query, place = (targets >= 0).nonzero(as_tuple=True)
     rows = targets[query, place]
-    counts = torch.bincount(rows, minlength=len(attention.memory)).unsqueeze(-1)
-    sums = torch.zeros_like(attention.delta).index_add_(0, rows, (moved - moved.mean(dim=0))[query])
-    new = ~((held_out.targets >= 0) & (counts.squeeze(-1) > 0)[held_out.targets]).any(dim=-1)  # (B,)
+    of_rows = torch.bincount(rows, minlength=len(attention.memory))
+    new = ~((held_out.targets >= 0) & (of_rows > 0)[held_out.targets]).any(dim=-1)  # (B,)
+    counts = (of_rows if attention.moving is None else of_rows[attention.moving]).unsqueeze(-1)
+    sums = torch.zeros_like(attention.delta)
+    sums.index_add_(0, attention.places()[rows], (moved - moved.mean(dim=0))[query])
     qualities: dict[float, Tensor] = {}
     for strength in strengths:
         attention.delta.copy_(strength * sums / (counts + 1))
-        fit_hub_correction(attention, log.queries, held_out, shares=(0.5,))
+        fit_hub_correction(attention, log.queries, held_out, shares=(0.5,), bank=bank)
         found = quality(attention, held_out)
         if not qualities or not clearly_above(next(iter(qualities.values()))[new], found[new]):
             qualities[strength] = found
@@ -117,7 +130,7 @@ def move_keys(
     best = max(qualities, key=lambda strength: float(qualities[strength].double().sum()))
     attention.delta.copy_(best * sums / (counts + 1))
     if not best:
-        attention.delta = None  # frozen keys, which take no room
+        attention.delta = attention.moving = None  # frozen keys, which take no room
     return best
 
 
@@ -228,24 +241,27 @@ def clearly_above(quality: Tensor, reference: Tensor) -> bool:
 @torch.no_grad()
 def fit_hub_correction(
     attention: SoftAttention,
-    bank: Tensor,
+    logged: Tensor,
     held_out: QueryBatch,
     *,
     shares: Sequence[float] = SHARES,
     cautious: bool = False,
+    bank: int | None = None,
 ) -> float:
     """Subtract from stage 1's scores the share of the rows' hubness that validates best; return the share.
 
-    Hubness is measured on a bank, (n, D), of training queries. With `cautious`, the first share is kept unless another
-    is clearly above it.
+    Hubness is measured on so many of the logged queries, (n, D), a `bank`, or on all. With `cautious`, the first share
+    is kept unless another is clearly above it.
     """
     attention.bias = None
-    hubs = hubness(attention.transformed(bank), attention.keys(), attention.beta)
-    qualities = []
-    for share in shares:
+    asked = logged[evenly(len(logged), bank).to(logged.device)]
+    hubs = hubness(attention.transformed(asked), attention.keys(), attention.beta)
+    best, qualities = 0, []
+    for share in shares if len(shares) > 1 else ():
         attention.bias = -share * hubs if share else None
         qualities.append(quality(attention, held_out))
-    best = max(range(len(shares)), key=lambda place: float(qualities[place].double().sum()))
+    if qualities:
+        best = max(range(len(shares)), key=lambda place: float(qualities[place].double().sum()))
     if cautious and not clearly_above(qualities[best], qualities[0]):
         best = 0
     attention.bias = -shares[best] * hubs if shares[best] else None

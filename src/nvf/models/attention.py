@@ -60,9 +60,10 @@ class SoftAttention(nn.Module):
     beta = exp(log_beta) is learned, so that the temperature 1/beta stays positive whatever the optimiser does. Without
     `normalize`, z = T(q), whose length says how sure the transform is of a query, as in the original system. Keys are
     the memory's rows, or with `keys="learned"` K = normalize(V + delta), where delta starts at zero; with "moved" delta
-    is set from a log instead. The values V stay frozen. The bias b, one number a row, corrects hubs; it exists if
-    `biased`, and is zero until it is set; `hubs` then are the share of the hubness that it subtracts, and the beta at
-    which that was measured, from which new rows get theirs.
+    is set from a log instead. It is kept for the rows that are `moving`, (S,) ascending, or so many, to be filled; None
+    is all. The values V stay frozen. The bias b, one number a row, corrects hubs; it exists if `biased`, and is zero
+    until it is set; `hubs` then are the share of the hubness that it subtracts, and the beta at which that was
+    measured, from which new rows get theirs.
 
     If `worded`, a query's `WordScores` s, (B, N, 2) but for the rows with scores of zero, are evidence too: the logits
     are then beta (z K^T + b + s w). The weights w, (2,), are at least zero, and zero until they are set; s is constant.
@@ -75,6 +76,7 @@ class SoftAttention(nn.Module):
     """
 
     bias: Tensor | None
+    moving: Tensor | None
     word_weights: Tensor | None
     transform: Any  # a module
 
@@ -86,6 +88,7 @@ class SoftAttention(nn.Module):
         hidden: int | None = None,
         normalize: bool = True,
         keys: str = "frozen",
+        moving: Tensor | int | None = None,
         biased: bool = False,
         worded: bool = False,
         hubs: Sequence[float] | None = None,
@@ -111,14 +114,17 @@ class SoftAttention(nn.Module):
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
         nothing = memory.rows.new_zeros(len(memory), dtype=torch.float32)
         self.delta: nn.Parameter | None = None
+        moving = nothing.new_zeros(moving, dtype=torch.int64) if isinstance(moving, int) else moving
         if keys != "frozen":
             start = torch.zeros_like(memory.keys, dtype=torch.float32)
+            start = start if moving is None else start[:1].new_zeros(len(moving), memory.query_dim)
             self.delta = nn.Parameter(start, requires_grad=keys == "learned")
+        self.register_buffer("moving", None if keys == "frozen" else moving)
         self.register_buffer("bias", nothing if biased else None)
         self.register_buffer("word_weights", nothing.new_zeros(len(CHANNELS)) if worded else None)
         hidden = None if hidden is None else int(hidden)
         self._settings = {"transform": name, "hidden": hidden, "normalize": normalize, "keys": keys}
-        self._keys = FrozenCache()
+        self._keys, self._places = FrozenCache(), FrozenCache()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class SoftAttention(nn.Module):
         return {
             **self._settings,
             "keys": keys,
+            "moving": None if self.delta is None or self.moving is None else len(self.moving),
             "biased": self.bias is not None,
             "worded": self.word_weights is not None,
             "hubs": None if self.bias is None else self.hubs,
@@ -149,16 +156,34 @@ class SoftAttention(nn.Module):
             return rows
 
         def compute() -> Tensor:
-            keys = rows if delta is None else F.normalize(rows + delta, dim=-1)
+            keys = rows if delta is None else F.normalize(self._plus_delta(rows, delta), dim=-1)
             return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(keys.dtype)], dim=-1)
 
-        return self._keys(compute, [tensor for tensor in (rows, delta, bias) if tensor is not None])
+        return self._keys(compute, [tensor for tensor in (rows, delta, bias, self.moving) if tensor is not None])
+
+    def _plus_delta(self, rows: Tensor, delta: Tensor) -> Tensor:
+        if self.moving is None:
+            return rows + delta
+        return rows.to(torch.promote_types(rows.dtype, delta.dtype)).index_add(0, self.moving, delta)
+
+    def places(self) -> Tensor:
+        """Return the place of each row's delta, (N,); -1 for a row that does not move."""
+        every = torch.arange(len(self.memory), device=self.log_beta.device)
+        if (moving := self.moving) is None:
+            return every
+        numbers = every[: len(moving)]
+        return self._places(lambda: torch.full_like(every, -1).scatter(0, moving, numbers), [moving])
 
     def keys_of(self, rows: Tensor) -> Tensor:
         """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
         keys = self.memory.take_keys(rows)
         if self.delta is not None:
-            keys = F.normalize(keys + self.delta[rows], dim=-1)
+            if self.moving is None:
+                delta = self.delta[rows]
+            else:
+                places = self.places()[rows].unsqueeze(-1)
+                delta = self.delta[places.squeeze(-1).clamp(min=0)].where(places >= 0, 0)
+            keys = F.normalize(keys + delta, dim=-1)
         return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:

@@ -89,26 +89,37 @@ class Evidence(nn.Module):
         starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
         self.register_buffer("starts", starts, persistent=False)  # the place of each row's first pair, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # set by `gather`
+        self.bank: Tensor | None = None  # which logged queries hubness was measured on, (n,) bool; None: all
         self.register_buffer("similar", None, persistent=False)  # cosines of a row's nearest others, (N, m), if known
         self.slots = min(LOGGED, int(starts.diff().max()))
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
     @classmethod
-    def gather(cls, memory: VectorMemory, queries: Tensor, targets: Tensor, *, worded: bool = False) -> "Evidence":
+    def gather(
+        cls,
+        memory: VectorMemory,
+        queries: Tensor,
+        targets: Tensor,
+        *,
+        worded: bool = False,
+        bank: int | None = None,
+        among: int | None = None,
+    ) -> "Evidence":
         """Gather a log from unit queries, (n, D), and their targets, (n, m) rows padded with -1.
 
         Identical queries become one query of the log, with all their targets; `logged` is the place of each, (n,).
+        Hubness is measured on so many logged queries, `bank`, and density `among` so many rows; None is all.
         """
         distinct, logged = queries.unique(dim=0, return_inverse=True)
         query, place = (targets >= 0).nonzero(as_tuple=True)
         pairs = targets[query, place] * len(distinct) + logged[query]
-        near = min(NEIGHBOURS, len(memory) - 1)
-        # The first of a row's best rows is the row itself.
-        similar = blockwise_topk(memory.rows, memory.rows, near + 1).scores[:, 1:].contiguous()
-        density = similar.mean(dim=-1) if near > 0 else memory.rows.new_zeros(len(memory), dtype=torch.float32)
-        hubs = hubness(memory.aligned_queries(distinct), memory.keys, SHARPNESS)
+        asked, similar = evenly(len(distinct), bank), similar_to(memory.rows, evenly(len(memory), among))
+        density = similar.mean(dim=-1) if similar.shape[1] else similar.new_zeros(len(memory))
+        hubs = hubness(memory.aligned_queries(distinct[asked]), memory.keys, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
-        evidence.logged, evidence.similar = logged, similar
+        evidence.logged, evidence.similar = logged, similar if among is None or among >= len(memory) else None
+        if len(asked) < len(distinct):
+            evidence.bank = torch.isin(torch.arange(len(distinct), device=asked.device), asked)
         return evidence
 
     def law(self) -> dict[str, Any]:
@@ -211,6 +222,11 @@ class Evidence(nn.Module):
         if logged_as is None or count == 1:  # without its one query, a log would be empty
             return hubs
         asks = logged_as.unsqueeze(-1)
+        if self.bank is not None:
+            bank = self.bank.to(asks.device)
+            asks, count = asks.where(bank[asks], -1), int(bank.sum())
+            share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
+            return (hubs + (-share).log1p() / SHARPNESS).where(asks >= 0, hubs)
         nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.keys])
         share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
         others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
@@ -226,6 +242,25 @@ class Evidence(nn.Module):
             others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
             rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
         return torch.cat(places), torch.cat(rest)
+
+
+def evenly(count: int, wanted: int | None) -> Tensor:
+    """Return the places of so many of `count` things, evenly spaced; of all if None, or if there are fewer."""
+    chosen = count if wanted is None else min(count, wanted)
+    return torch.arange(chosen) * count // chosen
+
+
+@torch.no_grad()
+def similar_to(rows: Tensor, among: Tensor) -> Tensor:
+    """Return how similar each row is to its NEIGHBOURS nearest others, best first, (N, m), among rows of these places.
+
+    If there are fewer others, so is m.
+    """
+    near = min(NEIGHBOURS, len(among) - 1)
+    every = len(among) == len(rows)
+    found = blockwise_topk(rows, rows if every else rows[among.to(rows.device)], near + 1).scores
+    itself = torch.isin(torch.arange(len(rows)), among).to(rows.device).unsqueeze(-1)
+    return found[:, 1:].where(itself, found[:, :-1]).contiguous()  # the first of a row's best rows is the row itself
 
 
 def law_of(counts: Tensor) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from nvf.files.ids import checked_ids, padded, shown, target_rows
 from nvf.files.mapped_rows import as_bytes
 from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models.ann_index import build_index
-from nvf.models.evidence import FEATURES, NEIGHBOURS, SHARPNESS, Evidence
+from nvf.models.evidence import FEATURES, NEIGHBOURS, SHARPNESS, Evidence, evenly, similar_to
 from nvf.models.memory import VectorMemory, check_dim, factorize, hubness, row_hashes, unit
 from nvf.models.pipeline_search import checked
 from nvf.models.words import Words
 from nvf.ops.topk import blockwise_topk
 
+AMONG = 2**15  # rows at most, among which a row's density is measured anew
 ROUNDING = 1e-5  # two computations of a cosine differ by less
 
 
@@ -53,7 +54,12 @@ def updated(pipeline: Any, items: Any, ids: Any, texts: Any, remove: Any, log: A
     parts = {id(pipeline.memory): change.memory, id(pipeline.evidence): evidence}
     new = copy.deepcopy(pipeline, {**parts, id(pipeline.words): None, id(pipeline.index): None})
     if (delta := pipeline.attention.delta) is not None:
-        new.attention.delta = nn.Parameter(change.carry(delta), delta.requires_grad)
+        if pipeline.attention.moving is None:
+            carried = change.carry(delta)
+        else:
+            places = pipeline.attention.places()[change.old].where(change.old >= 0, -1)
+            new.attention.moving, carried = (places >= 0).nonzero().squeeze(-1), delta[places[places >= 0]]
+        new.attention.delta = nn.Parameter(carried, delta.requires_grad)
     new.attention.bias = bias
     if pipeline.words is not None:
         new.words = _words(pipeline.words, change, targets, log_texts)
@@ -203,7 +209,7 @@ def _evidence(evidence: Evidence, change: Change, queries: Tensor, targets: Tens
     similar, worded = _similar(evidence, change), evidence.features != FEATURES
     density, pairs = similar.sum(dim=-1) / max(1, similar.shape[1]), (row * len(bank) + query).unique()
     updated = Evidence(memory, queries=bank, pairs=pairs, hubness=hubs, density=density, worded=worded)
-    updated.similar = similar
+    updated.similar = similar if len(memory) <= AMONG or evidence.similar is not None else None
     return updated.train(evidence.training)
 
 
@@ -213,7 +219,7 @@ def _similar(evidence: Evidence, change: Change) -> Tensor:
     kept, near, gone = ~new, min(NEIGHBOURS, len(rows) - 1), torch.ones_like(evidence.hubness, dtype=torch.bool)
     gone[change.old[kept]] = False
     if evidence.similar is None or evidence.similar.shape != (len(former), near):
-        return blockwise_topk(rows, rows, near + 1).scores[:, 1:]
+        return similar_to(rows, evenly(len(rows), AMONG))
     similar, stale = change.carry(evidence.similar), new.clone()
     if gone.any() and kept.any():
         stale[kept] = blockwise_topk(rows[kept], former[gone], 1).scores[:, 0] >= similar[kept, -1] - ROUNDING

@@ -2,21 +2,23 @@
 
 import logging
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 
-from nvf.data.queries import QueryBatch, Recorded, Source
+from nvf.data.queries import QueryBatch, Recorded, Source, each
 from nvf.errors import InputError, check_number
 from nvf.evaluation.calibration import fit_alignment
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import Evidence
+from nvf.models.evidence import Evidence, evenly
 from nvf.models.memory import check_k
 from nvf.ops.random_streams import stream
 from nvf.runs.settings import on_one_device
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
+from nvf.training.plan import sized
 from nvf.training.stages import (
     Settings,
     Stage,
@@ -64,6 +66,13 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
+    config, planned = sized(config, source)
+    if isinstance(source, Recorded):
+        held_out = source.splits["val"]
+        chosen = evenly(len(held_out.queries), planned["chosen_by"])
+        source.splits["val"] = each(held_out, itemgetter(chosen))
+        of_val = source.references.get("val", {})
+        source.references["val"] = {name: (asked[chosen], rows) for name, (asked, rows) in of_val.items()}
     _check_numbers(config, source)
     check_sharded(config)
     aligned = _align(config, source) if getattr(source, "foreign", False) else None
@@ -75,7 +84,8 @@ def build(config: Settings, source: Source | None = None) -> Built:
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
             queries, targets, words, _ = source.splits["train"]
-            evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None)
+            parts = {name: planned[name] for name in ("bank", "among")}
+            evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None, **parts)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
             load_reranker(reranker.module.model, config["reranker_checkpoint"])
@@ -109,7 +119,7 @@ def _align(config: Settings, source: Source) -> dict[str, Any]:
     else:
         streams = (stream(config["seed"], f"alignment/{name}", device=source.memory.rows.device) for name in "ab")
         (log, held_out), pairs = (source.sample(ALIGNED_BY, generator) for generator in streams), None
-    source.memory, how = fit_alignment(source.memory, log, held_out, pairs)
+    source.memory, how = fit_alignment(source.memory, log, held_out, pairs, bank=config["data"]["plan"].get("bank"))
     return how
 
 

@@ -25,8 +25,6 @@ class AttentionModule(StageModule):
 
     Args:
         k: the number of candidates; validation says whether a target is among them.
-        learnable: which learned keys may move, (N,) bool; all if None. Training would only push away a row that
-            answers no training query.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
         hard: how many rows, the nearest to a query's target, are added to the sample.
     """
@@ -36,7 +34,6 @@ class AttentionModule(StageModule):
         attention: SoftAttention,
         *,
         k: int = 5,
-        learnable: Tensor | None = None,
         sample: int | None = None,
         hard: int = 0,
         **settings: Any,
@@ -50,7 +47,6 @@ class AttentionModule(StageModule):
             raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
         self.k, self.sample, self.hard = k, sample, hard
         self.neighbours: Tensor | None = None  # of each row, (N, h)
-        _hold_keys(attention, learnable)
 
     def on_train_start(self) -> None:
         if self.hard and self.neighbours is None:
@@ -129,7 +125,6 @@ class JointModule(RerankerModule):
         relaxation: the temperature of relaxed candidates in the first step and in the last, geometric in between;
             None for the exact distribution. See `distribution.relaxed`.
         attention_weight: of stage 1's own loss, which is added.
-        learnable: which learned keys may move, as for `AttentionModule`.
     """
 
     def __init__(
@@ -138,7 +133,6 @@ class JointModule(RerankerModule):
         *,
         relaxation: Sequence[float] | None = None,
         attention_weight: float = 0.0,
-        learnable: Tensor | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(pipeline, **settings)
@@ -150,7 +144,6 @@ class JointModule(RerankerModule):
         self.relaxation, self.attention_weight = relaxation, attention_weight
         self.steps = 1  # of the whole training, known when it starts
         self.model.requires_grad_(True)
-        _hold_keys(self.model.attention, learnable)
 
     @property
     def temperature(self) -> float | None:
@@ -180,9 +173,3 @@ class JointModule(RerankerModule):
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
-
-
-def _hold_keys(attention: SoftAttention, learnable: Tensor | None) -> None:
-    """Let no gradient reach the learned keys of rows that are not learnable."""
-    if attention.delta is not None and learnable is not None:
-        attention.delta.register_hook(lambda gradient: gradient * learnable.to(gradient.device).unsqueeze(-1))

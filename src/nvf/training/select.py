@@ -33,7 +33,7 @@ from nvf.training.build import Built, stages
 from nvf.training.callbacks import LAST
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
-from nvf.training.limits import Cut, plan, plan_joint
+from nvf.training.plan import Cut, plan, plan_joint
 from nvf.training.stages import Stage, attention_stage, joint_stage, label
 
 log = logging.getLogger("nvf")
@@ -135,11 +135,12 @@ def _calibrate(variant: Stage, held_out: QueryBatch, epochs: int) -> tuple[float
     settings, attention, strength, share = variant.config["attention"], variant.module.attention, 0.0, 0.0
     attention.word_weights = None  # a checkpoint's may have been fitted
     if isinstance(variant.data.source, Recorded):
-        train = variant.data.queries("train")
+        train, bank = variant.data.queries("train"), variant.config["data"]["plan"]["bank"]
         if settings["keys"] == "moved":
-            strength = move_keys(attention, train, held_out)
+            strength = move_keys(attention, train, held_out, bank=bank)
         if settings["hub_correction"]:
-            share = fit_hub_correction(attention, train.queries, held_out, cautious=not (epochs or strength))
+            cautious = not (epochs or strength)
+            share = fit_hub_correction(attention, train.queries, held_out, cautious=cautious, bank=bank)
     if held_out.words is not None:
         fit_words(attention, held_out)
     fit_temperature(attention, held_out)
@@ -216,6 +217,7 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     assert isinstance(source, Recorded)
     assert count is not None
     train, held_out = source.splits["train"], built.queries("val")
+    bank = built.config["data"]["plan"]["bank"]
     epochs, share, strength = (chosen.about[name] for name in ("epochs", "hub_share", "key_strength"))
     distinct, group = train.queries.unique(dim=0, return_inverse=True)
     part = torch.randperm(len(distinct), generator=stream(variant.data.seed, "folds"))[group] % count
@@ -231,9 +233,9 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
         if epochs:
             fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
         if strength:
-            move_keys(module.attention, rest, held_out, strengths=(strength,))
+            move_keys(module.attention, rest, held_out, strengths=(strength,), bank=bank)
         if share:
-            fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,))
+            fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,), bank=bank)
         module.attention.word_weights = chosen.attention.word_weights
         fit_temperature(module.attention, held_out)
         folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))

@@ -57,7 +57,7 @@ class StageModule(L.LightningModule):
         if schedule not in SCHEDULES:
             raise InputError(f"schedule={schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
         check_number("warmup", warmup, above=0, below=1, remedy="0.3 is the default")
-        self.save_hyperparameters(ignore=["model", "attention", "pipeline", "learnable", "optimizer"], logger=False)
+        self.save_hyperparameters(ignore=["model", "attention", "pipeline", "optimizer"], logger=False)
         self.model: Any = model
         self.lr, self.schedule, self.seed, self.warmup, self.optimizer = lr, schedule, seed, warmup, optimizer
         self.figures = nn.ModuleDict({f"{split}/{name}": MeanMetric() for split in ("val", "test") for name in FIGURES})

@@ -55,9 +55,10 @@ def attention_stage(config: Settings, source: Source) -> Stage:
     """Stage 1."""
     settings = config["attention"]
     torch.manual_seed(stream_seed(settings["seed"], "attention"))
-    attention = make(settings["model"], "attention.model", memory=source.memory)
-    given = {name: settings[name] for name in ("warmup", "sample", "hard")}
-    given |= {"k": config["k"], "learnable": seen_rows(source) if settings["keys"] == "learned" else None}
+    seen = seen_rows(source) if settings["keys"] != "frozen" else None
+    moving: dict[str, Any] = {} if seen is None else {"moving": seen.nonzero().squeeze(-1)}
+    attention = make(settings["model"], "attention.model", memory=source.memory, **moving)
+    given = {name: settings[name] for name in ("warmup", "sample", "hard")} | {"k": config["k"]}
     return _stage("attention", AttentionModule, attention, given, config, source)
 
 
@@ -73,13 +74,13 @@ def reranker_stage(
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
     given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
+    candidates["taught_by"] = config["data"]["plan"].get("taught_by")
     return _stage("reranker", RerankerModule, pipeline, given, config, source, **candidates)
 
 
 def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
     """Both stages, to be fitted together."""
     given = {name: config["joint"][name] for name in ("scalar_lr_ratio", "relaxation", "attention_weight")}
-    given["learnable"] = seen_rows(source)
     return _stage("joint", JointModule, pipeline, given, config, source, evidence=pipeline.evidence)
 
 

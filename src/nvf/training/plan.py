@@ -1,4 +1,4 @@
-"""What a run may take: the variants, epochs and folds that the limit `data.work` leaves of those asked for."""
+"""What a run takes, by the sizes of its data alone: samples of what is large, and how much of stage 1 is tried."""
 
 import logging
 import math
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nvf.data.queries import Recorded, Source
+from nvf.errors import check_number
 from nvf.evaluation.report import cut_in_words
 from nvf.training.fit import FitSettings
 from nvf.training.stages import Stage
@@ -14,7 +16,43 @@ log = logging.getLogger("nvf")
 SHARE = 0.65  # of the limit for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
+AUTO = "auto"  # a setting that the sizes decide
+EXACT = 2e11  # multiply-adds of an epoch up to which the loss is exact
+SAMPLED = 8192  # rows a step that estimate it otherwise
+ONCE, OFTEN = 2e12, 4e11  # multiply-adds of what is computed once, and of what each variant computes several times
+FEWEST = 2048  # queries or rows that are left of more
 Cut = dict[str, Any]  # the limit, `by`, and what was `asked` and is `kept` of epochs, for stage 1 of variants and folds
+
+
+def sized(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings with a number, or null for all, in the place of each `auto`, and what was planned.
+
+    That is a function of the sizes alone: rows, their width, and queries.
+    """
+    splits = source.splits if isinstance(source, Recorded) else {}
+    logged, held_out = (len(splits[name].queries) if splits else 0 for name in ("train", "val"))
+    rows, dim = len(source.memory), source.memory.query_dim
+
+    def of(most: float, count: int) -> int | None:
+        wanted = max(FEWEST, int(most / (rows * dim)))
+        return wanted if wanted < count else None
+
+    large = logged * rows * dim > EXACT and rows > SAMPLED
+    auto = {"among": of(ONCE, rows), "bank": of(OFTEN, logged)}
+    auto |= {"taught_by": of(3 * ONCE, logged), "chosen_by": of(OFTEN, held_out)}
+    given = {"sample": config["attention"]["sample"], **config["data"].get("plan", {})}
+    planned = {
+        name: {**auto, "sample": SAMPLED if large else None}[name] if value == AUTO else value
+        for name, value in given.items()
+    }
+    for name, value in planned.items():
+        if value is not None and name != "sample":
+            check_number(f"data.plan.{name}", value, minimum=1, whole=True, remedy="auto suits the sizes, null is all")
+    attention = {**config["attention"], "sample": planned["sample"]}
+    if splits:
+        told = ", ".join(f"{name}={value or 'all'}" for name, value in planned.items())
+        log.info("plan for %s rows of %d dimensions and %s training queries: %s", f"{rows:,}", dim, f"{logged:,}", told)
+    return {**config, "attention": attention, "data": {**config["data"], "plan": planned}}, planned
 
 
 def plan(
