@@ -105,6 +105,7 @@ def save(run: Fitted) -> float:
         "collection_distance": source.memory.distance,
         "log": model.evidence.law() if isinstance(model, Pipeline) and model.evidence is not None else None,
         "index": index,
+        "plan": config["data"].get("plan"),
         "gradients": {**audit, "training": {stage: norms for stage, norms in run.gradients.items() if norms}},
         "seconds": {**run.seconds, "total": total},
         "config": config,

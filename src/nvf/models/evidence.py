@@ -57,6 +57,7 @@ class Evidence(nn.Module):
     hubness: Tensor
     density: Tensor
     starts: Tensor
+    bank: Tensor
     similar: Tensor | None
 
     def __init__(
@@ -89,7 +90,8 @@ class Evidence(nn.Module):
         starts = torch.searchsorted(pairs, count * torch.arange(rows + 1, device=pairs.device))
         self.register_buffer("starts", starts, persistent=False)  # the place of each row's first pair, (N + 1,)
         self.logged = torch.empty(0, dtype=torch.int64)  # set by `gather`
-        self.bank: Tensor | None = None  # which logged queries hubness was measured on, (n,) bool; None: all
+        # The places of the logged queries that hubness was measured on.
+        self.register_buffer("bank", torch.arange(count, device=pairs.device), persistent=False)
         self.register_buffer("similar", None, persistent=False)  # cosines of a row's nearest others, (N, m), if known
         self.slots = min(LOGGED, int(starts.diff().max()))
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
@@ -118,8 +120,7 @@ class Evidence(nn.Module):
         hubs = hubness(memory.aligned_queries(distinct[asked]), memory.keys, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
         evidence.logged, evidence.similar = logged, similar if among is None or among >= len(memory) else None
-        if len(asked) < len(distinct):
-            evidence.bank = torch.isin(torch.arange(len(distinct), device=asked.device), asked)
+        evidence.bank = asked.to(queries.device)
         return evidence
 
     def law(self) -> dict[str, Any]:
@@ -218,15 +219,10 @@ class Evidence(nn.Module):
         That query's share, exp(SHARPNESS cosine), is subtracted from the sum over the log. Only the query nearest to a
         row can have a share above a half, which would cancel digits: for it the sum over the others is kept.
         """
-        hubs, count = self.hubness[rows], len(self.queries)
+        hubs, count = self.hubness[rows], len(self.bank)
         if logged_as is None or count == 1:  # without its one query, a log would be empty
             return hubs
-        asks = logged_as.unsqueeze(-1)
-        if self.bank is not None:
-            bank = self.bank.to(asks.device)
-            asks, count = asks.where(bank[asks], -1), int(bank.sum())
-            share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
-            return (hubs + (-share).log1p() / SHARPNESS).where(asks >= 0, hubs)
+        asks = logged_as.where(torch.isin(logged_as, self.bank), -1).unsqueeze(-1)
         nearest, rest = self._leave_one_out(self._without_nearest, [self.queries, self.memory.keys])
         share = (SHARPNESS * (cosine - hubs) - math.log(count)).exp().clamp(max=0.5)
         others = hubs + ((-share).log1p() + math.log(count / (count - 1))) / SHARPNESS
@@ -235,13 +231,13 @@ class Evidence(nn.Module):
     @torch.no_grad()
     def _without_nearest(self) -> tuple[Tensor, Tensor]:
         """Return the place of the logged query nearest to each row, and the row's hubness among the others, (N,)."""
-        asked, places, rest, count = self.memory.aligned_queries(self.queries), [], [], len(self.queries)
+        asked, places, rest, count = self.memory.aligned_queries(self.queries[self.bank]), [], [], len(self.bank)
         for rows in torch.arange(len(self.hubness), device=self.hubness.device).split(max(1, SCORE_BLOCK // count)):
             scores = SHARPNESS * (self.memory.take_keys(rows) @ asked.T)
             places.append(scores.argmax(dim=-1))
             others = scores.scatter(-1, places[-1].unsqueeze(-1), -math.inf)
             rest.append((others.logsumexp(dim=-1) - math.log(count - 1)) / SHARPNESS)
-        return torch.cat(places), torch.cat(rest)
+        return self.bank[torch.cat(places)], torch.cat(rest)
 
 
 def evenly(count: int, wanted: int | None) -> Tensor:

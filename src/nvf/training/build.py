@@ -69,7 +69,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     config, planned = sized(config, source)
     if isinstance(source, Recorded):
         held_out = source.splits["val"]
-        chosen = evenly(len(held_out.queries), planned["chosen_by"])
+        chosen = evenly(len(held_out.queries), planned.get("chosen_by"))
         source.splits["val"] = each(held_out, itemgetter(chosen))
         of_val = source.references.get("val", {})
         source.references["val"] = {name: (asked[chosen], rows) for name, (asked, rows) in of_val.items()}
@@ -84,7 +84,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
             queries, targets, words, _ = source.splits["train"]
-            parts = {name: planned[name] for name in ("bank", "among")}
+            parts = {name: planned.get(name) for name in ("bank", "among")}
             evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None, **parts)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:

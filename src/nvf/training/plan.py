@@ -19,7 +19,7 @@ FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
 AUTO = "auto"  # a setting that the sizes decide
 EXACT = 2e11  # multiply-adds of an epoch up to which the loss is exact
 SAMPLED = 8192  # rows a step that estimate it otherwise
-ONCE, OFTEN = 2e12, 4e11  # multiply-adds of what is computed once, and of what each variant computes several times
+ONCE, OFTEN = 1e12, 1e11  # multiply-adds of what is computed once, and of what each variant computes several times
 FEWEST = 2048  # queries or rows that are left of more
 Cut = dict[str, Any]  # the limit, `by`, and what was `asked` and is `kept` of epochs, for stage 1 of variants and folds
 
@@ -39,7 +39,7 @@ def sized(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], di
 
     large = logged * rows * dim > EXACT and rows > SAMPLED
     auto = {"among": of(ONCE, rows), "bank": of(OFTEN, logged)}
-    auto |= {"taught_by": of(3 * ONCE, logged), "chosen_by": of(OFTEN, held_out)}
+    auto |= {"taught_by": of(4 * ONCE, logged), "chosen_by": of(OFTEN, held_out)}
     given = {"sample": config["attention"]["sample"], **config["data"].get("plan", {})}
     planned = {
         name: {**auto, "sample": SAMPLED if large else None}[name] if value == AUTO else value
