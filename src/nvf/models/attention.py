@@ -14,6 +14,7 @@ from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import inner_products, weighted_sum
+from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
@@ -236,6 +237,14 @@ class SoftAttention(nn.Module):
         projected = self.project(queries)
         return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
 
+    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+        """Return the k `candidates`, or all rows, with log-sum-exp and the targets' ranks, see `ranked_topk`."""
+        projected, added, k = self.project(queries), None, min(k, len(self.memory))
+        if words is not None and self.word_weights is not None:
+            added = words.rows, self.word_bonus(words.scores)
+        top = ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added)
+        return (self.best(top, projected, words),)
+
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:
         """Return the k best rows with words, from the k best without and those that the words list.
@@ -252,7 +261,7 @@ class SoftAttention(nn.Module):
         scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         k = top.rows.shape[1]
         total = None if top.logsumexp is None else _plus_words_total(top.logsumexp, listed, bonus)
-        return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total)
+        return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total, top.ranks)
 
 
 def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:

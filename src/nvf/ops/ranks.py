@@ -7,10 +7,11 @@
 import torch
 from torch import Tensor
 
-from nvf.ops.topk import first_topk
+from nvf.ops.topk import TopK, blockwise_topk, exact_products, first_topk, is_ahead
 
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
+Added = tuple[Tensor, Tensor] | None  # rows, padded with -1, and what is added to their scores, (B, L) both
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
@@ -18,13 +19,37 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
     Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all alike gains nothing.
     """
-    padding = targets < 0
-    right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
+    best, first = (part.unsqueeze(-1) for part in best_target(scores.gather(-1, targets.clamp(min=0)), targets))
+    return 1 + is_ahead(scores, torch.arange(scores.shape[-1], device=scores.device), best, first).sum(dim=-1)
+
+
+def best_target(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best of the targets' scores, (B, m), and the smallest target that has it, (B,) both."""
+    right = scores.masked_fill(targets < 0, -torch.inf)
     best = right.amax(dim=-1, keepdim=True)
-    first = targets.masked_fill(padding | (right < best), scores.shape[-1]).amin(dim=-1, keepdim=True)
-    order = torch.arange(scores.shape[-1], device=scores.device)
-    above = ~(scores <= best) | ((scores == best) & (order < first))
-    return 1 + above.sum(dim=-1)
+    return best.squeeze(-1), targets.masked_fill((targets < 0) | (right < best), MISS).amin(dim=-1)
+
+
+@torch.no_grad()
+def ranked_topk(
+    queries: Tensor, keys: Tensor, targets: Tensor, k: int, *, logsumexp: bool = False, added: Added = None
+) -> TopK:
+    """Return `blockwise_topk` and, from the same pass over the keys, what `target_ranks` would be of exact products.
+
+    What is `added` to the scores of some rows changes the ranks, but not the k best rows.
+    """
+    query = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
+    rows, bonus = added or (targets[:, :0], targets[:, :0])
+    scores, before = (
+        exact_products(queries, keys, query.expand_as(of).flatten(), of.clamp(min=0).flatten()).view(of.shape)
+        for of in (targets, rows)
+    )
+    scores = scores + ((targets.unsqueeze(-1) == rows.unsqueeze(1)) * bonus.unsqueeze(1)).sum(dim=-1)
+    bar = best_target(scores, targets)
+    top = blockwise_topk(queries, keys, k, logsumexp=logsumexp, bar=bar)
+    best, first = (part.unsqueeze(-1) for part in bar)
+    was, now = (is_ahead(some, rows, best, first).int() for some in (before, before + bonus))
+    return top._replace(ranks=top.ranks + (now - was).masked_fill(rows < 0, 0).sum(dim=-1))
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
