@@ -189,16 +189,17 @@ def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> 
 
     The loss is the sum over queries of logsumexp(f scores) - f right, plus (log f)^2 / 2, a normal prior on log f.
     Without a prior, f would be infinite where every query is answered right (doi 10.1214/08-AOAS191). The scores are
-    (B, n), and `right`, (B, 1), is the mean score of each query's right rows.
+    (B, n), and change; `right`, (B, 1), is the mean score of each query's right rows.
     """
     largest = scores.amax(dim=-1, keepdim=True)  # subtracted, or rounding would swallow the slope
-    scores, right_sum = scores - largest, float((right - largest).sum(dtype=torch.float64))
+    right_sum = float((right - largest).sum(dtype=torch.float64))
+    parts = scores.sub_(largest).split(max(1, ALL_SCORES // scores.shape[1]))
     low, high = (math.log(end) for end in within)
     for _ in range(20):
         middle = (low + high) / 2
         factor = math.exp(middle)
-        expected = (factor * scores).softmax(dim=-1).mul_(scores).nan_to_num_(0.0).sum(dtype=torch.float64)
-        slope = factor * (float(expected) - right_sum) + middle
+        weighted = ((factor * part).softmax(dim=-1).mul_(part).nan_to_num_(0.0) for part in parts)
+        slope = factor * (sum(float(part.sum(dtype=torch.float64)) for part in weighted) - right_sum) + middle
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp((low + high) / 2)
 

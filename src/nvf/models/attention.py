@@ -242,8 +242,7 @@ class SoftAttention(nn.Module):
         projected, added, k = self.project(queries), None, min(k, len(self.memory))
         if words is not None and self.word_weights is not None:
             added = words.rows, self.word_bonus(words.scores)
-        top = ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added)
-        return (self.best(top, projected, words),)
+        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added),)
 
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:
@@ -261,7 +260,7 @@ class SoftAttention(nn.Module):
         scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         k = top.rows.shape[1]
         total = None if top.logsumexp is None else _plus_words_total(top.logsumexp, listed, bonus)
-        return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total, top.ranks)
+        return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total)
 
 
 def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:

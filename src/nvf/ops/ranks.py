@@ -7,11 +7,10 @@
 import torch
 from torch import Tensor
 
-from nvf.ops.topk import TopK, blockwise_topk, exact_products, first_topk, is_ahead
+from nvf.ops.topk import Added, TopK, blockwise_topk, exact_scores, first_topk, is_ahead
 
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
-Added = tuple[Tensor, Tensor] | None  # rows, padded with -1, and what is added to their scores, (B, L) both
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
@@ -34,22 +33,10 @@ def best_target(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def ranked_topk(
     queries: Tensor, keys: Tensor, targets: Tensor, k: int, *, logsumexp: bool = False, added: Added = None
 ) -> TopK:
-    """Return `blockwise_topk` and, from the same pass over the keys, what `target_ranks` would be of exact products.
-
-    What is `added` to the scores of some rows changes the ranks, but not the k best rows.
-    """
-    query = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
-    rows, bonus = added or (targets[:, :0], targets[:, :0])
-    scores, before = (
-        exact_products(queries, keys, query.expand_as(of).flatten(), of.clamp(min=0).flatten()).view(of.shape)
-        for of in (targets, rows)
-    )
-    scores = scores + ((targets.unsqueeze(-1) == rows.unsqueeze(1)) * bonus.unsqueeze(1)).sum(dim=-1)
-    bar = best_target(scores, targets)
-    top = blockwise_topk(queries, keys, k, logsumexp=logsumexp, bar=bar)
-    best, first = (part.unsqueeze(-1) for part in bar)
-    was, now = (is_ahead(some, rows, best, first).int() for some in (before, before + bonus))
-    return top._replace(ranks=top.ranks + (now - was).masked_fill(rows < 0, 0).sum(dim=-1))
+    """Return `blockwise_topk` and, from the same pass over the keys, what `target_ranks` would be of exact scores."""
+    query = torch.arange(len(targets), device=targets.device).repeat_interleave(targets.shape[1])
+    scores = exact_scores(queries, keys, query, targets.clamp(min=0).flatten(), added).view(targets.shape)
+    return blockwise_topk(queries, keys, k, logsumexp=logsumexp, added=added, bar=best_target(scores, targets))
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:
