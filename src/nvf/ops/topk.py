@@ -83,13 +83,13 @@ def _topk(
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
-    some_more = _Added(*added) if added else None
     for part in (keys if some is None else some).split(max(more, most // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
             scores.masked_fill_(~allowed.gather(1, part.expand(count, -1)).T, lowest)
-        if some_more is not None:
-            some_more.add_to(scores, start)
+        if added:
+            query, place = ((added[0] >= start) & (added[0] < start + len(part))).nonzero(as_tuple=True)
+            scores[added[0][query, place] - start, query] += added[1][query, place]
         largest = best.add(scores, start)
         if bar:
             ranks += _count_ahead(scores, start, queries, keys, added, *bar)
@@ -126,11 +126,12 @@ def _count_ahead(
 def exact_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, added: Added = None) -> Tensor:
     """Return the products of pairs, (P,), in float64, and what is added; those of equal keys are equal."""
     size = max(1, NEAR_TIES // queries.shape[1])
-    pairs = zip(query.split(size), row.split(size), strict=True)
-    exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
-    if added:
-        pairs = zip(query.split(size), row.split(size), strict=True)
-        exact += torch.cat([((added[0][q] == r.unsqueeze(-1)) * added[1][q]).sum(dim=-1) for q, r in pairs])
+    rows, more = added or (queries[:, :0], queries[:, :0])
+    parts = []
+    for q, r in zip(query.split(size), row.split(size), strict=True):
+        of_pairs = ((rows[q] == r.unsqueeze(-1)) * more[q]).sum(dim=-1)
+        parts.append((queries[q].double() * keys[r].double()).sum(dim=-1) + of_pairs)
+    exact = torch.cat(parts)
     return exact if can_branch_on(exact) else exact.to(queries.dtype).double()  # a GPU's sums depend on P
 
 
@@ -227,21 +228,6 @@ def first_topk(scores: Tensor, k: int) -> Tensor:
     if (values[:, 1:] == values[:, :-1]).any():
         places = scores.sort(dim=-1, descending=True, stable=True).indices
     return places[:, :k]
-
-
-class _Added:
-    """What is added to the scores of some rows, (B, L) both, in the order of the rows."""
-
-    def __init__(self, rows: Tensor, added: Tensor) -> None:
-        query, place = (rows >= 0).nonzero(as_tuple=True)
-        self.rows, order = rows[query, place].sort()
-        self.queries, self.added = query[order], added[query, place][order]
-
-    def add_to(self, scores: Tensor, start: int) -> None:
-        """Add to a block of scores, (w, B), of the rows from `start`."""
-        ends = torch.tensor([start, start + len(scores)], device=self.rows.device)
-        some = slice(*torch.searchsorted(self.rows, ends).tolist())
-        scores[self.rows[some] - start, self.queries[some]] += self.added[some].to(scores.dtype)
 
 
 class _Dense:
