@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each, score_blocks
+from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each
 from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import evenly
@@ -20,7 +20,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import QUERY_BLOCK
-from nvf.ops.ranks import are_targets, criterion, ndcg_of, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
@@ -184,7 +184,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets, words, _ in score_blocks(batch, len(pipeline.memory)):
+    for queries, targets, words, _ in blocks(batch, QUERY_BLOCK):
         top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
         scores.append(pipeline.scores_of(queries, top, words))
         labels.append(are_targets(top.rows, targets))
@@ -202,16 +202,17 @@ def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> 
 
     The loss is the sum over queries of logsumexp(f scores) - f right, plus (log f)^2 / 2, a normal prior on log f.
     Without a prior, f would be infinite where every query is answered right (doi 10.1214/08-AOAS191). The scores are
-    (B, n), and `right`, (B, 1), is the mean score of each query's right rows.
+    (B, n), and change; `right`, (B, 1), is the mean score of each query's right rows.
     """
     largest = scores.amax(dim=-1, keepdim=True)  # subtracted, or rounding would swallow the slope
-    scores, right_sum = scores - largest, float((right - largest).sum(dtype=torch.float64))
+    right_sum = float((right - largest).sum(dtype=torch.float64))
+    parts = scores.sub_(largest).split(max(1, ALL_SCORES // scores.shape[1]))
     low, high = (math.log(end) for end in within)
     for _ in range(20):
         middle = (low + high) / 2
         factor = math.exp(middle)
-        expected = (factor * scores).softmax(dim=-1).mul_(scores).nan_to_num_(0.0).sum(dtype=torch.float64)
-        slope = factor * (float(expected) - right_sum) + middle
+        weighted = ((factor * part).softmax(dim=-1).mul_(part).nan_to_num_(0.0) for part in parts)
+        slope = factor * (sum(float(part.sum(dtype=torch.float64)) for part in weighted) - right_sum) + middle
         low, high = (middle, high) if slope < 0 else (low, middle)
     return math.exp((low + high) / 2)
 
@@ -220,11 +221,11 @@ def _best_factor(scores: Tensor, right: Tensor, within: tuple[float, float]) -> 
 def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None = None) -> Tensor:
     """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
-    by, parts = by or criterion(batch.targets), []
-    for queries, targets, words, gains in score_blocks(batch, len(model.memory)):
-        pipeline = isinstance(model, Pipeline)
-        scores = model(queries, words, answer=False).ranking if pipeline else model(queries, words)
-        parts.append(ndcg_of(scores, targets, gains) if by == "ndcg10" else target_ranks(scores, targets) == 1)
+    by, parts = by or criterion(batch.targets), list[Tensor]()
+    for queries, targets, words, gains in blocks(batch, QUERY_BLOCK):
+        top = model.ranked(queries, targets, DEEPEST if by == "ndcg10" else 1, words)[-1]
+        found = gains_of(top.rows[:, :DEEPEST], targets, gains)
+        parts.append(ndcg(found, targets, gains) if by == "ndcg10" else top.ranks == 1)
     return torch.cat(parts)
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nvf.data.queries import QueryBatch, score_blocks
+from nvf.data.queries import QueryBatch, blocks
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
-from nvf.models.words import CHANNELS
-from nvf.ops.products import QUERY_BLOCK, inner_products
-from nvf.ops.ranks import DEEPEST, are_targets, gains_of, ndcg, recall, target_ranks
-from nvf.ops.topk import blockwise_topk, first_topk
+from nvf.models.words import CHANNELS, WordScores
+from nvf.ops.products import QUERY_BLOCK
+from nvf.ops.ranks import DEEPEST, are_targets, best_target, gains_of, ndcg, ranked_topk, recall
+from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
 from nvf.statistics import (
     Interval,
     gap_closed,
@@ -98,9 +98,8 @@ def evaluate(
     further searches: for each name in METHODS, queries, (B, D'), and rows, (N, D').
     """
     model.eval()
-    blocks = tqdm(score_blocks(batch, len(model.memory)), title, leave=False, delay=3)
     start, parts = 0, []
-    for block in blocks:
+    for block in tqdm(blocks(batch, QUERY_BLOCK), title, leave=False, delay=3):
         end = start + len(block.queries)
         others = {name: (asked[start:end], rows) for name, (asked, rows) in (references or {}).items()}
         parts.append(_answer(model, block, k=k, oracle=oracle, hybrid=hybrid, references=others))
@@ -139,39 +138,51 @@ def _answer(
     references: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Outcomes:
     queries, targets, words, worth = batch
-    rows, memory = model.memory.rows, model.memory
+    rows, memory, depth = model.memory.rows, model.memory, max(k, DEEPEST)
     first = "exact" if memory.alignment is None else "aligned"
-    asked = memory.aligned_queries(unit(queries))
-    scores = {first: inner_products(asked, memory.keys)}  # (b, N), in whose order each method lists the rows
-    for name, both in references.items():
-        scores[name] = inner_products(*(part.to(rows.device) for part in both))
+    searches = {first: (memory.aligned_queries(unit(queries)), memory.keys), **references}
     if oracle is not None and oracle is not rows:
-        scores["oracle"] = inner_products(queries, oracle)
+        searches["oracle"] = (queries, oracle)
+    tops = {}
+    for name, both in searches.items():
+        asked, keys = (part.to(rows.device) for part in both)
+        tops[name] = ranked_topk(asked, keys, targets, min(depth, len(rows)))
     if hybrid is not None and words is not None:
-        alone = words.scores[..., CHANNELS.index("text")]
-        scores["words"] = torch.zeros_like(scores[first]).scatter_add(-1, words.rows.clamp(min=0), alone)
-        scores["hybrid"] = hybrid(queries, words)
-    if isinstance(model, Pipeline):
-        answer = model(queries, words, answer=False)
-        candidates, logits = answer.candidates, {"attention": answer.logits, "pipeline": answer.log_probs}
-        scores |= {"attention": answer.logits, "pipeline": answer.ranking}
-    else:
-        scores["attention"] = model(queries, words)
-        candidates, logits = first_topk(scores["attention"], k), {"attention": scores["attention"]}
-    depth = min(max(k, DEEPEST), len(rows))
-    best = {method: first_topk(of_rows, depth) for method, of_rows in scores.items()}
-    hits = {method: are_targets(rows_of, targets) for method, rows_of in best.items()}
-    ranks = {method: target_ranks(of_rows, targets) for method, of_rows in scores.items()}
-    found = {method: gains_of(rows_of[:, :DEEPEST], targets, worth) for method, rows_of in best.items()}
+        tops["words"] = _by_words(words, targets, min(depth, len(rows)))
+        (tops["hybrid"],) = hybrid.ranked(queries, targets, depth, words)
+    said: Any = model.ranked(queries, targets, depth, words)
+    tops |= zip(("attention", "pipeline"), said, strict=False)
+    width = model.k if isinstance(model, Pipeline) else k
+    ranks: dict[str, Any] = {method: top.ranks for method, top in tops.items()}
+    found = {method: gains_of(top.rows[:, :DEEPEST], targets, worth) for method, top in tops.items()}
     gains = {method: ndcg(of, targets, worth) for method, of in found.items()}
-    recalls = {method: recall(of[:, :k], targets) for method, of in hits.items()}
+    recalls = {method: recall(are_targets(top.rows[:, :k], targets), targets) for method, top in tops.items()}
     if oracle is rows:
         for measure in (ranks, gains, recalls):
             measure["oracle"] = measure["exact"]
-    log_probs = {method: of_rows - of_rows.logsumexp(dim=-1, keepdim=True) for method, of_rows in logits.items()}
-    confidences = {method: of_rows.amax(dim=-1).exp() for method, of_rows in log_probs.items()}
-    probabilities = {method: of_rows.gather(-1, candidates).exp() for method, of_rows in log_probs.items()}
+    candidates, confidences, probabilities = tops["attention"].rows[:, :width], {}, {}
+    for method, top in zip(("attention", "pipeline"), said, strict=False):
+        places = (candidates.unsqueeze(-1) == top.rows.unsqueeze(1)).int().argmax(dim=-1)
+        probable = (top.scores - top.logsumexp.unsqueeze(-1)).exp().clamp(max=1)
+        confidences[method], probabilities[method] = probable.amax(dim=-1), probable.gather(-1, places)
     return Outcomes(targets, candidates, ranks, gains, recalls, confidences, probabilities)
+
+
+def _by_words(words: WordScores, targets: Tensor, k: int) -> TopK:
+    """Return the k best rows by the words of their texts alone, where rows that are not listed have scores of 0."""
+    channel, listed = CHANNELS.index("text"), words.rows >= 0
+    best, first = best_target(words.of(targets)[..., channel], targets)
+    scores = words.scores[..., channel].masked_fill(~listed, -torch.inf)
+    ahead = is_ahead(scores, words.rows, best.unsqueeze(-1), first.unsqueeze(-1)) & listed
+    others = first - (listed & (words.rows < first.unsqueeze(-1))).sum(dim=-1)  # which tie with a score of 0
+    few = torch.arange(k, device=targets.device).expand(len(targets), -1)
+    again = (few.unsqueeze(-1) == words.rows.unsqueeze(1)).any(dim=-1)
+    rows, order = torch.cat([words.rows, few], dim=-1).sort(dim=-1)
+    scores = torch.cat([scores, torch.zeros_like(few, dtype=scores.dtype).masked_fill(again, -torch.inf)], dim=-1)
+    scores = scores.gather(-1, order)
+    places = first_topk(scores, k)
+    ranks = 1 + ahead.sum(dim=-1) + others.where(best == 0, 0)
+    return TopK(scores.gather(-1, places), rows.gather(-1, places), ranks=ranks)
 
 
 def _joined(parts: Sequence[Any]) -> Any:

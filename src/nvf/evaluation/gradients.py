@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nvf.data.queries import QueryBatch, each
-from nvf.models.attention import SoftAttention, attention_loss
+from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 
 PARTS = ("query", "transform", "temperature", "keys", "reranker")
@@ -42,9 +42,8 @@ def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[
     for parameter in frozen:
         parameter.requires_grad_(True)
     batch = each(batch, itemgetter(slice(AUDITED)))
-    given = (queries, batch.words)
-    logits = model(*given, answer=False).log_probs if isinstance(model, Pipeline) else model(*given)
-    loss = attention_loss(logits, batch.targets)
+    losses = model.loss(queries, batch.targets, batch.words)
+    loss = losses[0] if isinstance(losses, tuple) else losses  # a pipeline's also has stage 1's
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     for parameter in frozen:
         parameter.requires_grad_(False)

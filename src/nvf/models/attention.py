@@ -14,6 +14,7 @@ from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import inner_products, weighted_sum
+from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
@@ -260,6 +261,13 @@ class SoftAttention(nn.Module):
         check_k(k, len(self.memory))
         projected = self.project(queries)
         return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
+
+    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+        """Return the k `candidates`, or all rows, with log-sum-exp and the targets' ranks, see `ranked_topk`."""
+        projected, added, k = self.project(queries), None, min(k, len(self.memory))
+        if words is not None and self.word_weights is not None:
+            added = words.rows, self.word_bonus(words.scores)
+        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added),)
 
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:

@@ -12,7 +12,7 @@ from nvf.errors import InputError, check_number
 from nvf.models import pipeline_search, saved_pipeline, updated_pipeline
 from nvf.models.ann_index import Index
 from nvf.models.attention import SoftAttention, checked_queries
-from nvf.models.distribution import Retrieval, joint
+from nvf.models.distribution import Retrieval, joint, most_probable_first, shared_out
 from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.pipeline_search import Hits
@@ -20,6 +20,7 @@ from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.models.words import Words, WordScores
 from nvf.ops.cross_entropy import check_targets, mean_of
 from nvf.ops.products import inner_products, weighted_sum
+from nvf.ops.ranks import are_targets, candidate_ranks
 from nvf.ops.topk import TopK, best_rows, blockwise_topk, first_topk
 
 WINDOW = 2  # times k rows are scored where the choice of candidates is relaxed
@@ -176,6 +177,27 @@ class Pipeline(nn.Module):
             return self.reranker(logits, evidence)
         queries, keys = self.memory.aligned_queries(queries), self.memory.take_keys(rows)
         return self.reranker(queries, keys, logits, self.attention.beta)
+
+    @torch.no_grad()
+    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+        """Return what stage 1 ranks, at least the candidates, and its rows in the order of `search`.
+
+        The scores of the latter are log-probabilities. A target among the candidates has its rank there, any other
+        that of stage 1.
+        """
+        queries = unit(queries, self.attention.log_beta.dtype)
+        (top,) = self.attention.ranked(queries, targets, max(k, self.k), words)
+        assert top.logsumexp is not None
+        candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
+        scores = self.scores_of(queries, candidates, words).to(top.scores.dtype)
+        log_probs = top.scores - top.logsumexp.unsqueeze(-1)
+        rows, best = most_probable_first(candidates.rows, shared_out(log_probs[:, : self.k], scores))
+        right = are_targets(rows, targets)
+        ranks = candidate_ranks(best, right)
+        ranks = ranks.where(ranks <= self.k, len(self.memory) + 1)  # NaN is last
+        ranks = ranks.where(right.any(dim=-1), top.ranks.clamp(min=self.k + 1))
+        rows, best = (torch.cat([one, of[:, self.k :]], dim=-1) for one, of in ((rows, top.rows), (best, log_probs)))
+        return top, TopK(best, rows, torch.zeros_like(top.logsumexp), ranks)
 
     @torch.no_grad()
     def search(

@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from nvf.ops.topk import first_topk
+from nvf.ops.topk import Added, TopK, blockwise_topk, exact_scores, first_topk, is_ahead
 
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
@@ -18,13 +18,25 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
     Equal scores rank by row, smallest first, as in a search, and NaN last: a model that scores all alike gains nothing.
     """
-    padding = targets < 0
-    right = scores.gather(-1, targets.clamp(min=0)).masked_fill(padding, -torch.inf)
+    best, first = (part.unsqueeze(-1) for part in best_target(scores.gather(-1, targets.clamp(min=0)), targets))
+    return 1 + is_ahead(scores, torch.arange(scores.shape[-1], device=scores.device), best, first).sum(dim=-1)
+
+
+def best_target(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best of the targets' scores, (B, m), and the smallest target that has it, (B,) both."""
+    right = scores.masked_fill(targets < 0, -torch.inf)
     best = right.amax(dim=-1, keepdim=True)
-    first = targets.masked_fill(padding | (right < best), scores.shape[-1]).amin(dim=-1, keepdim=True)
-    order = torch.arange(scores.shape[-1], device=scores.device)
-    above = ~(scores <= best) | ((scores == best) & (order < first))
-    return 1 + above.sum(dim=-1)
+    return best.squeeze(-1), targets.masked_fill((targets < 0) | (right < best), MISS).amin(dim=-1)
+
+
+@torch.no_grad()
+def ranked_topk(
+    queries: Tensor, keys: Tensor, targets: Tensor, k: int, *, logsumexp: bool = False, added: Added = None
+) -> TopK:
+    """Return `blockwise_topk` and, from the same pass over the keys, what `target_ranks` would be of exact scores."""
+    query = torch.arange(len(targets), device=targets.device).repeat_interleave(targets.shape[1])
+    scores = exact_scores(queries, keys, query, targets.clamp(min=0).flatten(), added).view(targets.shape)
+    return blockwise_topk(queries, keys, k, logsumexp=logsumexp, added=added, bar=best_target(scores, targets))
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The k rows of the largest inner products with each query, found in blocks, with equal rows in their order."""
 
 import math
-from itertools import repeat
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
 SPARSE_ROWS = 2**15  # over more rows than these
 GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
 NEAR_TIES = 2**22  # numbers held at once while near ties are resolved; 16 MB of float32
+Bar = Sequence[Tensor] | None  # a score, float64, and a row of each query, (B,) both
+Added = Sequence[Tensor] | None  # rows padded with -1, and what is added to their scores, 0 for padding, (B, L) both
 
 
 class TopK(NamedTuple):
@@ -22,6 +24,7 @@ class TopK(NamedTuple):
     scores: Tensor  # (B, k)
     rows: Tensor  # (B, k) int64
     logsumexp: Tensor | None = None  # (B,) over the scores of all N rows, or those allowed, where it was asked for
+    ranks: Any = None  # (B,) int64, from 1, of the bar or of the best target, where there is one
 
 
 @torch.no_grad()
@@ -34,24 +37,39 @@ def blockwise_topk(
     scores_per_block: int | None = None,
     sparse_from: int = SPARSE_FROM,
     allowed: Tensor | None = None,
+    added: Added = None,
+    bar: Bar = None,
 ) -> TopK:
     """Return the k largest of each query's products with the keys, holding one block of scores at a time.
 
     Queries are (B, D), keys (N, D) of any float type. On a CPU, equal rows come smallest first, whatever the blocks,
     the batch and the threads, see `resolve_near_ties`; elsewhere in the order of torch.topk. Where rows are `allowed`,
     (1, N) or (B, N) bool, at least one a query, no other counts; for rows that a query lacks, -1 has a score of -inf.
+    Where no row is excluded, something may be `added` to some scores, and a `bar` ranked: 1 + the number of rows that
+    are ahead of it, see `is_ahead`.
     """
     budget = scores_per_block or score_block(queries.device)
-    with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
-        masks = repeat(allowed) if allowed is None or len(allowed) == 1 else allowed.split(QUERY_BLOCK)
-        parts = zip(queries.split(QUERY_BLOCK), masks, strict=False)
-        found = [_topk(part, keys, k, logsumexp, budget, sparse_from, mask) for part, mask in parts]
-    scores, rows, totals = zip(*found, strict=True)
-    return TopK(torch.cat(scores), torch.cat(rows), torch.cat(totals) if logsumexp else None)
+    found = []
+    for start in range(0, max(1, len(queries)), QUERY_BLOCK):
+        part = slice(start, start + QUERY_BLOCK)
+        mask = allowed if allowed is None or len(allowed) == 1 else allowed[part]
+        others = (of and [each[part] for each in of] for of in (added, bar))
+        with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
+            found.append(_topk(queries[part], keys, k, logsumexp, budget, sparse_from, mask, *others))
+    joined: list[Any] = [None if some[0] is None else torch.cat(some) for some in zip(*found, strict=True)]
+    return TopK(*joined)
 
 
 def _topk(
-    queries: Tensor, keys: Tensor, k: int, logsumexp: bool, budget: int, sparse_from: int, allowed: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    logsumexp: bool,
+    most: int,
+    sparse_from: int,
+    allowed: Tensor | None,
+    added: Added,
+    bar: Bar,
 ) -> TopK:
     count = len(queries)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
@@ -64,28 +82,74 @@ def _topk(
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
-    start = 0
-    for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
+    start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
+    for part in (keys if some is None else some).split(max(more, most // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
             scores.masked_fill_(~allowed.gather(1, part.expand(count, -1)).T, lowest)
+        if added:
+            query, place = ((added[0] >= start) & (added[0] < start + len(part))).nonzero(as_tuple=True)
+            scores[added[0][query, place] - start, query] += added[1][query, place]
         largest = best.add(scores, start)
+        if bar:
+            ranks += _count_ahead(scores, start, queries, keys, added, *bar)
         if total is not None:
             total.add_(scores, largest)
         start += len(part)
         del scores  # so that the next block takes its place in the cache
     rows = best.rows if some is None else some[best.rows]
-    scores, rows = resolve_near_ties(queries, keys, best.scores, rows, min(k, size), allowed)
+    scores, rows = resolve_near_ties(queries, keys, best.scores, rows, min(k, size), allowed, added)
     if allowed is not None:
         lacking, pad = scores == lowest, (0, k - scores.shape[1])
         scores = F.pad(scores.masked_fill(lacking, -math.inf), pad, value=-math.inf)
         rows = F.pad(rows.masked_fill(lacking, -1), pad, value=-1)
-    return TopK(scores, rows, None if total is None else total.result())
+    return TopK(scores, rows, None if total is None else total.result(), ranks if bar else None)
+
+
+def is_ahead(scores: Tensor, rows: Tensor, best: Tensor, first: Tensor) -> Tensor:
+    """Return which rows are ahead of the row `first` with the score `best`: of equal ones the smaller; NaN is last."""
+    return ~(scores <= best) | ((scores == best) & (rows < first))
+
+
+def _count_ahead(
+    scores: Tensor, start: int, queries: Tensor, keys: Tensor, added: Added, best: Tensor, first: Tensor
+) -> Tensor:
+    """Return how many rows of a block of scores, (w, B), are ahead, (B,); near ties by their exact scores."""
+    noise = 2 * _noise(queries, added)
+    below = scores <= (best + noise).to(scores.dtype)
+    row, query = (below & (scores >= (best - noise).to(scores.dtype))).nonzero(as_tuple=True)
+    row = row + start
+    ahead = is_ahead(exact_scores(queries, keys, query, row, added), row, best[query], first[query])
+    return len(scores) - below.sum(dim=0, dtype=torch.int32) + query[ahead].bincount(minlength=len(queries))
+
+
+def exact_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, added: Added = None) -> Tensor:
+    """Return the products of pairs, (P,), in float64, and what is added; those of equal keys are equal."""
+    size = max(1, NEAR_TIES // queries.shape[1])
+    rows, more = added or (queries[:, :0], queries[:, :0])
+    parts = []
+    for q, r in zip(query.split(size), row.split(size), strict=True):
+        of_pairs = ((rows[q] == r.unsqueeze(-1)) * more[q]).sum(dim=-1)
+        parts.append((queries[q].double() * keys[r].double()).sum(dim=-1) + of_pairs)
+    exact = torch.cat(parts)
+    return exact if can_branch_on(exact) else exact.to(queries.dtype).double()  # a GPU's sums depend on P
+
+
+def _noise(queries: Tensor, added: Added) -> Tensor:
+    """Return the size, (B,), of what rounding does to a query's products with keys about as long as 1."""
+    size = math.sqrt(queries.shape[1]) * torch.linalg.vector_norm(queries, dim=-1)
+    return torch.finfo(queries.dtype).eps * (size + added[1].abs().amax(dim=-1) if added else size)
 
 
 @torch.no_grad()
 def resolve_near_ties(
-    queries: Tensor, keys: Tensor, scores: Tensor, rows: Tensor, k: int, allowed: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    scores: Tensor,
+    rows: Tensor,
+    k: int,
+    allowed: Tensor | None = None,
+    added: Added = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k best of the rows; on a CPU, near ties are ordered by their exact products, and equal ones by row.
 
@@ -96,8 +160,7 @@ def resolve_near_ties(
     """
     if not can_branch_on(scores):
         return scores[:, :k], rows[:, :k]
-    epsilons = torch.finfo(scores.dtype).eps * math.sqrt(queries.shape[1])
-    noise = epsilons * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)  # (B, 1)
+    noise = _noise(queries, added).unsqueeze(-1)
     near = scores[:, 1:] >= scores[:, :-1] - noise
     if allowed is not None:
         near &= scores[:, 1:] > torch.finfo(scores.dtype).min
@@ -111,30 +174,30 @@ def resolve_near_ties(
     query = torch.arange(len(some)).repeat_interleave(k)
     row = rows[some].sort(dim=-1).values.flatten()
     right = None if allowed is None else allowed[some[query], row]
-    exact, rows[some] = _best_exactly(queries[some], keys, query, row, k, right)
+    exact, rows[some] = _best_exactly(queries[some], keys, query, row, k, added and [of[some] for of in added], right)
     tied = (F.pad(near, (0, 1)) | F.pad(near, (1, 0)))[some, :k]  # with the next or with the one before
     scores[some] = exact.where(tied, scores[some])
     for some in last.nonzero().squeeze(-1).split(max(1, NEAR_TIES // len(keys))):
         with torch.autocast("cpu", enabled=False):
-            possible = inner_products(queries[some], keys) >= floor[some]  # (b, N)
+            every = inner_products(queries[some], keys)  # (b, N)
+        more = added and [of[some] for of in added]
+        possible = (every.scatter_add(-1, more[0].clamp(min=0), more[1]) if more else every) >= floor[some]
         if allowed is not None:
             possible &= allowed[some]
         possible.scatter_(-1, rows[some], True)
         query, row = possible.nonzero(as_tuple=True)
-        scores[some], rows[some] = _best_exactly(queries[some], keys, query, row, k)
+        scores[some], rows[some] = _best_exactly(queries[some], keys, query, row, k, more)
     return scores, rows
 
 
 def _best_exactly(
-    queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int, right: Tensor | None = None
+    queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, k: int, added: Added, right: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return scores and rows of the k best of each query's pairs, (P,), whose rows ascend, by products in float64.
 
     Pairs that are not `right`, (P,), come last.
     """
-    size = max(1, NEAR_TIES // queries.shape[1])
-    pairs = zip(query.split(size), row.split(size), strict=True)
-    exact = torch.cat([(queries[q].double() * keys[r].double()).sum(dim=-1) for q, r in pairs])
+    exact = exact_scores(queries, keys, query, row, added)
     if right is not None:
         exact.masked_fill_(~right, -math.inf)
     kept = _best_of_each(query, exact, len(queries), k)
