@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from nvf.data.queries import QueryBatch, Recorded, Source, blocks, each, score_blocks
+from nvf.data.queries import QueryBatch, Recorded, Source, blocks, each
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence, evenly
@@ -145,9 +145,7 @@ class VectorDataModule(L.LightningDataModule):
     def val_dataloader(self, split: str = "val") -> DataLoader:
         samples, (rank, ranks) = self.samples_of(split), self.ranks
         mine = each(samples, itemgetter(slice(rank, None, ranks)))
-        candidates = isinstance(mine, CandidateBatch)  # else every row is scored
-        batches = blocks(mine, EVAL_BATCH) if candidates else score_blocks(mine, len(self.source.memory))
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        return DataLoader(blocks(mine, EVAL_BATCH), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader("test")

@@ -13,7 +13,6 @@ from nvf.errors import InputError, check_number
 from nvf.files.mapped_rows import as_bytes
 from nvf.models.memory import VectorMemory
 from nvf.models.words import Words, WordScores
-from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.random_streams import stream
 
 WARPS = ("rotation", "mlp")
@@ -46,11 +45,6 @@ def blocks(batch: Batch, size: int) -> list[Batch]:
     """Cut a named tuple of tensors into pieces of at most `size` samples."""
     starts = range(0, max(1, len(batch[0])), size)
     return [each(batch, itemgetter(slice(start, start + size))) for start in starts]
-
-
-def score_blocks(batch: Batch, rows: int) -> list[Batch]:
-    """Cut a batch into pieces whose scores over so many rows can be held at once."""
-    return blocks(batch, min(QUERY_BLOCK, max(FEWEST_QUERIES, ALL_SCORES // rows)))
 
 
 def fingerprint(batch: QueryBatch) -> str:

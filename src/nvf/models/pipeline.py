@@ -179,7 +179,15 @@ class Pipeline(nn.Module):
         return self.reranker(queries, keys, logits, self.attention.beta)
 
     @torch.no_grad()
-    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+    def ranked(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        k: int,
+        words: WordScores | None = None,
+        *,
+        logged_as: Tensor | None = None,
+    ) -> tuple[TopK, ...]:
         """Return what stage 1 ranks, at least the candidates, and its rows in the order of `search`.
 
         The scores of the latter are log-probabilities. A target among the candidates has its rank there, any other
@@ -189,7 +197,7 @@ class Pipeline(nn.Module):
         (top,) = self.attention.ranked(queries, targets, max(k, self.k), words)
         assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
-        scores = self.scores_of(queries, candidates, words).to(top.scores.dtype)
+        scores = self.scores_of(queries, candidates, words, logged_as).to(top.scores.dtype)
         log_probs = top.scores - top.logsumexp.unsqueeze(-1)
         rows, best = most_probable_first(candidates.rows, shared_out(log_probs[:, : self.k], scores))
         right = are_targets(rows, targets)

@@ -9,14 +9,14 @@ from torch import Tensor
 from nvf.data.datamodule import CandidateBatch, LoggedBatch
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
-from nvf.models.attention import SoftAttention, attention_loss
+from nvf.models.attention import SoftAttention
 from nvf.models.memory import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import stratified
 from nvf.ops.random_streams import stream
-from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg_of, target_ranks
-from nvf.ops.topk import first_topk
+from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg
+from nvf.ops.topk import TopK, first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
 
@@ -77,9 +77,8 @@ class AttentionModule(StageModule):
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard)
 
     def judge(self, batch: QueryBatch) -> Judged:
-        logits = self.model(batch.queries, batch.words)
-        loss, ranks = attention_loss(logits, batch.targets), target_ranks(logits, batch.targets)
-        return Judged(loss, ranks, ranks <= self.k, ndcg_of(logits, batch.targets, batch.gains))
+        (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
+        return Judged(self.model.loss(*batch[:3]), top.ranks, top.ranks <= self.k, _ndcg(top, batch))
 
 
 class RerankerModule(StageModule):
@@ -163,13 +162,16 @@ class JointModule(RerankerModule):
         return ours + self.attention_weight * attention
 
     def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
-        said = self.model(batch.queries, batch.words, logged_as=getattr(batch, "logged_as", None), answer=False)
-        loss = attention_loss(said.log_probs, batch.targets)
-        if self.attention_weight:
-            loss = loss + self.attention_weight * attention_loss(said.logits, batch.targets)
-        ranking, covered = said.ranking, are_targets(said.candidates, batch.targets).any(dim=-1)
-        gains = ndcg_of(ranking, batch.targets, batch.gains)
-        return Judged(loss, target_ranks(ranking, batch.targets), covered, gains)
+        logged_as = getattr(batch, "logged_as", None)
+        ours, attention = self.model.loss(*batch[:3], logged_as=logged_as)
+        first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=logged_as)
+        covered = are_targets(first.rows[:, : self.model.k], batch.targets).any(dim=-1)
+        return Judged(ours + self.attention_weight * attention, top.ranks, covered, _ndcg(top, batch))
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
+
+
+def _ndcg(top: TopK, batch: QueryBatch | LoggedBatch) -> Tensor:
+    gains = gains_of(top.rows[:, :DEEPEST], batch.targets, batch.gains)
+    return ndcg(F.pad(gains, (0, DEEPEST - gains.shape[1])), batch.targets, batch.gains)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from nvf.data.queries import each, score_blocks
+from nvf.data.queries import each
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
@@ -108,10 +108,9 @@ class StageModule(L.LightningModule):
     def _share_answered(self, batch: Any) -> Tensor:
         """The share of a training batch's first queries whose target is ranked first, as validation ranks it."""
         self.eval()
-        first = each(batch, lambda part: part[:LOGGED].detach())
-        ranks = [self.judge(block).ranks for block in score_blocks(first, len(self.attention.memory))]
+        ranks = self.judge(each(batch, lambda part: part[:LOGGED].detach())).ranks
         self.train()
-        return (torch.cat(ranks) == 1).float().mean()
+        return (ranks == 1).float().mean()
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator; a run resumed at this epoch must draw the same masks.
