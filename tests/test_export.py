@@ -18,6 +18,7 @@ import torch
 from conftest import command
 from nvf.errors import InputError
 from nvf.export import OPTIONS, export
+from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory, unit
@@ -32,12 +33,20 @@ TEXTS = ["where do cats sleep", "income tax", "a saxophone", "sleeping cats", "h
 Place = dict[str, str]
 
 
-def make(dim: int = 8, ids: Any = IDS, *, transform: str = "linear", biased: bool = True, **how: Any) -> Pipeline:
-    """A pipeline with learned keys that weighs evidence; nothing is left at zero, and two vectors are equal."""
+def make(
+    dim: int = 8, ids: Any = IDS, *, transform: str = "linear", biased: bool = True, rows: int | None = None, **how: Any
+) -> Pipeline:
+    """A pipeline with learned keys that weighs evidence; nothing is left at zero, and two vectors are equal.
+
+    With `rows` that are so wide the queries are of another model, and aligned.
+    """
     torch.manual_seed(0)
-    vectors = torch.randn(ROWS, dim)
+    vectors = torch.randn(ROWS, rows or dim)
     vectors[5] = vectors[2]
     memory = VectorMemory(vectors, ids=ids, distinct=True)
+    if rows is not None:
+        maps = {"centre": 0.1 * torch.randn(dim), "whitening": torch.eye(dim) + 0.05 * torch.randn(dim, dim)}
+        memory = memory.aligned_with(Alignment(**maps, mean=0.1 * torch.randn(rows), map=torch.randn(rows, dim)))
     attention = SoftAttention(memory, transform=transform, keys="learned", biased=biased, beta=5.0, **how)
     evidence = Evidence.gather(memory, unit(torch.randn(90, dim)), torch.randint(len(memory), (90, 1)))
     reranker = EvidenceReranker(len(FEATURES), hidden=(8, 8))
@@ -158,8 +167,8 @@ def encoder() -> Any:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"biased": False, "transform": "identity"}, {"normalize": False}],
-    ids=["linear with bias", "identity without", "no unit length"],
+    [{}, {"biased": False, "transform": "identity"}, {"normalize": False}, {"rows": 8}],
+    ids=["linear with bias", "identity without", "no unit length", "over rows of another model"],
 )
 def test_an_encoder_gives_transformed_queries(tmp_path: Path, encoder: Any, how: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer

@@ -1,6 +1,7 @@
 """The update command: what it writes answers as `Pipeline.updated` does, and what is wrong leaves nothing behind."""
 
 import json
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import Words
 from nvf.options import parse
 from nvf.update import OPTIONS, update
+from programs import Program
 
 RNG = np.random.default_rng(0)
 TEXTS = ["red fox", "green tree", "blue sea", "old house"]
@@ -115,6 +117,20 @@ def test_the_pipelines_own_folder_is_replaced(tmp_path: Path) -> None:
     done = command("pipeline=pipeline", "output=pipeline", "remove=remove.json", module="nvf.update", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert equal(answers(Pipeline.load(tmp_path / "pipeline")), answers(pipeline))
+    assert {path.name for path in tmp_path.iterdir()} == {"pipeline", "remove.json"}
+
+
+@pytest.mark.parametrize("moment", [".pipeline.old", "pipeline"])
+def test_a_killed_update_leaves_a_pipeline_that_answers_and_can_be_updated(tmp_path: Path, moment: str) -> None:
+    expected = answers(save(tmp_path / "pipeline"))
+    (tmp_path / "remove.json").write_text("[]")
+    words = ["pipeline=pipeline", "output=pipeline", "remove=remove.json"]
+    killed = (signal.SIGKILL, moment, 1)  # as it puts the old folder aside, or the new one in its place
+    with Program(*words, cwd=tmp_path, module="nvf.update", at=killed) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert equal(answers(Pipeline.load(tmp_path / "pipeline")), expected)
+    run(tmp_path, output=tmp_path / "pipeline", remove=tmp_path / "remove.json")
+    assert equal(answers(Pipeline.load(tmp_path / "pipeline")), expected)
     assert {path.name for path in tmp_path.iterdir()} == {"pipeline", "remove.json"}
 
 

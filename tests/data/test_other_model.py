@@ -68,6 +68,12 @@ def test_queries_as_wide_as_the_rows_are_of_their_model_unless_something_says_ot
     assert (refused.foreign, refused.pairs) == (False, None)
 
 
+@pytest.mark.parametrize("foreign", ["perhaps", 2])
+def test_anything_else_is_refused(wide: Path, foreign: Any) -> None:
+    with pytest.raises(InputError, match=rf"data\.foreign={foreign}"):
+        read(wide, foreign=foreign)
+
+
 def test_references_follow_the_deal(wide: Path) -> None:
     queries = np.load(wide / "queries.npy")
     queries[7] = queries[3]  # one query, of its first line

@@ -260,7 +260,7 @@ def test_without_queries_there_are_no_answers(memory: VectorMemory) -> None:
 
 
 BAD = {
-    "nothing": ([], "0 lists"),
+    "nothing": ([], "nothing"),
     "no row": (np.zeros(ROWS, bool), "query 0"),
     "nothing for one": ([[1]] * 3 + [[]] + [[2]] * 3, "query 3"),
     "padding for one": (np.array([[1]] * 5 + [[-1]] + [[2]]), "query 5"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvf.errors import InputError
+from nvf.models.alignment import Alignment
 from nvf.models.ann_index import build_index
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, OF_WORDS, Evidence
@@ -38,14 +39,16 @@ def sentences(count: int, seed: int) -> list[str]:
 class State:
     """What a pipeline is made from, by name of the item: vectors, texts, and a log of queries with names of items."""
 
-    def __init__(self, *, named: bool, seed: int = 0) -> None:
+    def __init__(self, *, named: bool, seed: int = 0, width: int | None = None) -> None:
         vectors = normal(GIVEN, DIM, seed=seed)
         vectors[[7, 21]] = vectors[3].clone()  # three items of one row
         vectors[30] = vectors[29].clone()
         names = [f"item {number}" for number in range(GIVEN)] if named else [*range(GIVEN)]
         self.named, self.vectors = named, dict(zip(names, vectors, strict=True))
         self.texts = dict(zip(names, sentences(GIVEN, seed), strict=True))
-        self.queries, self.log_texts = unit(normal(LOGGED, DIM, seed=seed + 1)), sentences(LOGGED, seed + 1)
+        self.width = width  # of the queries, where they are of another model than the rows
+        self.queries = unit(normal(LOGGED, width or DIM, seed=seed + 1))
+        self.log_texts = sentences(LOGGED, seed + 1)
         rng = np.random.default_rng(seed + 2)
         self.answers = [{names[place] for place in rng.choice(30, 1 + query % 2)} for query in range(LOGGED)]
         self.close()
@@ -60,7 +63,16 @@ class State:
         ids = np.array([*self.vectors], dtype=object) if self.named else None
         memory = VectorMemory(torch.stack([*self.vectors.values()]), ids=ids, distinct=True)
         memory.texts = [*self.texts.values()]
-        return memory
+        if self.width is None:
+            return memory
+        shapes = {
+            "centre": (self.width,),
+            "whitening": (self.width, self.width),
+            "mean": (DIM,),
+            "map": (DIM, self.width),
+        }
+        maps = {name: 0.3 * normal(*shape, seed=place) for place, (name, shape) in enumerate(shapes.items())}
+        return memory.aligned_with(Alignment(**{**maps, "whitening": maps["whitening"] + torch.eye(self.width)}))
 
     def log(self, memory: VectorMemory) -> Tensor:
         """The targets, (n, m) rows padded with -1."""
@@ -125,7 +137,7 @@ def rebuilt(before: Pipeline, state: State, old: dict[Any, Any]) -> Pipeline:
             torch.equal(memory.rows[row], before.memory.rows[int(before.memory.rows_of(torch.tensor([was[one]])))])
             for one in old.values()
         ):
-            mean = sum(math.exp(beta * float(query @ memory.rows[row])) for query in bank) / len(bank)
+            mean = sum(math.exp(beta * float(query @ memory.keys[row])) for query in bank) / len(bank)
             attention.bias[row] = -share * math.log(mean) / beta
     new.attention, new.evidence, new.words = attention, evidence, state.words(memory) if worded else None
     return new.requires_grad_(False).eval()
@@ -151,7 +163,8 @@ def same(mine: Pipeline, theirs: Pipeline, *, exactly: bool = False) -> None:
     if theirs.evidence is not None:
         torch.testing.assert_close(mine.evidence.similar, theirs.evidence.similar, **near)
     texts = None if theirs.words is None else sentences(50, 9)
-    asked = normal(50, DIM, seed=8)
+    asked = normal(50, theirs.memory.query_dim, seed=8)
+    assert torch.equal(mine.memory.keys, theirs.memory.keys)
     found, expected = (pipeline.search(asked, 12, texts=texts) for pipeline in (mine, theirs))
     torch.testing.assert_close(found.probabilities, expected.probabilities, **near)
     assert float((found.rows == expected.rows).double().mean()) > 0.99
@@ -179,7 +192,7 @@ def changed(state: State, pipeline: Pipeline, *, add: Tensor, names: list[Any], 
         left = [name for name in group if name in old] or [name for name in group if name in state.vectors][:1]
         for answers in state.answers:
             answers.difference_update(set(group) - set(left))
-    queries, asked = normal(log, DIM, seed=6), sentences(log, 7)
+    queries, asked = normal(log, state.width or DIM, seed=6), sentences(log, 7)
     if log > 1:
         queries[1] = queries[0]
     new = [[name] for name in [*state.vectors][-log:]] if log else []
@@ -211,9 +224,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("named", [True, False])
-def test_an_update_is_what_is_put_together_from_scratch(case: str, named: bool, worded: bool) -> None:
-    state = State(named=named)
+@pytest.mark.parametrize(
+    ("named", "width"), [(True, None), (False, None), (True, DIM), (True, 12), (False, 5)], ids=str
+)
+def test_an_update_is_what_is_put_together_from_scratch(
+    case: str, named: bool, width: int | None, worded: bool
+) -> None:
+    state = State(named=named, width=width)
     add, remove, log = CASES[case]
     if not named:
         add = [number for number in add if number >= 40]

@@ -1,6 +1,7 @@
 """The modules under a real Trainer: they learn, freeze what they must, log what they say, and resume exactly."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -129,6 +130,24 @@ def test_a_checkpoint_gives_the_module_back_and_tests_as_it_validates(name: str,
     engine = trainer(tmp_path / "test")
     (tested,), (validated,) = engine.test(loaded, data, verbose=False), engine.validate(loaded, data, verbose=False)
     assert tested == {metric.replace("val/", "test/"): value for metric, value in validated.items()}
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.05, 0.2])
+def test_a_rate_may_rise_for_one_step(warmup: float, tmp_path: Path) -> None:
+    memory = VectorMemory.synthetic(rows=30, dim=8, seed=0)
+    module = AttentionModule(SoftAttention(memory), lr=3e-2, schedule="onecycle", warmup=warmup)
+    data = VectorDataModule(Noisy(memory, sigma=0.2), seed=0, batch_size=32, steps_per_epoch=5, val_samples=300)
+    rates: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer(tmp_path, Watch(), epochs=2).fit(module, data)  # 10 steps, so that 0.1 of them is one
+    peak = rates.index(max(rates))
+    assert peak <= 1
+    assert max(rates) == pytest.approx(3e-2, rel=0.05)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
 def test_the_reranker_stage_leaves_stage_one_alone(tmp_path: Path) -> None:

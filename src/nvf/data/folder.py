@@ -147,6 +147,8 @@ def _other_model(
     for split, width in zip(SPLITS[1:], others, strict=True):
         if width != train:
             raise InputError(f"{folder}: {split} queries are {width} wide, train queries {train}; embed all alike")
+    if foreign not in (None, False, True):
+        raise InputError(f"data.foreign={foreign} is unknown; choose one of null, true, false")
     pairs = read_pairs(folder, memory, train)
     if foreign is False or (foreign is None and pairs is None and train == memory.dim):
         check_dim(train, memory.dim, f"{folder}: data.foreign=false, but queries")

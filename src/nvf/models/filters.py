@@ -23,11 +23,9 @@ class Filter:
 
     def __init__(self, memory: VectorMemory, given: Any, queries: int, name: str = "allowed") -> None:
         if not _is_list(given):
-            raise InputError(
-                f"{name} is {shown(given)}; give a list of ids, or of rows where there are none, or a mask"
-            )
+            raise InputError(f"{name} is {shown(given)}; give a list of ids, or of rows if there are none, or a mask")
         plain = _plain(given)
-        self.memory, self.nested = memory, all(map(_is_list, plain))
+        self.memory, self.nested = memory, all(map(_is_list, plain)) and (len(plain) > 0 or queries == 0)
         self.each: Any = plain if self.nested else [plain]  # a list or mask for each query, or one for all
         if self.nested and len(plain) != queries:
             raise InputError(f"{name}: {len(plain)} lists or masks for {queries} queries; give each query one")

@@ -46,8 +46,7 @@ def save(folder: Path, pipeline: Any) -> None:
         similar = getattr(pipeline.evidence, "similar", None)
         near = {} if similar is None else {"similar": similar.contiguous()}
         save_file({"rows": rows.contiguous(), **merged, **near, **aligned}, partial / "memory.safetensors")
-        weights = {name: tensor.contiguous() for name, tensor in pipeline.state_dict().items()}
-        save_file(weights, partial / "weights.safetensors")
+        save_file({name: one.contiguous() for name, one in pipeline.state_dict().items()}, partial / FILES[2])
         config = {
             "format": FORMAT,
             "k": pipeline.k,
@@ -72,6 +71,8 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
         raise InputError(f"device={device} cannot be used ({one_line(fault)}); cpu always can") from None
+    old = folder.parent / f".{folder.name}.old"  # where it is if a process was killed as it put another in its place
+    folder = old if old.is_dir() and not folder.exists() else folder
     if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     _check_own(folder / "config.json")

@@ -75,9 +75,7 @@ def _check_texts(pipeline: Any, name: str, texts: Any, vectors: Any) -> None:
     """Raise an InputError unless each vector has a text if the pipeline has words, which it must be able to extend."""
     words, given = pipeline.words, texts or ()
     if words is None and (texts is not None or pipeline.attention.word_weights is not None):
-        raise InputError(
-            f"{name}: the pipeline was fitted without texts, or bm25s is missing; give none, or install it"
-        )
+        raise InputError(f"{name}: it was fitted without texts, or bm25s is missing; give none, or install it")
     if words is not None and (pipeline.memory.texts is None or words.texts is None):
         raise InputError(f"{name}: the pipeline does not hold the texts that its words are from; train it again")
     count = 0 if vectors is None or words is None else len(vectors)
@@ -94,7 +92,7 @@ def _checked_items(memory: VectorMemory, items: Any, ids: Any) -> tuple[Tensor, 
     if len(given) and (ids is None) != (memory.ids is None):
         raise InputError("ids: give each added vector its id where the memory has ids, and none where it has none")
     names = None if ids is None else checked_ids(ids, len(given), "ids")
-    known = [] if memory.ids is None or names is None else [*memory.ids[:1], *names[:1]]
+    known = [] if memory.ids is None or names is None else [*memory.ids[:1].tolist(), *names[:1].tolist()]
     if len({isinstance(name, str) for name in known}) > 1:
         raise InputError(f"ids: {shown(known[1])} is not of the type of the memory's {shown(known[0])}; give such ids")
     check_vectors(given, "add", names)

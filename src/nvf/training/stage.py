@@ -122,5 +122,6 @@ class StageModule(L.LightningModule):
         if self.schedule == "constant":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=self.warmup)
+        rise = self.warmup + 1e-9 * (self.warmup * steps == 1)  # OneCycleLR divides by a rise of one step
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=rise)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
