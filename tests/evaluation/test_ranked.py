@@ -130,9 +130,14 @@ def test_ties_rank_by_row_in_blocks_as_in_all_scores(queries: int, rows: int, wo
             torch.testing.assert_close(top.logsumexp, scores.logsumexp(dim=-1))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dim", [3, 37])
-def test_equal_keys_rank_by_row_wherever_they_lie(dim: int, dtype: torch.dtype) -> None:
+def test_equal_keys_rank_by_row_wherever_they_lie(
+    dim: int, dtype: torch.dtype, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if elsewhere:
+        monkeypatch.setattr("nvf.ops.products._on_cpu", lambda _: False)  # what runs on other devices
     generator = torch.Generator().manual_seed(dim)
     some = F.normalize(torch.randn(9, dim, generator=generator), dim=-1).to(dtype)
     name = torch.randint(9, (5000,), generator=generator)

@@ -65,7 +65,7 @@ def _topk(
     keys: Tensor,
     k: int,
     logsumexp: bool,
-    most: int,
+    budget: int,
     sparse_from: int,
     allowed: Tensor | None,
     added: Added,
@@ -83,7 +83,7 @@ def _topk(
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
     start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
-    for part in (keys if some is None else some).split(max(more, most // max(1, count))):
+    for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
             scores.masked_fill_(~allowed.gather(1, part.expand(count, -1)).T, lowest)
