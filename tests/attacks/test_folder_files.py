@@ -109,7 +109,7 @@ def test_a_point_that_is_none_is_not_loaded(place: Path, tmp_path: Path, name: s
     with sqlite3.connect(path) as database:
         database.execute("UPDATE points SET point = ? WHERE rowid = 7", (POINTS[name](sentinel),))
     database.close()
-    with pytest.raises(InputError, match=r"storage.sqlite: row 7 is no point \(.*\), and might run code; it was not"):
+    with pytest.raises(InputError, match=r"storage.sqlite: row 7 is no point \(.*\); write the collection anew"):
         DOORS["storage/collection/items/storage.sqlite"](path)
     assert not sentinel.exists()
 

@@ -83,10 +83,8 @@ class StopOnNaN(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         (step,) = largest(trainer.strategy.root_device, -1 if self._first is None else int(self._first))
         if step >= 0:
-            raise InputError(
-                f"{self.stage}: the loss is nan or infinite in step {step}; lower {self.stage}.lr={module.lr}, or set "
-                "trainer.precision=32-true. The run's folder keeps the checkpoints from before that step"
-            )
+            remedy = f"lower {self.stage}.lr={module.lr}, or set trainer.precision=32-true"
+            raise InputError(f"{self.stage}: the loss is nan or infinite in step {step}; {remedy}")
 
 
 class KeepBest(ModelCheckpoint):
