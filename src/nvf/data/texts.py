@@ -234,7 +234,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(fields, dict) or None in fields:  # those of a table beyond the header's
                     raise ValueError("it has other fields than it should")
                 json.dumps(fields, ensure_ascii=False).encode()  # refuses half a character, as of an emoji cut in two
-                yield f"{path}: line {(number := at)}", fields
+                number = at
+                yield f"{path}: line {at}", fields
     except (ValueError, RecursionError, OSError, csv.Error) as fault:
         raise InputError(f"{path}: after line {number}: {one_line(fault)}; write {form}, in UTF-8") from None
     if number == 0:
