@@ -20,11 +20,7 @@ from nvf.statistics import two_digits
 
 PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
-    Option(
-        "texts",
-        "a folder: documents (id, text) and queries (query, id), .jsonl or .csv; or BEIR's; or a .json",
-        read=path,
-    ),
+    Option("texts", "a folder of documents and queries, .jsonl or .csv; or BEIR's; or LlamaIndex's .json", read=path),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
     Option("batch_size", "texts that the model reads at once", 32, whole),

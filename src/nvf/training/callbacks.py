@@ -111,7 +111,6 @@ class SaveLast(Checkpoint):
         self.start_score: float | None = None  # what the untrained start validates to, if it competes
         self._stopped = False  # early: no epoch follows
         self._generators: list[dict[str, Tensor]] = []  # states of torch's global generators by device, rank by rank
-        self._saved, self._saved_step = time.monotonic(), 0
 
     def state_dict(self) -> dict[str, Any]:
         mine = {"cpu": torch.get_rng_state()}
