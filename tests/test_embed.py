@@ -209,12 +209,12 @@ BAD_TEXTS = [
         [D, "{oops"],
         "documents.jsonl: after line 1: JSONDecodeError: Expecting property name",
     ),
-    ("documents.jsonl", [D, "", "3"], "documents.jsonl: after line 1: ValueError: it is no JSON object"),
+    ("documents.jsonl", [D, "", "3"], "documents.jsonl: after line 1: ValueError: it has other fields than"),
     ("documents.jsonl", ["[" * 100_000], "documents.jsonl: after line 0: RecursionError"),
     (
         "documents.jsonl",
         [{**D, "text": "a smile \ud83d"}],
-        "documents.jsonl: after line 1: UnicodeEncodeError: 'utf-8' codec",
+        "documents.jsonl: after line 0: UnicodeEncodeError: 'utf-8' codec",
     ),
     ("documents.jsonl", [], "documents.jsonl is empty; give at least one line"),
     ("documents.jsonl", [D, {**D, "text": "u"}], "line 2: id 'a' is also that of"),
@@ -251,7 +251,7 @@ BAD_TEXTS = [
     (
         "documents.csv",
         ["id,text", "1,a,b"],
-        "documents.csv: after line 0: ValueError: it has more fields than the header; quote",
+        "documents.csv: after line 0: ValueError: it has other fields than it should; write",
     ),
     ("documents.csv", ["id,text", "1"], "documents.csv: line 2: text is None; give a text"),
     ("documents.csv", ["id,text", '1,"a" b'], "documents.csv: after line 0: Error"),

@@ -8,28 +8,19 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.atomic import atomic_write, check_new
-from nvf.files.ids import FILE as IDS_FILE
-from nvf.files.ids import write_ids
-from nvf.options import Option, find_device, path, run, whole
+from nvf.files.ids import IDS_FILE, write_ids
+from nvf.options import Option, path, run, whole
 from nvf.statistics import two_digits
-
-if TYPE_CHECKING:
-    import torch
 
 PACKAGED = "all-MiniLM-L6-v2"  # the model whose weights come with the extra [text]
 OPTIONS = (
-    Option(
-        "texts",
-        "a folder with documents (id, text) and queries (query, id), .jsonl or .csv each; or one in BEIR's form; "
-        "or a .json of LlamaIndex's",
-        read=path,
-    ),
+    Option("texts", "a folder of documents and queries, .jsonl or .csv; or BEIR's; or LlamaIndex's .json", read=path),
     Option("output", "the folder to make", read=path),
     Option("model", "a sentence-transformers model: its name, or its folder", PACKAGED),
     Option("batch_size", "texts that the model reads at once", 32, whole),
@@ -41,7 +32,8 @@ SLOW = 10_000  # texts; for more a progress bar is shown
 def embed(*, texts: Path, output: Path, model: str, batch_size: Any, device: str) -> str:
     """Embed every document and query, write the folder's files, and return what to print: counts and what to type."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.retrieval_sets import read_set
+    from nvf.data.texts import read_set
+    from nvf.models.saved_pipeline import find_device
 
     start = time.perf_counter()
     check_number("batch_size", batch_size, minimum=1, whole=True, remedy="32 is the default")
@@ -76,7 +68,7 @@ def write_texts(file: Path, texts: Sequence[str]) -> None:
     file.write_text("".join(lines), encoding="utf-8")
 
 
-def load_model(name: str, device: "torch.device") -> Any:
+def load_model(name: str, device: Any) -> Any:
     """Load a sentence-transformers model from its folder, or by its name: installed, downloaded before, or now."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when it is imported
     try:
@@ -99,8 +91,8 @@ def load_model(name: str, device: "torch.device") -> Any:
         get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
         return SentenceTransformer(name, device=str(device))
     except Exception as fault:
-        what = f"model={name} is not a sentence-transformers folder, or cannot be downloaded ({one_line(fault)})"
-        raise InputError(f"{what}; name another model, or give its folder") from None
+        what = f"model={name} is not a sentence-transformers folder, or cannot be downloaded"
+        raise InputError(f"{what} ({one_line(fault)}); name another model, or give its folder") from None
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:

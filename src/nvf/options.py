@@ -67,15 +67,3 @@ def run(command: Callable[..., str], *, program: str, summary: str, options: Seq
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
-
-
-def find_device(name: str) -> Any:
-    """Return the `torch.device` of that name, or raise an InputError; `auto` is the GPU, if any, else the CPU."""
-    import torch  # the slowest import of all, after bad options are refused
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as fault:  # torch without CUDA raises the latter
-        raise InputError(f"device={name} cannot be used ({str(fault).splitlines()[0]}); give device=cpu") from None

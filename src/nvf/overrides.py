@@ -90,10 +90,7 @@ def spelled(words: Sequence[str]) -> list[str]:
 
 
 def resumed(folder: str, words: Sequence[str]) -> list[str]:
-    """Return the words that resume the run or the sweep in a folder, or raise an InputError.
-
-    The settings are the run's or the sweep's own; words of Hydra's, such as hydra/launcher=parallel, may be added.
-    """
+    """Return the words that resume the run or sweep in a folder, with its settings; words of Hydra's may be added."""
     hydras = [word for word in words if word.startswith("hydra")]
     named = [word for word in words if "_target_" in word]
     if others := [word for word in words if not word.startswith("resume=") and word not in [*hydras, *named]]:
@@ -110,10 +107,7 @@ def resumed(folder: str, words: Sequence[str]) -> list[str]:
 
 
 def resumed_settings(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of the run in a folder, or raise an InputError if there is none, or its record is damaged.
-
-    Each `_target_` in them must be named in conf/ or in the words.
-    """
+    """Return the settings of the run in a folder, each `_target_` in which must be named in conf/ or in the words."""
     config = recorded(folder)
     named = "\n".join([*words, *(path.read_text(encoding="utf-8") for path in CONF.glob("*/*.yaml"))])
     allowed = re.findall(r"_target_[=:]\s*([\w.]+)", named)

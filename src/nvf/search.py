@@ -4,15 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvf.errors import InputError
-from nvf.options import Option, find_device, path, run, whole
+from nvf.options import Option, path, run, whole
 from nvf.statistics import two_digits
-
-if TYPE_CHECKING:
-    from nvf.files.npy import ArrayFile
-    from nvf.models.pipeline_search import Hits
 
 OPTIONS = (
     Option("pipeline", "the folder that a run saved: outputs/<date>/<time>/pipeline", read=path),
@@ -43,7 +39,8 @@ def search(
 ) -> str:
     """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.search_files import check_ids, check_output, open_queries, open_texts, read_ids_of, write_answers
+    from nvf.data.beside import text_lines
+    from nvf.data.search_files import check_ids, check_output, open_queries, read_ids_of, write_answers
     from nvf.models.filters import Filter
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
@@ -53,14 +50,14 @@ def search(
         raise InputError("allowed= and candidates= exclude each other; give candidates that are allowed")
     if index not in (None, "flat"):
         raise InputError(f"index={index} is neither null nor flat; others are built in training: nvf.train index=hnsw")
-    model = Pipeline.load(pipeline, find_device(device), index=index is None)
+    model = Pipeline.load(pipeline, device, index=index is None)
     check_ids(output, model.memory.ids)
     k = model.k if k is None else k
     check_k(k, len(model.memory))
     vectors = open_queries(queries, column, dim=model.attention.query_dim)
     each: dict[str, Any] = {}  # what has a value for each query
     if texts is not None:
-        each["texts"] = open_texts(texts, len(vectors), known=model.words is not None)
+        each["texts"] = text_lines(texts, len(vectors))
     answer: Any = partial(model.search, k=k) if candidates is None else model.rerank
     if (path := allowed or candidates) is not None:
         name, given = "allowed" if candidates is None else "candidates", read_ids_of(path)
@@ -78,7 +75,7 @@ def search(
     return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
 
 
-def _answers(answer: Callable[..., "Hits"], vectors: "ArrayFile", each: dict[str, Any], k: int) -> Iterator["Hits"]:
+def _answers(answer: Callable[..., Any], vectors: Any, each: dict[str, Any], k: int) -> Iterator[Any]:
     from tqdm import tqdm
 
     from nvf.models.pipeline_search import Hits

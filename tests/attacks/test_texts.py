@@ -14,7 +14,7 @@ import pytest
 import torch
 from mutate import mutations
 
-from nvf.data.texts import read_documents, read_queries
+from nvf.data.texts import read_set
 from nvf.embed import load_model
 from nvf.errors import InputError
 
@@ -36,8 +36,8 @@ def write(folder: Path, ending: str) -> None:
 
 def read(folder: Path) -> dict[str, list[Any]]:
     """What each file holds, by its column."""
-    ids, texts = read_documents(folder)
-    (queries,) = read_queries(folder, ids).values()
+    ids, texts, splits = read_set(folder)
+    (queries,) = splits.values()
     targets = ids[queries.targets]
     return {"id": ids.tolist(), "text": texts, "query": queries.texts, "target": targets.tolist()}
 

@@ -21,9 +21,10 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker, reranker_loss
+from nvf.models.saved_pipeline import find_device
 from nvf.ops.cross_entropy import stratified
 from nvf.ops.random_streams import stream
-from nvf.options import Option, find_device, run, whole
+from nvf.options import Option, run, whole
 from timing import COMMON, table, whole_numbers, write_json
 
 OPTIONS = (

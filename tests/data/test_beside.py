@@ -128,9 +128,9 @@ def test_gains_move_ndcg_alone(run: Callable[..., dict[str, Any]], folder: Path,
 
 
 BAD_GAINS: list[tuple[Callable[[np.ndarray], np.ndarray], str]] = [
-    (lambda gains: gains[:-1], r"gains.npy: shape \(399, 3\) and type float64 for targets of shape \(400, 3\); give"),
-    (lambda gains: gains[:, 0], r"gains.npy: shape \(400,\) and type float64 for targets of shape \(400, 3\); give"),
-    (lambda gains: gains > 1, r"gains.npy: shape \(400, 3\) and type bool for targets of shape"),
+    (lambda gains: gains[:-1], r"gains.npy: \(399, 3\) float64 for \(400, 3\) targets; give"),
+    (lambda gains: gains[:, 0], r"gains.npy: \(400,\) float64 for \(400, 3\) targets; give"),
+    (lambda gains: gains > 1, r"gains.npy: \(400, 3\) bool for \(400, 3\) targets"),
     (lambda gains: np.where(np.arange(400)[:, None] == 7, 0, gains), r"gains.npy: row 7: the gain .*0.0.* is not a"),
     (lambda gains: np.where(np.arange(400)[:, None] == 9, np.nan, gains), r"gains.npy: row 9: the gain .*nan.* is not"),
     (lambda gains: gains * np.where(np.arange(400)[:, None] == 3, 1e300, 1), r"gains.npy: row 3: the gain .*e\+300"),
@@ -180,8 +180,8 @@ def test_a_file_of_texts_goes_before_a_column(tables: Path) -> None:
 
 def test_a_column_of_texts_must_hold_one_a_row(tables: Path) -> None:
     for values, message in (
-        (list(range(50)), r"corpus.parquet: column 'text' does not hold one text for each of 50 vectors; correct it"),
-        ([["a", "b"]] * 25 + [[]] * 25, r"corpus.parquet: column 'text' does not hold one text for each of 50"),
+        (list(range(50)), r"corpus.parquet: column 'text' is not one text for each of 50 vectors; correct it"),
+        ([["a", "b"]] * 25 + [[]] * 25, r"corpus.parquet: column 'text' is not one text for each of 50"),
         ([None, *TEXTS[1:]], r"corpus.parquet: row 0: column 'text' holds a null"),
     ):
         add(tables, "corpus", "text", values)

@@ -145,7 +145,7 @@ def test_the_first_of_equal_rows_is_the_one_that_is_found(folder: Path, tmp_path
 def test_a_relevance_matrix_is_refused_by_name(folder: Path) -> None:
     targets = np.load(folder / "targets.npy")
     np.save(folder / "targets.npy", np.eye(50, dtype=np.int8)[targets])
-    with pytest.raises(InputError, match=r"targets.npy: .*relevance matrix; give each query the rows"):
+    with pytest.raises(InputError, match=r"targets.npy is a relevance matrix; give each query the rows"):
         read(folder)
 
 
@@ -246,19 +246,19 @@ def test_a_file_is_read_in_blocks_whatever_its_order(
 FAULTS = {
     "no corpus": (lambda f: (f / "corpus.npy").unlink(), r"corpus.npy is missing; it holds the vectors of your items"),
     "no targets": (lambda f: (f / "targets.npy").unlink(), r"targets.npy is missing"),
-    "rank": (lambda f: edit(f, "corpus.npy", lambda a: a[0]), r"corpus.npy: shape \(8,\)"),
-    "empty corpus": (lambda f: edit(f, "corpus.npy", lambda a: a[:0]), r"corpus.npy: shape \(0, 8\)"),
-    "no queries": (lambda f: edit(f, "queries.npy", lambda a: a[:0]), r"queries.npy: shape \(0, 8\)"),
+    "rank": (lambda f: edit(f, "corpus.npy", lambda a: a[0]), r"corpus.npy: \(8,\)"),
+    "empty corpus": (lambda f: edit(f, "corpus.npy", lambda a: a[:0]), r"corpus.npy: \(0, 8\)"),
+    "no queries": (lambda f: edit(f, "queries.npy", lambda a: a[:0]), r"queries.npy: \(0, 8\)"),
     "integers": (
         lambda f: edit(f, "corpus.npy", lambda a: a.astype(int)),
-        r"type int64; give the vectors of your items as",
+        r"corpus.npy: \(50, 8\) int64; give the vectors of your items",
     ),
-    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: shape \(9,\) .* for 400 queries"),
+    "lengths": (lambda f: edit(f, "targets.npy", lambda a: a[:9]), r"targets.npy: \(9,\) int64 for 400 queries"),
     "too high": (lambda f: edit(f, "targets.npy", put(7, 50)), r"targets.npy: row 7: target 50 is outside 0..49"),
     "too low": (lambda f: edit(f, "targets.npy", put(7, -2)), r"targets.npy: row 7: target -2 is outside 0..49"),
     "no target": (lambda f: edit(f, "targets.npy", put(7, -1)), r"targets.npy: row 7 has no target; give it one"),
-    "float rows": (lambda f: edit(f, "targets.npy", lambda a: a / 1.0), r"targets.npy: shape .* and type float64 for"),
-    "target rank": (lambda f: edit(f, "targets.npy", lambda a: a[:, None, None]), r"targets.npy: shape \(400, 1, 1\)"),
+    "float rows": (lambda f: edit(f, "targets.npy", lambda a: a / 1.0), r"targets.npy: \(400,\) float64 for"),
+    "target rank": (lambda f: edit(f, "targets.npy", lambda a: a[:, None, None]), r"targets.npy: \(400, 1, 1\)"),
     "NaN": (lambda f: edit(f, "corpus.npy", put((3, 2), np.nan)), r"corpus.npy: row 3 holds NaN or infinite"),
     "infinite": (lambda f: edit(f, "queries.npy", put((4, 0), -np.inf)), r"queries.npy: row 4 holds NaN or infinite"),
     "zero": (lambda f: edit(f, "corpus.npy", put(5, 0.0)), r"corpus.npy: row 5 is zero \(1 such rows\)"),

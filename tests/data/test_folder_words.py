@@ -150,18 +150,18 @@ def second_line(text: str) -> Callable[[str], str]:
 
 
 BAD = [
-    (second_line('{"text": "a"'), "line 2: .*; give a line"),
-    (second_line('["a"]'), "line 2: "),
-    (second_line('{"txt": "a"}'), "line 2: .*text.*; give a line"),
+    (second_line('{"text": "a"'), "after line 1: .*; write a JSON object a line"),
+    (second_line('["a"]'), "after line 1: "),
+    (second_line('{"txt": "a"}'), "line 2 has no 'text', but txt; add it"),
     (second_line('{"text": 7}'), "line 2: "),
     (second_line('{"text": null}'), "line 2: "),
-    (second_line('{"text": "\\ud800"}'), "line 2: .*surrogate"),
+    (second_line('{"text": "\\ud800"}'), "after line 1: .*surrogate"),
     (second_line(""), "49|399 texts for .* vectors"),
-    (second_line("[" * 10**5), "line 2: "),
+    (second_line("[" * 10**5), "after line 1: "),
     (lambda before: before.split("\n", 1)[1], "49|399 texts for .* vectors; give each its line"),
     (lambda before: before + '{"text": "a"}\n', "51|401 texts for .* vectors; give each its line"),
-    (lambda before: "", "0 texts for"),
-    (lambda before: "\n" + second_line("[]")(before), "line 3: "),
+    (lambda before: "", "is empty"),
+    (lambda before: "\n" + second_line("[]")(before), "after line 2: "),
 ]
 
 

@@ -223,7 +223,7 @@ FAULTS = {
     ),
     "ragged": (
         lambda f: edit(f, "corpus.parquet", "vector", put(4, [1.0] * 5), FLOATS),
-        r"corpus.parquet: row 4: column 'vector' has 5 values, but 8 in row 0; embed",
+        r"corpus.parquet: column 'vector': row 4 has 5 values, but row 0 has 8; embed",
     ),
     "empty vector": (
         lambda f: edit(f, "corpus.parquet", "vector", [[]] * 50, FLOATS),
@@ -231,7 +231,7 @@ FAULTS = {
     ),
     "numbers": (
         lambda f: edit(f, "corpus.parquet", "vector", list(range(50)), pa.int64()),
-        r"column 'vector' has type int64; give lists of float16, float32 or float64",
+        r"column 'vector' has type int64; give lists of floats",
     ),
     "integers": (
         lambda f: edit(f, "corpus.parquet", "vector", [[row] * 8 for row in range(50)], pa.list_(pa.int64())),
@@ -288,7 +288,7 @@ FAULTS = {
                 pa.list_(pa.int8()),
             ),
         ],
-        r"queries.parquet: .*relevance matrix",
+        r"queries.parquet is a relevance matrix",
     ),
 }
 
@@ -388,7 +388,7 @@ def test_a_column_of_times_splits_as_times_npy_does(folder: Path, tables: Path, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["monday"] * 400, "times have shape .* type object"),
+        (["monday"] * 400, "times \\(400,\\) object"),
         ([0.0, float("nan")] * 200, "row 1: the time is nan"),
         ([0, None] * 200, "row 1: column 'asked' holds a null"),
     ],

@@ -143,7 +143,7 @@ def test_a_collection_that_orders_otherwise_is_refused_unless_cosine_is_meant(
     with_distance(tmp_path / "storage", corpus, distance)
     settings = ["data=qdrant", f"data.path={tmp_path / 'storage'}", "data.collection=items", f"data.dir={folder}"]
     lengths = np.linalg.norm(corpus, axis=1)
-    spread = rf"{distance}, and its vectors have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
+    spread = rf"{distance} among lengths from {lengths.min():.4g} to {lengths.max():.4g}"
     with pytest.raises(InputError, match=rf"collection items searches by {spread}.*data.distance=cosine"):
         run(*settings, "trainer=debug")
     found = run(*settings, "trainer=debug", "data.distance=cosine")
@@ -441,8 +441,8 @@ UNFIT = {
         {"collection": "cosine", "vector": "a"},
         "vector a of collection cosine is size=3 distance=.*Co",
     ),
-    "a name": (["item 3"], {}, "id 'item 3' is neither a whole number from 0 nor a UUID"),
-    "a negative number": ([-3], {"collection": "new"}, "id -3 is neither a whole number from 0 nor a UUID"),
+    "a name": (["item 3"], {}, "id 'item 3' is no whole number from 0, and no UUID"),
+    "a negative number": ([-3], {"collection": "new"}, "id -3 is no whole number from 0, and no UUID"),
     "no storage": ([1], {"path": "nowhere"}, "path=nowhere cannot be used .*; name the folder"),
     "no place": ([1], {"path": None}, "path=None and url=None; set one"),
     # What fails half way.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nvf.data.retrieval_sets import read_set
+from nvf.data.texts import read_set
 from nvf.errors import InputError
 
 HEADER = "query-id\tcorpus-id\tscore"
@@ -121,7 +121,7 @@ BEIR_FAULTS = [
     (put("corpus.jsonl", '{"_id": "a", "text": 3}\n'), "corpus.jsonl: line 1: text is 3; give a text"),
     (put("corpus.jsonl", '{"_id": "a", "text": "t", "title": 3}\n'), "corpus.jsonl: line 1: title is 3; give a text"),
     (put("corpus.jsonl", '{"_id": "a"}\n'), "corpus.jsonl: line 1 has no 'text', but _id"),
-    (remove("queries.jsonl"), "queries.jsonl: after line 0: FileNotFoundError"),
+    (remove("queries.jsonl"), "queries.jsonl is missing"),
     (put("queries.jsonl", '{"_id": 1, "text": "t"}\n{"_id": "1", "text": "u"}'), "line 2: an earlier query has the id"),
     (put("queries.jsonl", '{"_id": "q0", "text": " "}\n'), "queries.jsonl: line 1: text is ' '; give a text"),
     (remove(QRELS), "holds none of qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv; give what answers"),
@@ -133,7 +133,7 @@ BEIR_FAULTS = [
     (put(QRELS, f"{HEADER}\nq0\td1\tinf\n"), "test.tsv: line 2: the score is 'inf'; give a number"),
     (put(QRELS, f"{HEADER}\nq99\td1\t1\n"), "test.tsv: line 2: no query has the id 'q99'; correct it, or add the"),
     (put(QRELS, f"{HEADER}\nq1\td1\t1\nq1\td99\t1\n"), "test.tsv: line 3: no document has the id 'd99'; correct it"),
-    (put(QRELS, f"{HEADER}\nq0\td1\t1\t2\n"), "test.tsv: after line 0: ValueError: it has more fields than the header"),
+    (put(QRELS, f"{HEADER}\nq0\td1\t1\t2\n"), "test.tsv: after line 0: ValueError: it has other fields than"),
     (put("qrels/train.tsv", f"{HEADER}\nq0\td1\t1\n"), "one query is not enough to train and to validate; give more"),
 ]
 

@@ -164,7 +164,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch, launcher: dict[st
 
 @pytest.mark.parametrize("words", [["trainer.devices=2"], ["trainer=ddp"], ["+trainer.num_nodes=2"]])
 def test_local_ddp_in_a_sweep_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"trainer\.devices=\w+ in a sweep: .*; give trainer\.devices=1 "):
+    with pytest.raises(InputError, match=r"trainer\.devices=\w+: .*; give trainer\.devices=1 "):
         sweeps.refuse_local_ddp(compose_config(*words))
     monkeypatch.setenv("SLURM_NTASKS", "2")  # the cluster starts the processes
     sweeps.refuse_local_ddp(compose_config(*words))

@@ -126,7 +126,7 @@ def test_a_damaged_entry_is_fitted_anew(run: Run, tmp_path: Path, caplog: pytest
 
 def test_a_cache_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cache=.*/file cannot be written .*; give another folder, or cache=off"):
+    with pytest.raises(InputError, match=r"cache=.*/file cannot be written .*; give another, or cache=off"):
         run(*SMALL, *SMALL_STEPS, f"cache={tmp_path / 'file'}")
 
 

@@ -242,5 +242,5 @@ def test_bad_settings_are_refused(run: Run, folder: Path, overrides: list[str], 
 
 
 def test_evidence_needs_a_log(run: Run) -> None:
-    with pytest.raises(InputError, match=r"reranker\.kind=evidence and reranker\.folds=3 need a log of queries"):
+    with pytest.raises(InputError, match=r"reranker\.kind=evidence, reranker\.folds=3 need a log"):
         run("reranker=evidence")

@@ -1,43 +1,33 @@
 """What may be given beside vectors: texts of rows and queries, and gains, what each target is worth to its query."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nvf.data.splits import SPLITS
+from nvf.data.texts import read_lines, text_of
 from nvf.errors import InputError, one_line
 from nvf.files.ids import shown
 from nvf.files.npy import NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
 from nvf.models.memory import VectorMemory, unit
 
-if TYPE_CHECKING:
-    from nvf.data.parquet import ParquetFile
-
-COLUMNS: Mapping[str, Any] = {
-    "id": "id",
-    "vector": "vector",
-    "targets": "targets",
-    "time": None,
-    "text": "text",
-    "gains": "gains",
-}
+COLUMNS: Mapping[str, Any] = {name: name for name in ("id", "vector", "targets", "text", "gains")} | {"time": None}
 Places = Mapping[str, tuple[str, np.ndarray, int]]  # of each split: its file's stem, its queries' lines, and all lines
 
 
-def open_table(path: Path, columns: Mapping[str, Any], *roles: str) -> "ParquetFile":
-    """Open a .parquet file that has the columns for these roles, the vectors' among them."""
+def open_table(path: Path, columns: Mapping[str, Any], *roles: str) -> Any:
+    """Open the `ParquetFile` of a path that has the columns for these roles, the vectors' among them."""
     from nvf.data.parquet import ParquetFile  # needs pyarrow, which is an extra
 
     return ParquetFile(path, {f"data.columns.{role}": columns[role] for role in roles})
 
 
-def optional_column(table: "ParquetFile", columns: Mapping[str, Any], role: str) -> tuple[list[Any], np.ndarray] | None:
+def optional_column(table: Any, columns: Mapping[str, Any], role: str) -> tuple[list[Any], np.ndarray] | None:
     """Return the values of a column and how many each row has, (n,); None without one, unless the user named it."""
     name = columns.get(role)
     if name is None or (name == COLUMNS[role] and name not in table.names):
@@ -64,29 +54,14 @@ def read_texts(folder: Path, stem: str, count: int, columns: Mapping[str, Any] =
         return None
     texts, counts = found
     if len(texts) != count or (counts != 1).any() or not all(isinstance(text, str) for text in texts):
-        fault = f"column {columns['text']!r} does not hold one text for each of {count} vectors"
-        raise InputError(f"{path}: {fault}; correct it, or leave it out: data.columns.text=null")
+        what = f"{path}: column {columns['text']!r}"
+        raise InputError(f"{what} is not one text for each of {count} vectors; correct it, or data.columns.text=null")
     return texts
 
 
 def text_lines(path: Path, count: int) -> list[str]:
     """Read a file of `count` lines {"text": ...}; empty lines are left out."""
-    if not path.is_file():
-        raise InputError(f'{path} is missing, or no regular file; give each vector a line {{"text": "..."}}')
-    texts, number = [], 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                number += 1
-                if not line.strip():
-                    continue
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"its text is {type(text).__name__}")
-                text.encode()  # fails for half a surrogate pair
-                texts.append(text)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise InputError(f'{path}: line {number}: {one_line(fault)}; give a line {{"text": "..."}}') from None
+    texts = [text_of(place, fields, "text", empty=True) for place, fields in read_lines(path)]
     if len(texts) != count:
         raise InputError(f"{path} has {len(texts)} texts for {count} vectors; give each its line")
     return texts
@@ -100,8 +75,8 @@ def read_pairs(folder: Path, memory: VectorMemory, query_dim: int) -> tuple[Tens
         return None
     parts = [read_unit(folder / name, dim) for name, dim in names.items()]
     if len(parts[0]) != len(parts[1]):
-        sizes = f"{len(parts[0])} and {len(parts[1])} vectors"
-        raise InputError(f"{folder}: {' and '.join(names)} have {sizes}; line i of both must be the same text")
+        sizes = " and ".join(f"{name} has {len(part)} vectors" for name, part in zip(names, parts, strict=True))
+        raise InputError(f"{folder}: {sizes}; line i of both must be the same text")
     return parts[0], parts[1]
 
 
@@ -137,17 +112,13 @@ def read_unit(path: Path, dim: int, count: int | None = None) -> Tensor:
 
 
 def read_gains(path: Path, given: np.ndarray) -> np.ndarray | None:
-    """Read gains of targets, (n, m) numbers, of which `given`, (n, m) bool, are targets; None if there is no file.
-
-    Those of the t targets are returned, (t,), query by query.
-    """
+    """Read gains, (n, m) numbers, and return those of the t targets, (t,), which `given`, (n, m), says; or None."""
     if not path.exists():
         return None
     gains = NpyFile(path, "what each target is worth")
     values = gains.read()
     if gains.dtype.kind not in "iuf" or values.size != given.size or gains.shape[:1] != given.shape[:1]:
-        fault = f"shape {gains.shape} and type {gains.dtype} for targets of shape {given.shape}"
-        raise InputError(f"{path}: {fault}; give each target a number")
+        raise InputError(f"{path}: {gains.shape} {gains.dtype} for {given.shape} targets; give each a number")
     return checked_gains(values.reshape(given.shape)[given], given.sum(axis=1), str(path))
 
 
@@ -161,7 +132,5 @@ def checked_gains(values: np.ndarray | Sequence[Any], counts: np.ndarray, name: 
     if (wrong := ~((gains > 0) & np.isfinite(gains))).any():
         first = int(wrong.argmax())
         place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
-        raise InputError(
-            f"{place}: the gain {shown(values[first])} is not a number above 0; correct it, or drop the target"
-        )
+        raise InputError(f"{place}: the gain {shown(values[first])} is not a number above 0; correct it")
     return gains

@@ -17,22 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvf.data.beside import (
-    COLUMNS,
-    Places,
-    checked_gains,
-    open_table,
-    optional_column,
-    read_gains,
-    read_pairs,
-    read_references,
-    read_texts,
-    texts_of_rows,
-)
+from nvf.data import beside
+from nvf.data.beside import COLUMNS, open_table, read_texts, texts_of_rows
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.data.splits import SPLITS, deal, merge, repeats
 from nvf.errors import InputError
-from nvf.files.ids import FILE, checked_ids, padded, plain_uuid, read_ids, target_rows
+from nvf.files.ids import IDS_FILE, checked_ids, padded, plain_uuid, read_ids, target_rows
 from nvf.files.npy import ArrayFile, NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
 from nvf.models.evidence import OF_THE_LOG, law_of
@@ -44,10 +34,7 @@ log = logging.getLogger("nvf")
 
 
 def read_memory(folder: str | Path, *, columns: Mapping[str, str] = COLUMNS, **stored: Any) -> VectorMemory:
-    """Read the corpus of a folder, in blocks, as a memory of (N, D) distinct rows with the folder's ids.
-
-    `stored` may say how the memory keeps its rows, `dtype` and `mapped`.
-    """
+    """Read the corpus of a folder as a memory of (N, D) distinct rows with its ids; `stored` are dtype and mapped."""
     vectors, ids = open_items(Path(folder), columns)
     return VectorMemory(vectors, ids=ids, distinct=True, **stored)
 
@@ -58,18 +45,17 @@ def open_items(folder: Path, columns: Mapping[str, str] = COLUMNS) -> tuple[Arra
         table = open_table(folder / "corpus.parquet", columns, "vector", "id")
         return table, checked_ids(table.ids(columns["id"])[0], len(table), f"{table.path}: column {columns['id']!r}")
     vectors = open_vectors(folder / "corpus.npy", "the vectors of your items")
-    return vectors, read_ids(folder / FILE, len(vectors)) if (folder / FILE).exists() else None
+    return vectors, read_ids(folder / IDS_FILE, len(vectors)) if (folder / IDS_FILE).exists() else None
 
 
-def read_log(folder: Path, *, by_id: bool) -> tuple[np.ndarray, list[list[Any]]]:
+def read_log(folder: Path, *, by_id: bool) -> tuple[np.ndarray, list[Any]]:
     """Read the queries of a folder, (n, D), and of each the targets that it names: ids, or rows unless `by_id`."""
     kind = _format(folder, "queries") or "npy"
     path = folder / f"queries.{kind}"
     if kind == "parquet":
         table = open_table(path, COLUMNS, "vector", "targets")
         names, counts = table.ids(COLUMNS["targets"])
-        ends = counts.cumsum()
-        return table.read(), [list(names[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+        return table.read(), np.split(np.array(names, object), counts.cumsum()[:-1])
     queries = open_vectors(path, "the vectors of your queries").read()
     return queries, _read_targets(folder / "targets.npy", "id" if by_id else "row", len(queries)).tolist()
 
@@ -99,22 +85,19 @@ def read_recorded(
     if len(formats) > 1:
         raise InputError(f"{folder} holds both .npy and .parquet files; give corpus and queries in one format")
     kind = str(formats.pop()) if formats else "parquet"
-    timed, duplicates = columns.get("time") is not None or (folder / TIMES).exists(), {}
-    if stems in ([], ["queries"]):
-        given = [_read_pair(folder, "", kind, memory, columns, by_id)]
-        named = {"queries": given[0]}
-        times = _read_times(folder, kind, columns, len(given[0].queries)) if timed else None
-        dealt = deal(given[0], folder / f"queries.{kind}", seed, times)
-    elif timed:
+    timed, one = columns.get("time") is not None or (folder / TIMES).exists(), stems in ([], ["queries"])
+    if timed and not one:
         raise InputError(f"{folder} holds times.npy, or data.columns.time is set, but also splits; keep one of them")
+    prefixes = {"queries": ""} if one else {split: f"{split}_" for split in SPLITS}
+    given = {stem: _read_pair(folder, before, kind, memory, columns, by_id) for stem, before in prefixes.items()}
+    if one:
+        times = _read_times(folder, kind, columns, len(given["queries"].queries)) if timed else None
+        dealt = deal(given["queries"], folder / f"queries.{kind}", seed, times)
     else:
-        given = [_read_pair(folder, f"{split}_", kind, memory, columns, by_id) for split in SPLITS]
-        named = dict(zip(SPLITS, given, strict=True))
-        dealt = {split: merge(batch) for split, batch in zip(SPLITS, given, strict=True)}
-        duplicates = repeats({split: batch for split, (batch, _) in dealt.items()})
+        dealt = {split: merge(batch) for split, batch in given.items()}
     splits = {split: batch for split, (batch, _) in dealt.items()}
-    merged = sum(len(batch.queries) for batch in given) - sum(len(batch.queries) for batch in splits.values())
-    if merged:
+    duplicates = {} if one else repeats(splits)
+    if merged := sum(len(batch.queries) for batch in given.values()) - sum(len(of.queries) for of in splits.values()):
         log.info("%s: %d queries equal an earlier one; each is one query, with the targets of all", folder, merged)
     for pair, count in duplicates.items():
         a, b = pair.split("/")
@@ -123,14 +106,13 @@ def read_recorded(
             "queries; remove them from one split, or give all queries in one file and let NVF split them",
             *(folder, count, len(splits[b].queries), b, a),
         )
-    of_split = dict(zip(SPLITS, named, strict=True)) if len(named) > 1 else dict.fromkeys(SPLITS, "queries")
-    places = {split: (stem, dealt[split][1], len(named[stem].queries)) for split, stem in of_split.items()}
+    stem_of = {split: "queries" if one else split for split in SPLITS}
+    places = {split: (stem, dealt[split][1], len(given[stem].queries)) for split, stem in stem_of.items()}
     other = _other_model(folder, memory, splits, places, foreign)
     texts, index = texts_of_rows(folder, memory, columns), None
     if texts is not None and words is not None:
-        read = {stem: read_texts(folder, stem, len(batch.queries), columns) for stem, batch in named.items()}
-        lines = {stem: some for stem, some in read.items() if some is not None}
-        if len(lines) == len(named):
+        lines: Any = {stem: read_texts(folder, stem, len(of.queries), columns) for stem, of in given.items()}
+        if None not in lines.values():
             asked = {split: [lines[stem][place] for place in of_stem] for split, (stem, of_stem, _) in places.items()}
             index = _index(splits["train"], texts, asked["train"], words)
         if index is not None:
@@ -140,22 +122,22 @@ def read_recorded(
 
 
 def _other_model(
-    folder: Path, memory: VectorMemory, splits: Mapping[str, QueryBatch], places: Places, foreign: bool | None
+    folder: Path, memory: VectorMemory, splits: Mapping[str, QueryBatch], places: beside.Places, foreign: bool | None
 ) -> dict[str, Any]:
     """Return what a source is told of queries that are of another model than the rows; nothing where they are not."""
-    train, *others = (batch.queries.shape[1] for batch in splits.values())
-    for split, width in zip(SPLITS[1:], others, strict=True):
-        if width != train:
+    train = splits["train"].queries.shape[1]
+    for split, batch in splits.items():
+        if (width := batch.queries.shape[1]) != train:
             raise InputError(f"{folder}: {split} queries are {width} wide, train queries {train}; embed all alike")
     if foreign not in (None, False, True):
         raise InputError(f"data.foreign={foreign} is unknown; choose one of null, true, false")
-    pairs = read_pairs(folder, memory, train)
+    pairs = beside.read_pairs(folder, memory, train)
     if foreign is False or (foreign is None and pairs is None and train == memory.dim):
         check_dim(train, memory.dim, f"{folder}: data.foreign=false, but queries")
         return {}
     log.info("queries, %d wide, are of another model than the rows, %d wide: they are aligned", train, memory.dim)
     queries = {split: batch.queries for split, batch in splits.items()}
-    return {"foreign": True, "pairs": pairs, "references": read_references(folder, memory, places, queries)}
+    return {"foreign": True, "pairs": pairs, "references": beside.read_references(folder, memory, places, queries)}
 
 
 def _index(train: QueryBatch, texts: list[str], logged: list[str], words: Mapping[str, Any]) -> Words | None:
@@ -187,46 +169,42 @@ def _read_pair(
         names, counts = table.ids(columns["targets"])
         targets = np.array([plain_uuid(name) for name in names] if by_id else names, dtype=object)
         queries = torch.from_numpy(table.read())
-        if found := optional_column(table, columns, "gains"):
+        if found := beside.optional_column(table, columns, "gains"):
             name = f"{path}: column {columns['gains']!r}"
             if (differ := found[1] != counts).any():
                 row = int(differ.argmax())
                 raise InputError(f"{name}: row {row} has {found[1][row]} for {counts[row]} targets; give each one")
-            gains = checked_gains(found[0], counts, name)
+            gains = beside.checked_gains(found[0], counts, name)
     else:
         named = folder / f"{prefix}targets.npy"
         queries = torch.from_numpy(open_vectors(path, "the vectors of your queries").read())
         array = _read_targets(named, "id" if by_id else "row of corpus.npy", len(queries))
         targets, counts = array[array != -1], (array != -1).sum(axis=1)
-        gains = read_gains(folder / f"{prefix}gains.npy", array != -1)
+        gains = beside.read_gains(folder / f"{prefix}gains.npy", array != -1)
         ids = ids if by_id else range(memory.given)
     check_vectors(queries, str(path))
     rows = target_rows(ids, targets, counts, str(named))
     if rows.shape[1] == memory.given > 2 and (rows >= 0).all() and len(np.unique(rows)) <= 2:
-        matrix = f"targets of shape {rows.shape}, of two kinds, are a relevance matrix"
-        raise InputError(f"{named}: {matrix}; give each query the rows or ids of its ones alone, padded with -1")
+        raise InputError(f"{named} is a relevance matrix; give each query the rows of its ones alone, padded with -1")
     if (counts == 0).any():
         raise InputError(f"{named}: row {(counts == 0).argmax()} has no target; give it one or remove this query")
-    worth = None
     if gains is not None:  # the best first, so that of two gains of a row the larger counts
-        table_of_gains = padded(gains, counts)
-        order = np.argsort(-table_of_gains, axis=1, kind="stable")
-        rows, worth = (np.take_along_axis(of, order, axis=1) for of in (rows, table_of_gains))
+        gains = padded(gains, counts)
+        order = np.argsort(-gains, axis=1, kind="stable")
+        rows, gains = (np.take_along_axis(of, order, axis=1) for of in (rows, gains))
     rows = memory.rows_of(torch.from_numpy(rows)).numpy()
     for place in range(1, rows.shape[1]):  # a row that a query names twice counts once
         rows[(rows[:, :place] == rows[:, place, None]).any(axis=1), place] = -1
-    of_targets = None if worth is None else torch.from_numpy(np.where(rows >= 0, worth, 0))
-    return QueryBatch(unit(queries), torch.from_numpy(rows), gains=of_targets)
+    worth = None if gains is None else torch.from_numpy(np.where(rows >= 0, gains, 0))
+    return QueryBatch(unit(queries), torch.from_numpy(rows), gains=worth)
 
 
 def _read_targets(path: Path, what: str, queries: int) -> np.ndarray:
     """Read the targets of `queries` queries, (n, m) integers padded with -1; `what` says what the integers are."""
     targets = NpyFile(path, f"for each query the {what} of its target")
     if targets.dtype.kind not in "iu" or len(targets.shape) > 2 or 0 in targets.shape or len(targets) != queries:
-        found = f"shape {targets.shape} and type {targets.dtype} for {queries} queries"
-        raise InputError(
-            f"{path}: {found}; give each the {what} of its target: integers (n,), or (n, m) padded with -1"
-        )
+        found = f"{path}: {targets.shape} {targets.dtype} for {queries} queries"
+        raise InputError(f"{found}; give each the {what} of its target: integers (n,), or (n, m) padded with -1")
     return targets.read().reshape(queries, -1)
 
 
@@ -241,8 +219,7 @@ def _read_times(folder: Path, kind: str, columns: Mapping[str, str], count: int)
         path = folder / "queries.parquet"
         times = open_table(path, columns, "vector", "time").times(column)
     if times.dtype.kind not in "iufM" or times.shape != (count,):
-        found = f"times have shape {times.shape} and type {times.dtype} for {count} queries"
-        raise InputError(f"{path}: {found}; give one number a query, (n,)")
+        raise InputError(f"{path}: times {times.shape} {times.dtype} for {count} queries; give one number a query")
     if (wrong := ~np.isfinite(times)).any():
         row = int(wrong.argmax())
         raise InputError(f"{path}: row {row}: the time is {times[row]}; correct or remove this query")

@@ -42,9 +42,7 @@ class ParquetFile(ArrayFile):
             schema = pq.read_schema(self.parts[0])
             self.names, kind = schema.names, schema.field(self.column).type
             if not pa.types.is_floating(getattr(kind, "value_type", pa.null())):
-                raise InputError(
-                    f"{path}: column {self.column!r} has type {kind}; give lists of float16, float32 or float64"
-                )
+                raise InputError(f"{path}: column {self.column!r} has type {kind}; give lists of floats")
             if not len(self):
                 raise InputError(f"{path} has no rows; write it anew")
             _, first, _ = next(self._values(self.column, 1))
@@ -57,8 +55,8 @@ class ParquetFile(ArrayFile):
             for start, values, counts in self._values(self.column, rows):
                 if (ragged := counts != self.shape[1]).any():
                     row = int(ragged.argmax())
-                    fault = f"row {start + row}: column {self.column!r} has {counts[row]} values"
-                    raise InputError(f"{self.path}: {fault}, but {self.shape[1]} in row 0; embed all with one model")
+                    fault = f"row {start + row} has {counts[row]} values, but row 0 has {self.shape[1]}"
+                    raise InputError(f"{self.path}: column {self.column!r}: {fault}; embed all with one model")
                 yield np.array(values.to_numpy(zero_copy_only=False), self.dtype).reshape(-1, self.shape[1])
 
     def ids(self, column: str) -> tuple[list[Any], np.ndarray]:

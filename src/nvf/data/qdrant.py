@@ -63,11 +63,8 @@ def read_memory(
     shortest, longest = torch.linalg.vector_norm(rows.double(), dim=-1).aminmax()
     alike = own == "Cosine" or (own in ("Dot", "Euclid") and longest <= (1 + ONE_LENGTH) * shortest)
     if not alike and distance is None:
-        lengths = f"its vectors have lengths from {shortest:.4g} to {longest:.4g}"
-        order_differs = f"searches by {own}, and {lengths}, so that cosine orders them otherwise"
-        raise InputError(
-            f"collection {collection} {order_differs}; data.distance=cosine searches by cosine all the same"
-        )
+        what = f"collection {collection} searches by {own} among lengths from {shortest:.4g} to {longest:.4g}"
+        raise InputError(f"{what}, which cosine orders otherwise; data.distance=cosine searches by it all the same")
     memory = VectorMemory(rows, ids=sorted_ids, distinct=True, **stored)
     memory.distance = None if alike else own
     memory.texts = [texts[row] for row in order] if text is not None else None
@@ -75,13 +72,7 @@ def read_memory(
 
 
 def write_vectors(
-    points: Sequence[Any],
-    vectors: np.ndarray,
-    *,
-    collection: str,
-    vector: str,
-    path: str | Path | None,
-    url: str | None,
+    points: Sequence[Any], vectors: np.ndarray, *, collection: str, vector: str, path: Path | None, url: str | None
 ) -> None:
     """Give points, by N ids, a vector of this name each, (N, D), which is searched by inner products.
 
@@ -111,8 +102,8 @@ def _point_id(name: Any) -> int | str:
     try:
         return int(name) if str(name).isdecimal() else str(uuid.UUID(name))  # see `read_memory` for spelled integers
     except (ValueError, AttributeError):
-        fault = f"id {shown(name)} is neither a whole number from 0 nor a UUID, as a point's must be"
-        raise InputError(f"{fault}; give the items other ids, or to=keys.parquet") from None
+        fault = f"id {shown(name)} is no whole number from 0, and no UUID"
+        raise InputError(f"{fault}; give the items such ids, or to=keys.parquet") from None
 
 
 def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[str, Any], ids: list[Any]) -> bool:
@@ -179,26 +170,22 @@ def _read(
     ids: list[int | str] = []
     texts: list[str] = []
     pages: list[np.ndarray] = []
-    wanted: Any = [vector] if vector else True
-    shown: Any = False if text is None else [text]
+    how: Any = {"with_payload": False if text is None else [text], "with_vectors": [vector] if vector else True}
     offset = None
     with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:
         while offset is not None or not pages:
-            points, offset = client.scroll(
-                collection, limit=PAGE, offset=offset, with_payload=shown, with_vectors=wanted
-            )
+            points, offset = client.scroll(collection, limit=PAGE, offset=offset, **how)
             if not points:
                 break
             vectors = [one.vector.get(vector or "") if isinstance(one.vector, dict) else one.vector for one in points]
-            if lacking := [one.id for one, given in zip(points, vectors, strict=True) if not given]:
-                point = f"collection {collection}: point {lacking[0]}"
-                raise InputError(f"{point} has no vector {vector or ''}; give it one or remove it")
-            if text is not None:
-                said: list[Any] = [(one.payload or {}).get(text) for one in points]
-                if lacking := [one.id for one, words in zip(points, said, strict=True) if not isinstance(words, str)]:
-                    point = f"collection {collection}: point {lacking[0]}"
-                    raise InputError(f"{point} has no text in its field {text!r}; give it one, or leave out data.text")
-                texts += said
+            said: list[Any] = ["" if text is None else (one.payload or {}).get(text) for one in points]
+            for one, given, words in zip(points, vectors, said, strict=True):
+                if not given or not isinstance(words, str):
+                    lacks = (
+                        f"{one.id} has no text in its field {text!r}" if given else f"{one.id} has no vector {vector}"
+                    )
+                    raise InputError(f"collection {collection}: point {lacks}; give it one, or remove it")
+            texts += said
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
             bar.update(len(points))

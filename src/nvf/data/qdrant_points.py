@@ -42,8 +42,7 @@ def check_storage(folder: Path) -> None:
                     _check_opcodes(point)
                     _Points(BytesIO(point)).load()
                 except Exception as fault:  # a damaged pickle raises anything
-                    what = f"row {row} is no point ({one_line(fault)}), and might run code; it was not loaded"
-                    raise InputError(f"{path}: {what}: {remedy}") from None
+                    raise InputError(f"{path}: row {row} is no point ({one_line(fault)}); {remedy}") from None
 
 
 class _Points(pickle.Unpickler):

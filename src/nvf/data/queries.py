@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,7 @@ from nvf.ops.random_streams import stream
 
 WARPS = ("rotation", "mlp")
 ALL_SCORES = 2**22  # scores over all rows that are held at once; 16 MB of float32
-FEWEST_QUERIES = (
-    64  # of a block, however many rows there are: with fewer, reading the rows takes longer than arithmetic
-)
+FEWEST_QUERIES = 64  # of a block, whatever N: with fewer, reading the rows takes longer than arithmetic
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
 
 
@@ -137,36 +136,23 @@ class Warped(Noisy):
         return self._warped
 
 
+@dataclass(eq=False)
 class Recorded:
-    """The user's own queries and targets, one `QueryBatch` per split; nobody knows their oracle.
+    """The user's own queries and targets; nobody knows their oracle."""
 
-    `texts` are those of the rows, if they have any, and `words` an index of them and of the training queries' texts.
-
-    `duplicates` counts, for each pair "a/b" of splits that share queries, those of b that are also in a; `merged` the
-    queries that became one with an identical query before them.
-
-    If `foreign`, queries are of another model than the rows. Then there may be `pairs` of texts embedded by both,
-    (P, D) and (P, Dq), and `references`: for each split, searches to compare with, by name: queries and rows.
-    """
-
-    oracle = None
-
-    def __init__(
-        self,
-        memory: VectorMemory,
-        splits: dict[str, QueryBatch],
-        duplicates: dict[str, int] | None = None,
-        merged: int = 0,
-        *,
-        texts: list[str] | None = None,
-        words: Words | None = None,
-        foreign: bool = False,
-        pairs: tuple[Tensor, Tensor] | None = None,
-        references: dict[str, dict[str, tuple[Tensor, Tensor]]] | None = None,
-    ) -> None:
-        self.foreign, self.pairs, self.references = foreign, pairs, references or {}
-        self.memory, self.splits, self.texts, self.words = memory, splits, texts, words
-        self.duplicates, self.merged = duplicates or {}, merged
+    memory: VectorMemory
+    splits: dict[str, QueryBatch]
+    duplicates: dict[str, int] = field(
+        default_factory=dict
+    )  # queries of b that are also in a, by pairs "a/b" of splits
+    merged: int = 0  # queries that became one with an identical query before them
+    texts: list[str] | None = None  # of the rows, if they have any
+    words: Words | None = None  # an index of these, and of the training queries' texts
+    foreign: bool = False  # whether queries are of another model than the rows
+    pairs: tuple[Tensor, Tensor] | None = None  # texts embedded by both models then, (P, D) and (P, Dq)
+    # Of each split, searches to compare with then, by name: queries and rows.
+    references: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    oracle: ClassVar[None] = None
 
 
 Source = QuerySource | Recorded

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvf.data.beside import text_lines
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import atomic_write
 from nvf.files.ids import shown
@@ -44,14 +43,6 @@ def open_queries(path: Path, column: str, *, dim: int) -> ArrayFile:
     return file
 
 
-def open_texts(path: Path, count: int, *, known: bool) -> list[str]:
-    """Read the texts of so many queries, a line {"text": ...} each, for a pipeline that has `known` texts."""
-    if not known:
-        fault = "the pipeline was fitted without texts, or bm25s is missing"
-        raise InputError(f"texts={path}: {fault}; leave texts= out")
-    return text_lines(path, count)
-
-
 def read_ids_of(path: Path) -> Any:
     """Read ids or rows: .json, a list for all queries; for each query .jsonl, a list or an answer a line, or .npy."""
     if path.suffix == ".npy":
@@ -72,17 +63,14 @@ def check_output(output: Path, *asked: Path | None) -> None:
     """Raise an InputError unless answers can be written there; a file may be replaced, but not one that is asked."""
     theirs = {path.resolve() for path in asked if path is not None}
     if output.suffix not in ENDINGS or output.is_dir() or output.resolve() in theirs:
-        raise InputError(
-            f"output={output} is a folder, a file of the queries, or not {' or '.join(ENDINGS)}; rename it"
-        )
+        raise InputError(f"output={output} is a folder, a file of the queries, or none of {ENDINGS}; rename it")
 
 
 def check_ids(output: Path, ids: np.ndarray | None) -> None:
     """Raise an InputError if an id cannot stand in a TREC run, which spaces part into fields."""
     named = [] if ids is None or output.suffix != ".trec" else ids.tolist()
     if wrong := [name for name in named if len(str(name).split()) != 1]:
-        fault = f"the id {shown(wrong[0])} is empty or has spaces, which a TREC run cannot hold"
-        raise InputError(f"output={output}: {fault}; give .jsonl")
+        raise InputError(f"output={output}: a TREC run cannot hold the id {shown(wrong[0])}; give .jsonl")
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
@@ -99,22 +87,16 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
                 answers["rows"][:, : rows.shape[1]], answers["probabilities"][:, : rows.shape[1]] = rows, probabilities
                 file.write(answers.tobytes())
                 continue
-            names = (rows if ids is None else ids).tolist()
-            line, shares = (
-                (_run_lines, _descending(probabilities)) if output.suffix == ".trec" else (_answer, probabilities)
-            )
-            counts = (rows >= 0).sum(axis=1).tolist()
-            for of_query, scores, some, query in zip(names, shares.tolist(), counts, numbers, strict=False):
-                file.write(line(query, of_query[:some], scores[:some]).encode())
-
-
-def _answer(query: int, ids: list[Any], probabilities: list[float]) -> str:
-    return json.dumps({"query": query, "ids": ids, "probabilities": probabilities}, ensure_ascii=False) + "\n"
-
-
-def _run_lines(query: int, ids: list[Any], scores: list[float]) -> str:
-    ranked = enumerate(zip(ids, scores, strict=True), 1)
-    return "".join(f"{query} Q0 {name} {rank} {score} nvf\n" for rank, (name, score) in ranked)
+            trec = output.suffix == ".trec"
+            shares = _descending(probabilities) if trec else probabilities
+            counts, names = (rows >= 0).sum(axis=1).tolist(), (rows if ids is None else ids).tolist()
+            for some, of_query, scores, query in zip(counts, names, shares.tolist(), numbers, strict=False):
+                answer = {"query": query, "ids": of_query[:some], "probabilities": scores[:some]}
+                lines = [json.dumps(answer, ensure_ascii=False)]
+                if trec:
+                    ranked = enumerate(zip(of_query[:some], scores, strict=False), 1)
+                    lines = [f"{query} Q0 {name} {rank} {score} nvf" for rank, (name, score) in ranked]
+                file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def _descending(probabilities: np.ndarray) -> np.ndarray:

@@ -36,8 +36,7 @@ def deal(
         order = np.lexsort((order, times[first]))
     ends = np.ceil(np.cumsum(SHARES) * len(first) - 1e-9).astype(int)
     if not 0 < ends[0] < ends[1] < ends[2]:
-        remedy = f"record at least 10, or give the splits as train_{path.name} and so on"
-        raise InputError(f"{path}: {len(first)} distinct queries leave a split empty; {remedy}")
+        raise InputError(f"{path}: {len(first)} distinct queries leave a split empty; record at least 10")
     parts = np.split(order, ends[:2])
     return {name: (each(distinct, itemgetter(of)), by_time[first[of]]) for name, of in zip(SPLITS, parts, strict=True)}
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nvf.errors import InputError
 
-FILE = "ids.json"
+IDS_FILE = "ids.json"
 REMEDY = "give each row an integer or a string of its own"
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxlong = 200, 60  # characters; a UUID is shown in full
@@ -89,8 +89,7 @@ def target_rows(ids: np.ndarray | range | None, targets: np.ndarray, counts: np.
     if (unknown := rows < 0).any():
         first = int(unknown.argmax())
         place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}: target"
-        fault = f"{shown(targets.tolist()[first])} is {known} ({unknown.sum()} such targets)"
-        raise InputError(f"{place} {fault}; correct or remove them")
+        raise InputError(f"{place} {shown(targets.tolist()[first])} is {known} ({unknown.sum()} such); correct them")
     return padded(rows, counts)
 
 

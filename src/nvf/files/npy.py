@@ -83,6 +83,5 @@ def open_vectors(path: Path, what: str) -> NpyFile:
     """Open a matrix of vectors, (n, D) float16, float32 or float64, whose values are neither read nor checked yet."""
     array = NpyFile(path, what)
     if len(array.shape) != 2 or 0 in array.shape or array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        remedy = f"give {what} as a non-empty (n, D) matrix of float16, float32 or float64"
-        raise InputError(f"{path}: shape {array.shape}, type {array.dtype}; {remedy}")
+        raise InputError(f"{path}: {array.shape} {array.dtype}; give {what}, (n, D) float16, float32 or float64")
     return array

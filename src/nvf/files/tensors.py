@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,10 +28,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{strange[0]} is missing or unknown among the weights")
     for name, own in mine.items():
         given = weights[name]
-        plain = type(given) in (Tensor, nn.Parameter) and given.layout == torch.strided and not given.is_quantized
-        if not plain or given.is_complex() or given.is_meta or not given.is_contiguous():
-            raise ValueError(f"{name} is no plain tensor of numbers")
-        if given.shape != own.shape or given.dtype.is_floating_point != own.dtype.is_floating_point:
+        kinds = {(dtype.is_floating_point, dtype.is_complex) for dtype in (given.dtype, own.dtype)}
+        if given.shape != own.shape or len(kinds) > 1:
             found, expected = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (given, own))
             raise ValueError(f"{name} is {found}, but should be {expected}")
         if not bool(given.isfinite().all()):

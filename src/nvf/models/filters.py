@@ -23,7 +23,7 @@ class Filter:
 
     def __init__(self, memory: VectorMemory, given: Any, queries: int, name: str = "allowed") -> None:
         if not _is_list(given):
-            raise InputError(f"{name} is {shown(given)}; give a list of ids, or of rows if there are none, or a mask")
+            raise InputError(f"{name} is {shown(given)}; give a list of ids, or else of rows, or a mask")
         plain = _plain(given)
         self.memory, self.nested = memory, all(map(_is_list, plain)) and (len(plain) > 0 or queries == 0)
         self.each: Any = plain if self.nested else [plain]  # a list or mask for each query, or one for all
@@ -61,8 +61,7 @@ class Filter:
         """Return itself if each query has its own list, without any vector twice; else raise an InputError."""
         for query, some in enumerate(self.each):
             if not self.nested or some.dtype == bool or len(np.unique(some)) < len(some):
-                fault = f"candidates: query {query} has no list of its own, or one of its candidates twice"
-                raise InputError(f"{fault}; give each query a list of different ids")
+                raise InputError(f"candidates: query {query} has no list of different ids of its own; give it one")
         return self
 
     def of(self, block: slice) -> tuple[Tensor, Tensor | None]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from nvf.errors import InputError, one_line
 from nvf.files.atomic import atomic_write
-from nvf.files.ids import FILE as IDS_FILE
-from nvf.files.ids import read_ids, write_ids
+from nvf.files.ids import IDS_FILE, read_ids, write_ids
 from nvf.files.records import check_settings, is_unchanged, own_file, read_record, sealed, sha256
 from nvf.files.tensors import DAMAGE, fill, read_tensors
 from nvf.models.alignment import BUFFERS, Alignment
@@ -55,22 +54,29 @@ def save(folder: Path, pipeline: Any) -> None:
             "attention": pipeline.attention.settings,
             "reranker": pipeline.reranker.settings,
             "index": None if pipeline.index is None else pipeline.index.write(partial / INDEX_FILE),
+            "words": pipeline.words is not None,
         }
-        if pipeline.words is not None:
-            pipeline.words.save(partial / WORDS)
-            if memory.texts is not None and pipeline.words.texts is not None:
-                (partial / WORDS / TEXTS).write_text(json.dumps([memory.texts, pipeline.words.texts["log"]]))
-        config["words"] = pipeline.words is not None
+        if (words := pipeline.words) is not None:
+            words.save(partial / WORDS)
+            if memory.texts is not None and words.texts is not None:
+                (partial / WORDS / TEXTS).write_text(json.dumps([memory.texts, words.texts["log"]]))
         config["sha256"] = {name: sha256(partial / name) for name in _hashed(partial, config)}
         (partial / "config.json").write_text(json.dumps(sealed(config), indent=2) + "\n")
 
 
+def find_device(name: torch.device | str) -> torch.device:
+    """Return a device, or raise an InputError if it cannot be used; `auto` is the GPU, if any, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
+        raise InputError(f"device={name} cannot be used ({one_line(fault)}); cpu always can") from None
+
+
 def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, index: bool) -> Any:
     """Return the frozen pipeline of a folder, see `Pipeline.load`; `make` is the class."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
-        raise InputError(f"device={device} cannot be used ({one_line(fault)}); cpu always can") from None
+    device = find_device(device)
     old = folder.parent / f".{folder.name}.old"  # where it is if a process was killed as it put another in its place
     folder = old if old.is_dir() and not folder.exists() else folder
     if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
@@ -83,9 +89,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
         weights = read_tensors(folder / "weights.safetensors")
         with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
-            reranker, evidence = _second_stage(
-                memory, config["reranker"], weights, worded=config["attention"].get("worded", False)
-            )
+            reranker, evidence = _second_stage(memory, config, weights)
         words = Words.load(folder / WORDS, len(memory)) if config["words"] else None
         if words is not None and (folder / WORDS / TEXTS).exists():
             memory.texts, logged = _texts(folder / WORDS / TEXTS, memory.given, len(words.answers))
@@ -167,15 +171,13 @@ def _memory(folder: Path, config: dict[str, Any]) -> tuple[VectorMemory, Tensor 
     return memory, tensors.get("similar")
 
 
-def _second_stage(
-    memory: VectorMemory, settings: dict[str, Any], weights: dict[str, Tensor], *, worded: bool
-) -> tuple[Any, Any]:
-    if settings["kind"] != "evidence":
+def _second_stage(memory: VectorMemory, config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:
+    if (settings := config["reranker"])["kind"] != "evidence":
         return Reranker(memory.query_dim, **settings), None
     parts = {name.removeprefix("evidence."): weights[name] for name in weights if name.startswith("evidence.")}
     if any(not tensor.is_floating_point() for name, tensor in parts.items() if name != "pairs"):
         raise ValueError("its log of queries has integers in place of floats")
     with torch.device("cpu"):
-        evidence = Evidence(memory, worded=worded, **parts)
+        evidence = Evidence(memory, worded=config["attention"].get("worded", False), **parts)
     reranker = EvidenceReranker(len(evidence.features), hidden=settings["hidden"], dropout=settings["dropout"])
     return reranker, evidence

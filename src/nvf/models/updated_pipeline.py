@@ -75,7 +75,7 @@ def _check_texts(pipeline: Any, name: str, texts: Any, vectors: Any) -> None:
     """Raise an InputError unless each vector has a text if the pipeline has words, which it must be able to extend."""
     words, given = pipeline.words, texts or ()
     if words is None and (texts is not None or pipeline.attention.word_weights is not None):
-        raise InputError(f"{name}: it was fitted without texts, or bm25s is missing; give none, or install it")
+        raise InputError(f"{name}: the pipeline has no texts, or bm25s is missing; give none, or install it")
     if words is not None and (pipeline.memory.texts is None or words.texts is None):
         raise InputError(f"{name}: the pipeline does not hold the texts that its words are from; train it again")
     count = 0 if vectors is None or words is None else len(vectors)
@@ -172,8 +172,8 @@ def _bias(pipeline: Any, change: Change) -> Tensor | None:
     bias = change.carry(attention.bias)
     if new.any():
         if attention.hubs is None or pipeline.evidence is None:
-            fault = "the pipeline corrects hubs, but does not hold the queries that say which rows are hubs"
-            raise InputError(f"add: {fault}; train it again with reranker=evidence, or attention.hub_correction=false")
+            remedy = "train it again with reranker=evidence, or attention.hub_correction=false"
+            raise InputError(f"add: the pipeline corrects hubs, but lacks the queries that tell them; {remedy}")
         (share, beta), keys = attention.hubs, change.memory.keys[new]
         if attention.delta is not None:
             keys = F.normalize(keys.to(attention.delta.dtype), dim=-1)

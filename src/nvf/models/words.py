@@ -6,7 +6,9 @@ Both are BM25 scores by `bm25s`, the extra `nvf[lexical]`, which is imported on 
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,19 +47,14 @@ class WordScores(NamedTuple):
         return same.to(self.scores.dtype) @ self.scores
 
 
+@dataclass(eq=False)
 class Words:
-    """An index of the words in the rows' texts, and one of the words in the logged queries.
+    """An index of the words in the rows' texts, and one of the words in the logged queries."""
 
-    Args:
-        indexes: of `bm25s`, by channel; a log that must not be used has none.
-        answers: rows that answer each logged query, (n, m) int64, padded with -1.
-        settings: `stemmer`, a language of PyStemmer, and `stopwords`, a language of bm25s or a list; None for neither.
-    """
-
+    indexes: dict[str, Any]  # of `bm25s`, by channel; a log that must not be used has none
+    answers: Tensor  # rows that answer each logged query, (n, m) int64, padded with -1
+    settings: dict[str, Any]  # `stemmer`, PyStemmer's language, and `stopwords`, bm25s's or a list; None for neither
     texts: dict[str, list[str]] | None = None  # what was indexed, by channel, if it is known
-
-    def __init__(self, indexes: dict[str, Any], answers: Tensor, settings: dict[str, Any]) -> None:
-        self.indexes, self.answers, self.settings = indexes, answers, settings
 
     @classmethod
     def gather(
@@ -65,8 +62,7 @@ class Words:
     ) -> "Words":
         """Index the text of each row, and each logged query with the rows that answer it; no `logged` are no channel.
 
-        Raises:
-            InputError: bm25s is missing, there is no such stemmer or list of stop words, or no row's text has a word.
+        No bm25s, no such stemmer or list of stop words, and no word in any row's text raise an InputError.
         """
         settings, indexes = {"stemmer": stemmer, "stopwords": stopwords}, {}
         for channel, some in zip(CHANNELS, (texts, logged), strict=True):
@@ -75,9 +71,7 @@ class Words:
                 indexes[channel].index(words, show_progress=False)
         if "text" not in indexes:
             raise InputError(f"none of the {len(texts)} texts has a word to search for; set data.words=null")
-        made = cls(indexes, answers, settings)
-        made.texts = dict(zip(CHANNELS, (list(texts), list(logged)), strict=True))
-        return made
+        return cls(indexes, answers, settings, dict(zip(CHANNELS, (list(texts), list(logged)), strict=True)))
 
     def scores(self, texts: Sequence[str], *, logged: bool = False, allowed: Tensor | None = None) -> WordScores:
         """Return what the words of some queries match, if need be among `allowed` rows, (n, N) bool, or (1, N) for all.
@@ -134,10 +128,8 @@ class Words:
 
         Without bm25s the result is None, with a warning: texts are then not searched.
         """
-        try:
-            _bm25s()
-        except InputError as fault:
-            logging.getLogger("nvf").warning("%s: searched without texts: %s", folder, fault)
+        if find_spec("bm25s") is None:
+            logging.getLogger("nvf").warning("%s: searched without texts: words need bm25s: %s", folder, REMEDY)
             return None
         settings = read_record(folder / SETTINGS)
         answers = torch.from_numpy(NpyFile(folder / ANSWERS, "answers").read())
@@ -176,26 +168,24 @@ def _read(folder: Path, size: int) -> Any:
 def terms(texts: Sequence[str], *, stemmer: Any = None, stopwords: Any = None) -> list[list[str]]:
     """Return the terms of each text: its words, their parts of GRAM letters, and pairs of words' first STEM letters.
 
-    Parts of words do in every language what a stemmer does in one, and find words where there are no spaces between
-    them. Pairs of neighbouring words tell a phrase from its words.
+    Parts of words, whose ends have the mark #, do in every language what a stemmer does in one, and find words
+    where there are no spaces between them. Pairs of neighbouring words tell a phrase from its words.
     """
-    stem = None if stemmer is None else _stemmer(stemmer)
+    try:
+        stem = None if stemmer is None else import_module("Stemmer").Stemmer(stemmer)
+    except (ImportError, KeyError, AttributeError) as fault:
+        what = f"data.words.stemmer={stemmer} cannot be used ({one_line(fault)})"
+        raise InputError(f"{what}; null needs none; a language needs pip install PyStemmer") from None
     how = {"token_pattern": r"(?u)\w+", "stemmer": stem, "return_ids": False, "show_progress": False}
     try:
-        found = _bm25s().tokenize(list(texts), stopwords=stopwords or [], **how)
+        found: list[list[str]] = _bm25s().tokenize(list(texts), stopwords=stopwords or [], **how)
     except (ValueError, TypeError) as fault:
         raise InputError(f"data.words.stopwords={stopwords}: {one_line(fault)}; null keeps all words") from None
-    return [[*words, *_parts(words), *_pairs(words)] for words in found]
-
-
-def _parts(words: Sequence[str]) -> list[str]:
-    marked = [f"#{word}#" for word in words]  # a word's ends are parts of their own
-    return [f"~{word[at : at + GRAM]}" for word in marked for at in range(max(1, len(word) - GRAM + 1))]
-
-
-def _pairs(words: Sequence[str]) -> list[str]:
-    short = [word[:STEM] for word in words]
-    return [f"{one} {other}" for one, other in pairwise(short)]
+    for words in found:
+        marked, short = [f"#{word}#" for word in words], [word[:STEM] for word in words]
+        words += [f"~{word[at : at + GRAM]}" for word in marked for at in range(max(1, len(word) - GRAM + 1))]
+        words += [f"{one} {other}" for one, other in pairwise(short)]
+    return found
 
 
 def _by_row(rows: Tensor, scores: Tensor) -> WordScores:
@@ -205,14 +195,6 @@ def _by_row(rows: Tensor, scores: Tensor) -> WordScores:
     place = F.pad(rows.diff(dim=-1) != 0, (1, 0)).cumsum(dim=-1)  # of each entry's row
     best = torch.zeros_like(scores).scatter_reduce(1, place.unsqueeze(-1).expand_as(scores), scores, "amax")
     return WordScores(torch.full_like(rows, -1).scatter(1, place, rows), best)
-
-
-def _stemmer(language: str) -> Any:
-    try:
-        return import_module("Stemmer").Stemmer(language)
-    except (ImportError, KeyError, AttributeError) as fault:
-        remedy = "null needs none; a language needs pip install PyStemmer"
-        raise InputError(f"data.words.stemmer={language} cannot be used ({one_line(fault)}); {remedy}") from None
 
 
 def _bm25s() -> Any:

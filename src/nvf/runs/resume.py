@@ -33,9 +33,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder; no run, or a damaged record, is an InputError."""
     path = folder / RECORD
     if not path.is_file():
-        raise InputError(
-            f"resume={folder}: there is no {path}; name the folder of a run or sweep, resume=outputs/<date>/<time>"
-        )
+        raise InputError(f"resume={folder}: there is no {path}; name the folder of a run or of a sweep")
     record = _read(path)
     if not isinstance(record.get("config"), dict) or not is_unchanged(record):
         raise InputError(f"{path} is damaged; start the run anew")

@@ -87,10 +87,8 @@ def threads(launcher: Mapping[str, Any]) -> int | None:
 def refuse_local_ddp(config: Mapping[str, Any]) -> None:
     """Raise an InputError if a run in a sweep or in a program wants several processes, and no cluster starts them."""
     if not on_one_device(config["trainer"]) and "SLURM_NTASKS" not in os.environ:
-        raise InputError(
-            f"trainer.devices={config['trainer'].get('devices', 'auto')} in a sweep: each process would repeat the "
-            "sweep or the program; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm"
-        )
+        what = f"trainer.devices={config['trainer'].get('devices', 'auto')}: each process would repeat sweep or program"
+        raise InputError(f"{what}; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm")
 
 
 def finish() -> None:

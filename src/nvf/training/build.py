@@ -19,17 +19,7 @@ from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
 from nvf.training.plan import sized
-from nvf.training.stages import (
-    Settings,
-    Stage,
-    attention_stage,
-    joint_stage,
-    label,
-    make,
-    reranker_stage,
-    seen_rows,
-    variants,
-)
+from nvf.training.stages import Settings, Stage, all_variants, joint_stage, make, reranker_stage, seen_rows, variants
 
 ALIGNED_BY = 65_536  # generated queries, where these are of another space than the rows
 logger = logging.getLogger("nvf")
@@ -60,10 +50,7 @@ class Built:
 
 
 def build(config: Settings, source: Source | None = None) -> Built:
-    """Turn a run's settings into objects; whatever is wrong with them or with the user's files is an InputError.
-
-    A `source` takes the place of the memory and the queries that the settings describe.
-    """
+    """Turn a run's settings, with a `source` of one's own if it is given, into objects, or raise an InputError."""
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
     config, planned = sized(config, source)
@@ -74,9 +61,10 @@ def build(config: Settings, source: Source | None = None) -> Built:
         of_val = source.references.get("val", {})
         source.references["val"] = {name: (asked[chosen], rows) for name, (asked, rows) in of_val.items()}
     _check_numbers(config, source)
-    check_sharded(config)
-    aligned = _align(config, source) if getattr(source, "foreign", False) else None
-    tried = _variants(config, source)
+    foreign = getattr(source, "foreign", False)
+    check_sharded(config, foreign=foreign)
+    aligned = _align(config, source) if foreign else None
+    tried = all_variants(config, source)
     given = _given(config, source, tried)
     exact, reranker, joint = SoftAttention(source.memory, transform="identity"), None, None
     if "reranker" in config["stage"]["fit"]:
@@ -112,8 +100,6 @@ def build_source(config: Settings) -> Source:
 
 def _align(config: Settings, source: Source) -> dict[str, Any]:
     """Align the source's rows with its queries, which are of another model, and return how."""
-    if _is_sharded(config):
-        raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     if isinstance(source, Recorded):
         log, held_out, pairs = source.splits["train"], source.splits["val"], source.pairs
     else:
@@ -123,20 +109,16 @@ def _align(config: Settings, source: Source) -> dict[str, Any]:
     return how
 
 
-def _is_sharded(config: Settings) -> bool:
-    return config["trainer"].get("strategy") == SHARDED and not on_one_device(config["trainer"])
-
-
-def check_sharded(config: Settings) -> None:
+def check_sharded(config: Settings, *, foreign: bool = False) -> None:
     """Raise an InputError for what a memory that several devices share cannot do."""
-    if not _is_sharded(config):
+    if config["trainer"].get("strategy") != SHARDED or on_one_device(config["trainer"]):
         return
+    if foreign:
+        raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     learned = any(variant["attention"]["keys"] != "frozen" for variant in variants(config))
     if stages(config) != ["attention"] or learned or config["attention"]["sample"] is not None:
-        raise InputError(
-            "trainer=sharded fits one stage 1 with frozen keys over all rows: set stage=attention, "
-            "attention.keys=frozen and attention.sample=null, and not attention=auto"
-        )
+        remedy = "stage=attention, attention.keys=frozen and attention.sample=null, and not attention=auto"
+        raise InputError(f"trainer=sharded fits one stage 1 with frozen keys over all rows: set {remedy}")
 
 
 def stages(config: Settings) -> list[str]:
@@ -146,19 +128,6 @@ def stages(config: Settings) -> list[str]:
         raise InputError(f"stage.warm_start={warm} is neither true nor false; true is the default")
     fits: list[str] = config["stage"]["fit"]
     return fits if warm else fits[-1:]
-
-
-def _variants(config: Settings, source: Source) -> tuple[Stage, ...]:
-    """The stages 1 that are tried, each with a name of its own after its transform and keys; one alone needs none."""
-    given = variants(config)
-    plain = [f"{label(one['attention']['transform'])}-{one['attention']['keys']}" for one in given]
-    found = []
-    for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
-        own = name if plain.count(name) == 1 else f"{name}-{number}"
-        epochs = one["attention"]["epochs"]
-        check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
-        found.append(attention_stage(one, source)._replace(name=own if len(given) > 1 else ""))
-    return tuple(found)
 
 
 def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage | None:
@@ -179,18 +148,15 @@ def _given(config: Settings, source: Source, tried: tuple[Stage, ...]) -> Stage 
 
 
 def _check_numbers(config: Settings, source: Source) -> None:
-    for stage in stages(config):
-        for name in ("epochs", "patience"):
-            if (value := config[stage][name]) is not None or name == "epochs":
-                check_number(f"{stage}.{name}", value, minimum=1, whole=True, remedy="raise it")
-    if (every := config["save_every"]) is not None:
-        check_number("save_every", every, minimum=1, whole=True, remedy="null saves as often as every 20 s")
+    given = {f"{stage}.{name}": config[stage][name] for stage in stages(config) for name in ("epochs", "patience")}
+    for name, value in {**given, "save_every": config["save_every"]}.items():
+        if value is not None or name.endswith("epochs"):
+            check_number(name, value, minimum=1, whole=True, remedy="raise it")
     if (work := config["data"].get("work")) is not None:
         check_number("data.work", work, above=0, remedy="null sets no limit")
     kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]
     if "reranker" in config["stage"]["fit"] and (kind == "evidence" or folds is not None):
         if not isinstance(source, Recorded):
-            why = f"reranker.kind={kind} and reranker.folds={folds} need a log of queries, data=embeddings or qdrant"
-            raise InputError(f"{why}; choose reranker=residual")
+            raise InputError(f"reranker.kind={kind}, reranker.folds={folds} need a log; choose reranker=residual")
         if folds is not None:
             check_number("reranker.folds", folds, minimum=2, whole=True, remedy="3 is the default, null makes none")

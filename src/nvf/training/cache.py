@@ -37,17 +37,13 @@ def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
         yield None
         return
     root = Path(str(config["cache"]))
-    lock = FileLock(root / "locks" / key)
     try:
         (root / "locks").mkdir(parents=True, exist_ok=True)
-        lock.acquire(poll_interval=0.2)
+        locked = FileLock(root / "locks" / key).acquire(poll_interval=0.2)
     except OSError as fault:
-        why = f"cache={root} cannot be written ({one_line(fault)})"
-        raise InputError(f"{why}; give another folder, or cache=off") from None
-    try:
+        raise InputError(f"cache={root} cannot be written ({one_line(fault)}); give another, or cache=off") from None
+    with locked:
         yield root / f"{key}.safetensors"
-    finally:
-        lock.release()
 
 
 def read(path: Path, memory: VectorMemory) -> tuple[SoftAttention, dict[str, Any]] | None:
@@ -55,13 +51,10 @@ def read(path: Path, memory: VectorMemory) -> tuple[SoftAttention, dict[str, Any
     if not path.exists():
         return None
     try:
-        attention, notes = load_attention(path, memory)
-        if not isinstance(notes, dict):
-            raise InputError(f"{path} is damaged (it has no notes)")
+        return load_attention(path, memory)
     except InputError as fault:
         log.warning("stage 1 is fitted anew: %s", fault)
         return None
-    return attention, notes
 
 
 def stage_key(config: Mapping[str, Any], source: Source, variants: Sequence[Mapping[str, Any]]) -> str:

@@ -83,10 +83,8 @@ class StopOnNaN(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         (step,) = largest(trainer.strategy.root_device, -1 if self._first is None else int(self._first))
         if step >= 0:
-            raise InputError(
-                f"{self.stage}: the loss is nan or infinite in step {step}; lower {self.stage}.lr={module.lr}, or set "
-                "trainer.precision=32-true. The run's folder keeps the checkpoints from before that step"
-            )
+            remedy = f"lower {self.stage}.lr={module.lr}, or set trainer.precision=32-true"
+            raise InputError(f"{self.stage}: the loss is nan or infinite in step {step}; {remedy}")
 
 
 class KeepBest(ModelCheckpoint):
@@ -113,7 +111,6 @@ class SaveLast(Checkpoint):
         self.start_score: float | None = None  # what the untrained start validates to, if it competes
         self._stopped = False  # early: no epoch follows
         self._generators: list[dict[str, Tensor]] = []  # states of torch's global generators by device, rank by rank
-        self._saved, self._saved_step = time.monotonic(), 0
 
     def state_dict(self) -> dict[str, Any]:
         mine = {"cpu": torch.get_rng_state()}

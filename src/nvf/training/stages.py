@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import Recorded, Source
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, check_number, one_line
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.pipeline import Pipeline
@@ -51,6 +51,19 @@ def variants(config: Settings) -> list[Settings]:
     return found
 
 
+def all_variants(config: Settings, source: Source) -> tuple[Stage, ...]:
+    """The stages 1 that are tried, each with a name of its own after its transform and keys; one alone needs none."""
+    given = variants(config)
+    plain = [f"{label(one['attention']['transform'])}-{one['attention']['keys']}" for one in given]
+    found = []
+    for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
+        own = name if plain.count(name) == 1 else f"{name}-{number}"
+        epochs = one["attention"]["epochs"]
+        check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
+        found.append(attention_stage(one, source)._replace(name=own if len(given) > 1 else ""))
+    return tuple(found)
+
+
 def attention_stage(config: Settings, source: Source) -> Stage:
     """Stage 1."""
     settings = config["attention"]
@@ -87,7 +100,7 @@ def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
 def _stage(
     stage: str,
     kind: type[StageModule],
-    model: SoftAttention | Pipeline,
+    model: Any,
     given: Settings,
     config: Settings,
     source: Source,

@@ -33,14 +33,11 @@ class Run:
 
     def answered(self) -> np.ndarray | None:
         """Return which test queries the model ranks first, (B,) bool, or None; the metric must be top1."""
-        path = self.path.with_name("answered.npy")
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)  # never oversized
+        path, test = self.path.with_name("answered.npy"), self.figures["test"]
+        try:  # mapped, it is never oversized; a pipe would be waited for
+            found = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
         except Exception:  # a damaged header makes numpy raise errors of many types
             return None
-        test = self.figures["test"]
         if not (test and isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype == bool and len(found)):
             return None
         bits, right = found.view(np.uint8), test["value"] * len(found)  # an integer, but for a float32's rounding

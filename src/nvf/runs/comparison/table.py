@@ -16,6 +16,7 @@ from nvf.statistics import METRICS, Interval, in_percent, percent
 FIGURES = ("validation", "test", "stage1", "coverage", "exact", "oracle")
 ENDS = tuple(Interval.__annotations__)
 LONGEST = 80  # characters of a cell
+TESTS = "p vs best: paired t-test over common seeds, or exact McNemar test over the same queries; not corrected"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ class Comparison:
         for row in cells:
             for i, width in enumerate(widths):
                 row[i] = row[i].ljust(width) if i < texts else row[i].rjust(width)
-        lines = [re.sub(r"([*<\[`])", r"\\\1", line) for line in self._lines()]
+        lines = [
+            f"percent; test {METRICS[self.metric]} is of the model fitted last, with its 95% interval over seeds, or "
+            "over test queries where one seed ran or all agree; coverage and the oracle are ceilings",
+            "* the best on validation, by which the rows are sorted; the test figures chose nothing",
+            *([TESTS] if any(row.p is not None for row in self.rows) else []),
+            *self.notes,
+        ]
+        lines = [re.sub(r"([*<\[`])", r"\\\1", line) for line in lines]
         return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *(f"- {line}" for line in lines)])
 
     def csv(self) -> str:
@@ -64,16 +72,6 @@ class Comparison:
             settings = [shown(row.value(name)) for name in self.columns]
             cells.append(["*" * (row is self.rows[0]), *settings, str(len(row.runs)), *shares, p])
         return cells
-
-    def _lines(self) -> list[str]:
-        tests = "p vs best: paired t-test over common seeds, or exact McNemar test over the same queries; not corrected"
-        return [
-            f"percent; test {METRICS[self.metric]} is of the model fitted last, with its 95% interval over seeds, or "
-            "over test queries where one seed ran or all agree; coverage and the oracle are ceilings",
-            "* the best on validation, by which the rows are sorted; the test figures chose nothing",
-            *([tests] if any(row.p is not None for row in self.rows) else []),
-            *self.notes,
-        ]
 
 
 def compare(folders: Sequence[Path], metric: str = "top1") -> Comparison:
