@@ -63,7 +63,7 @@ def _topk(
     sparse = can_branch_on(queries) and count >= sparse_from and size > SPARSE_ROWS and alike
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
     best = (_Sparse if sparse else _Dense)(queries, more, size)
-    total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
+    total = RunningLogSumExp() if logsumexp else None
     start = 0
     for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
@@ -172,11 +172,13 @@ class _Dense:
 
     def __init__(self, queries: Tensor, k: int, rows: int) -> None:
         self.k = k
-        self.scores, self.rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
         values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # any of equals, see `resolve_near_ties`
+        if start == 0:
+            self.scores, self.rows = values, rows
+            return values[:, 0]
         both = torch.cat([self.scores, values], dim=-1)
         self.scores, order = (part[:, : self.k] for part in both.sort(dim=-1, descending=True, stable=True))
         self.rows = torch.cat([self.rows, rows + start], dim=-1).gather(-1, order)
