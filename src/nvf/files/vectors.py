@@ -28,7 +28,7 @@ def largest(vectors: Tensor) -> Tensor:
 
 def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Do what `check_vectors` does, given what `largest` returns for vectors that are never held all at once."""
-    if not len(values) or 0 < float(values.amin()) and float(values.amax()) < math.inf:  # amin and amax of NaN are NaN
+    if not len(values) or (float(values.amin()) > 0 and float(values.amax()) < math.inf):  # NaN if any is
         return
     for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():
