@@ -165,7 +165,7 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     uniform sample, S, as (|R| / |S|) sum over S. The expectation of its logarithm, which is returned, is a little low.
     """
     count, sample = len(keys), index.sample.to(keys.device)  # (S,), sorted
-    drawn_keys = index.keys_of_sample(lambda: keys[sample], [keys])  # (S, D')
+    drawn_keys = index.keys_of_sample(lambda: keys[sample], [keys, index.sample])  # (S, D')
     if allowed is not None:
         drawn_keys = drawn_keys[allowed[0, sample]]
         count, sample = int(allowed.sum()), sample[allowed[0, sample]]
