@@ -15,6 +15,7 @@ import baselines
 import factored
 import fitting
 import hnsw
+import latency
 import lexical
 import loops
 import performance
@@ -506,6 +507,14 @@ def test_searches_are_compared() -> None:
     queries = torch.eye(8)[:1].numpy()
     assert search_speed.same_rows(memory, queries, [[0, 1]], np.array([[1, 0]]))  # a tie
     assert not search_speed.same_rows(memory, queries, [[0, 1]], np.array([[0, 2]]))
+
+
+def test_the_latency_of_one_query_is_compared() -> None:
+    pytest.importorskip("faiss")
+    found = latency.latency([60], [8], latency.RERANKERS, queries=6, at_once=[1, 2])
+    assert [case["reranker"] for case in found] == [*latency.RERANKERS]
+    assert all(case["same_answers"] and case["p50"].keys() == case["p99"].keys() for case in found)
+    assert len(latency.report(found).splitlines()) == 4
 
 
 def test_an_approximate_search_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,34 @@ def test_search_leaves_the_mode_and_draws_nothing(pipeline: Pipeline) -> None:
     pipeline.reranker.rest[1].p = 0.5
     assert torch.equal(pipeline.search(queries()).probabilities, pipeline.search(queries()).probabilities)
     assert pipeline.training
+
+
+@pytest.mark.parametrize("model", ["pipeline", "weighing"])
+def test_threads_search_one_pipeline_at_once(model: str, request: pytest.FixtureRequest) -> None:
+    pipeline: Pipeline = request.getfixturevalue(model).train()
+    network = pipeline.reranker.rest if model == "pipeline" else pipeline.reranker.network
+    (dropout,) = (part for part in network if isinstance(part, torch.nn.Dropout))
+    dropout.p, modes = 0.5, []
+    pipeline.attention.transform.register_forward_hook(lambda *_: modes.append((pipeline.training, dropout.training)))
+    asked = queries(60).split(1)
+    expected = [pipeline.search(each, k=6) for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda each: pipeline.search(each, k=6), asked * 3))
+    for found, right in zip(answers, expected * 3, strict=True):
+        assert torch.equal(found.rows, right.rows)
+        assert torch.equal(found.probabilities, right.probabilities)
+    assert set(modes) == {(True, True)}  # a search that changed them would do so under the eyes of another
+
+
+@pytest.mark.parametrize("part", ["reranker", "attention.transform"])
+def test_no_part_drops_out_in_a_search(pipeline: Pipeline, part: str) -> None:
+    pipeline.attention.transform = torch.nn.Sequential(pipeline.attention.transform, torch.nn.Dropout(0.5))
+    pipeline.reranker.rest[1].p = 0.5
+    expected = pipeline.eval().search(queries())
+    pipeline.get_submodule(part).train()
+    found = pipeline.search(queries())
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.probabilities, expected.probabilities)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Checks of vectors from files or callers, before the memory, a search or a training run uses them."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ def largest(vectors: Tensor) -> Tensor:
 
 def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Do what `check_vectors` does, given what `largest` returns for vectors that are never held all at once."""
+    if not len(values) or (float(values.amin()) > 0 and float(values.amax()) < math.inf):  # NaN if any is
+        return
     for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():
             row = int(wrong.nonzero()[0])

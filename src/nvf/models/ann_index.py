@@ -22,6 +22,7 @@ from torch import Tensor
 from nvf.errors import InputError, check_number, one_line
 from nvf.files.records import own_file, sha256
 from nvf.files.tensors import DAMAGE, read_tensors
+from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
@@ -51,6 +52,7 @@ class Index:
             made.hnsw.efSearch = min(settings["ef_search"], made.ntotal)  # FAISS makes room for as many
         chosen = torch.randperm(made.ntotal, generator=stream(0, "index sample"))[:SAMPLE]
         self.sample = chosen.sort().values  # rows, drawn once, so that one query gets one answer
+        self.keys_of_sample = FrozenCache()
 
     def __len__(self) -> int:
         return self._made.ntotal
@@ -163,7 +165,9 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     uniform sample, S, as (|R| / |S|) sum over S. The expectation of its logarithm, which is returned, is a little low.
     """
     count, sample = len(keys), index.sample.to(keys.device)  # (S,), sorted
+    drawn_keys = index.keys_of_sample(lambda: keys[sample], [keys, index.sample])  # (S, D')
     if allowed is not None:
+        drawn_keys = drawn_keys[allowed[0, sample]]
         count, sample = int(allowed.sum()), sample[allowed[0, sample]]
     if k >= len(sample) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
         return blockwise_topk(queries, keys, k, logsumexp=True, allowed=allowed)
@@ -178,7 +182,7 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     scores, rows = scores.gather(-1, order), rows.gather(-1, order)
     size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
     drawn = sample[place] == rows  # (B, k)
-    others = queries @ keys[sample].to(queries.dtype).T  # (B, S)
+    others = queries @ drawn_keys.to(queries.dtype).T  # (B, S)
     others = torch.cat([others, others[:, :1]], dim=-1)  # with a last column for rows that were not drawn
     others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
     rest = others.logsumexp(dim=-1) + ((count - k) / (size - drawn.sum(dim=-1))).log()

@@ -1,6 +1,7 @@
 """Evidence about a candidate beyond stage 1's logit, from the frozen vectors and a log of answered queries."""
 
 import math
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -189,24 +190,26 @@ class Evidence(nn.Module):
         moved = attention.moved(queries)
         rests_on = [self.queries, attention.memory.keys, *attention.transform.parameters()]
         log = self._moved_log(lambda: attention.moved(self.queries), rests_on)
-        if logged_as is None:
-            logged_as = rows.new_full((len(rows),), -1)
         size = max(1, SCORE_BLOCK // (rows.shape[1] * self.slots * log.shape[1]))
-        blocks = zip(moved.split(size), rows.split(size), logged_as.split(size), strict=True)
+        places = repeat(None) if logged_as is None else logged_as.split(size)
+        blocks = zip(moved.split(size), rows.split(size), places, strict=False)
         found = zip(*(self._block(log, *block) for block in blocks), strict=True)
         return tuple(torch.cat(parts) for parts in found)
 
-    def _block(self, log: Tensor, moved: Tensor, rows: Tensor, logged_as: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        start, count = self.starts[rows], self.starts[rows + 1] - self.starts[rows]  # (b, w)
+    def _block(self, log: Tensor, moved: Tensor, rows: Tensor, logged_as: Tensor | None) -> tuple[Tensor, ...]:
+        start = self.starts[rows]
+        count = self.starts[rows + 1] - start  # (b, w)
         slot = torch.arange(self.slots, device=rows.device)
         spread = slot * count.unsqueeze(-1).clamp(min=self.slots) // self.slots  # (b, w, slots): evenly, or 0, 1, ...
         query = self.pairs[(start.unsqueeze(-1) + spread).clamp(max=len(self.pairs) - 1)] % len(self.queries)
-        known = (slot < count.unsqueeze(-1)) & (query != logged_as.view(-1, 1, 1))
+        known = slot < count.unsqueeze(-1)
+        if logged_as is not None:
+            itself = logged_as.unsqueeze(-1)
+            known &= query != itself.unsqueeze(-1)
+            pair = (rows * len(self.queries) + itself).where(itself >= 0, -1)
+            place = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
+            count = count - (self.pairs[place] == pair).long()
         compared = known.sum(dim=-1)
-        itself = logged_as.unsqueeze(-1)
-        pair = (rows * len(self.queries) + itself).where(itself >= 0, -1)
-        place = torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)
-        count = count - (self.pairs[place] == pair).long()
         similarity = (log[query.flatten(1)] @ moved.unsqueeze(-1)).view(query.shape)  # (b, w, slots)
         wide = torch.promote_types(similarity.dtype, torch.float32)  # exp(SHARPNESS) exceeds float16
         similarity = similarity.to(wide).masked_fill(~known, 0.0)

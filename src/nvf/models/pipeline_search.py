@@ -1,6 +1,8 @@
 """How a pipeline answers queries: its candidates in the reranker's order, then the other rows in stage 1's."""
 
+import copy
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,22 +56,15 @@ def search(
         only = None if allowed is None else Filter(memory, allowed, len(given))
     _check_texts(pipeline, texts, len(given))
     words = _word_scores(pipeline, texts) if allowed is None else None
-    training, size = pipeline.training, size if only is None else min(size, only.size)
-    pipeline.eval()  # no dropout in a search
-    try:
-        blocks = []
-        for start in range(0, max(1, len(given)), size):
-            block = slice(start, start + size)
-            rows, first = (None, None) if only is None or not len(given) else only.of(block)
-            some = (
-                _some(words, block) if allowed is None or texts is None else _word_scores(pipeline, texts[block], rows)
-            )
-            found, probabilities = _search_block(pipeline, given[block], int(k), some, rows, candidates is not None)
-            if first is not None:
-                found = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
-            blocks.append((memory.vectors_of(found) if first is None else found, probabilities))
-    finally:
-        pipeline.train(training)
+    pipeline, blocks, size = _evaluated(pipeline), [], size if only is None else min(size, only.size)
+    for start in range(0, max(1, len(given)), size):
+        block = slice(start, start + size)
+        rows, first = (None, None) if only is None or not len(given) else only.of(block)
+        some = _some(words, block) if allowed is None or texts is None else _word_scores(pipeline, texts[block], rows)
+        found, probabilities = _search_block(pipeline, given[block], int(k), some, rows, candidates is not None)
+        if first is not None:
+            found = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
+        blocks.append((memory.vectors_of(found) if first is None else found, probabilities))
     rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     ids, numbers = memory.ids, rows.cpu().numpy()
     if ids is not None:
@@ -87,6 +82,19 @@ def checked(pipeline: Any, queries: np.ndarray | Tensor) -> Tensor:
         raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {pipeline.attention.query_dim})")
     check_vectors(given, "queries")
     return given
+
+
+def _evaluated(module: Any) -> Any:
+    """Return the module if nothing in it trains, else a copy of the same tensors without dropout.
+
+    Its own flags stay as they are: another thread may be using it.
+    """
+    parts = {name: None if part is None else _evaluated(part) for name, part in module._modules.items()}
+    if not module.training and all(map(operator.is_, parts.values(), module._modules.values())):
+        return module
+    copied = copy.copy(module)
+    copied._modules, copied.training = parts, False
+    return copied
 
 
 def _check_texts(pipeline: Any, texts: Sequence[str] | None, count: int) -> None:
@@ -157,17 +165,18 @@ def _listed(
     # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
     listed = top.scores.logsumexp(dim=-1)
     log_attention = top.scores - (listed if reranked else torch.maximum(top.logsumexp, listed)).unsqueeze(-1)
-    inside = shared_out(log_attention[:, :width], scores)
-    rows, inside = most_probable_first(candidates.rows, inside)
-    rows = torch.cat([rows, top.rows[:, width:]], dim=-1)[:, :k]
-    log_probs = torch.cat([inside, log_attention[:, width:]], dim=-1)[:, :k]
-    return rows, log_probs.exp().clamp(max=1).float()
+    rows, log_probs = most_probable_first(candidates.rows, shared_out(log_attention[:, :width], scores))
+    if width < top.rows.shape[1]:
+        rows = torch.cat([rows, top.rows[:, width:]], dim=-1)
+        log_probs = torch.cat([log_probs, log_attention[:, width:]], dim=-1)
+    return rows[:, :k], log_probs[:, :k].exp().clamp(max=1).float()
 
 
 def _equal_scores_of_equal_rows(pipeline: Any, scores: Tensor, top: TopK) -> Tensor:
     """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
-    equal = top.scores[:, 1:] == top.scores[:, :-1]
-    if isinstance(pipeline.reranker, EvidenceReranker) or not can_branch_on(scores) or not equal.any():
+    if isinstance(pipeline.reranker, EvidenceReranker) or not can_branch_on(scores):
+        return scores
+    if not (equal := top.scores[:, 1:] == top.scores[:, :-1]).any():
         return scores
     vectors = pipeline.memory.take(top.rows)
     equal &= (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.models.evidence import FEATURES
+from nvf.ops.frozen_cache import FrozenCache
 
 RERANKERS = ("mlp", "residual")
 IGNORED = 1e30  # the scale of a feature that is ignored; infinity could not be saved
@@ -30,6 +31,7 @@ class Reranker(nn.Module):
         self.starts_at_stage_one = kind == "residual"  # whether it keeps the order of the logits until it is trained
         self.settings = _settings(kind, hidden, dropout)
         self.first = nn.Linear(4 * dim, hidden[0])
+        self._factors = FrozenCache()
         self.rest = _network(hidden, dropout, zero=kind == "residual")
         if kind == "residual":
             self.evidence = nn.Parameter(torch.tensor([1.0, 0.0]))  # w_a, w_c
@@ -39,8 +41,8 @@ class Reranker(nn.Module):
         queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
         scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
         if self.kind == "residual":
-            cosine = (queries.unsqueeze(1) * candidates).sum(dim=-1)
-            scores = scores + self.evidence[0] * logits + self.evidence[1] * beta * cosine
+            cosine, (w_logit, w_cosine) = (queries.unsqueeze(1) * candidates).sum(dim=-1), self.evidence.unbind()
+            scores = scores + w_logit * logits + w_cosine * beta * cosine
         return scores
 
     @torch.no_grad()
@@ -51,11 +53,15 @@ class Reranker(nn.Module):
 
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """Return W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b."""
-        w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)  # (hidden, D) each
-        from_query = F.linear(queries, w_query + w_difference, self.first.bias)  # (B, hidden)
-        outputs = F.linear(candidates, w_candidate - w_difference) + from_query.unsqueeze(1)  # (B, k, hidden)
+        of_query, of_candidate, of_product = self._factors(self._factored, [self.first.weight])  # (hidden, D) each
+        from_query = F.linear(queries, of_query, self.first.bias)  # (B, hidden)
+        outputs = F.linear(candidates, of_candidate) + from_query.unsqueeze(1)  # (B, k, hidden)
         products = (queries.unsqueeze(1) * candidates).flatten(0, 1)  # (B k, D)
-        return torch.addmm(outputs.flatten(0, 1), products, w_product.T).unflatten(0, candidates.shape[:2])
+        return torch.addmm(outputs.flatten(0, 1), products, of_product.T).unflatten(0, candidates.shape[:2])
+
+    def _factored(self) -> tuple[Tensor, Tensor, Tensor]:
+        w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)
+        return w_query + w_difference, w_candidate - w_difference, w_product
 
 
 class EvidenceReranker(nn.Module):

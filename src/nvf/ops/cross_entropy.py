@@ -53,7 +53,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: FunctionCtx, queries: Tensor, keys: Tensor) -> Tensor:
         on_queries, on_keys = ctx.needs_input_grad  # type: ignore[attr-defined]
         with torch.autocast(queries.device.type, enabled=False):  # products are of the queries' type, sums of float32
-            running = RunningLogSumExp(len(queries), dtype=_wide(queries), device=queries.device)
+            running = RunningLogSumExp()
             mean = torch.zeros_like(queries.T, dtype=_wide(queries))  # of the keys, weighed by exp(score), (D, B)
             for part in _blocks(keys, queries):
                 weights = products(part, queries).to(mean.dtype)  # (w, B), scores at first

@@ -11,22 +11,22 @@ class FrozenCache:
     """Keeps the last value computed from tensors without gradients; torch may change others without a new version."""
 
     def __init__(self) -> None:
-        self._sources: list[tuple[Tensor, int, torch.device]] = []
-        self._value: Any = None
+        self._kept: tuple[list[tuple[Tensor, int, torch.device]], Any] = [], None  # one, as threads may share it
 
     def __call__(self, compute: Callable[[], Any], sources: Sequence[Tensor]) -> Any:
         """Return the value of `compute()`, which must depend on nothing that ever changes but `sources`."""
         if is_transformed() or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources):
             return compute()
-        unchanged = len(sources) == len(self._sources) and all(
+        before, value = self._kept
+        unchanged = len(sources) == len(before) and all(
             new is old and new._version == version and new.device == device
-            for new, (old, version, device) in zip(sources, self._sources, strict=True)
+            for new, (old, version, device) in zip(sources, before, strict=True)
         )
-        if self._value is None or not unchanged:
-            self._value = compute()
+        if value is None or not unchanged:
+            value = compute()
             # The tensors themselves are held, since Python may give the id of a freed one to another.
-            self._sources = [(source, source._version, source.device) for source in sources]
-        return self._value
+            self._kept = [(source, source._version, source.device) for source in sources], value
+        return value
 
     def __deepcopy__(self, _: Any) -> "FrozenCache":
         return FrozenCache()  # the copy has tensors of its own

@@ -1,6 +1,7 @@
 """Inner products of queries with many rows, computed in blocks that stay in the processor's cache."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,18 +58,19 @@ def _parts(rows: Tensor) -> tuple[Tensor, ...]:
 class RunningLogSumExp:
     """The log-sum-exp of each query's scores, block after block: the online softmax of FlashAttention (2205.14135)."""
 
-    def __init__(self, queries: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.largest = torch.full((queries,), -math.inf, dtype=dtype, device=device)
-        self.total = torch.zeros_like(self.largest)  # of exp(score - largest)
+    largest: Tensor | None = None  # (B,)
+    total: Any = 0.0  # of exp(score - largest), (B,)
 
-    def add_(self, scores: Tensor, largest: Tensor) -> Tensor:
+    def add_(self, scores: Tensor, largest: Tensor) -> Any:
         """Turn scores, (w, B), into exp(score - largest) in place; return the factor by which earlier sums shrink."""
-        before, self.largest = self.largest, torch.maximum(self.largest, largest)
-        shrunk = (before - self.largest).exp()
-        self.total = self.total * shrunk + scores.sub_(self.largest).mul_(LOG2_E).exp2_().sum(dim=0)
+        before, self.largest = self.largest, largest if self.largest is None else torch.maximum(self.largest, largest)
+        shrunk = 0.0 if before is None else (before - self.largest).exp()
+        total = scores.sub_(self.largest).mul_(LOG2_E).exp2_().sum(dim=0)
+        self.total = total if before is None else self.total * shrunk + total
         return shrunk
 
     def result(self) -> Tensor:
+        assert self.largest is not None
         return self.largest + self.total.log()
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from nvf.ops.products import QUERY_BLOCK, RunningLogSumExp, can_branch_on, inner_products, products, score_block
 
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
-SPARSE_ROWS = 2**15  # over more rows than these
+SPARSE_ROWS = 2**15  # over more rows than these with a log-sum-exp,
+SPARSE_ROWS_ALONE = 2**13  # and without, where
+SPARSE_BLOCK = 4  # times as many scores are held at once: only their groups are looked at, out of the nearest cache
 GROUP = 16  # neighbouring rows of which `_Sparse` first compares the largest score
 NEAR_TIES = 2**22  # numbers held at once while near ties are resolved; 16 MB of float32
 Bar = Sequence[Tensor] | None  # a score, float64, and a row of each query, (B,) both
@@ -78,10 +80,12 @@ def _topk(
     some = None if allowed is None else allowed.view(torch.uint8).amax(dim=0).nonzero().squeeze(-1)
     size = len(keys) if some is None else len(some)
     alike = allowed is None or len(allowed) == 1
-    sparse = can_branch_on(queries) and count >= sparse_from and size > SPARSE_ROWS and alike
+    enough = count >= sparse_from and size > (SPARSE_ROWS if logsumexp else SPARSE_ROWS_ALONE)
+    sparse = can_branch_on(queries) and enough and alike
+    budget *= SPARSE_BLOCK if sparse and not logsumexp else 1
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
     best = (_Sparse if sparse else _Dense)(queries, more, size)
-    total = RunningLogSumExp(count, dtype=queries.dtype, device=queries.device) if logsumexp else None
+    total = RunningLogSumExp() if logsumexp else None
     start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
     for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
@@ -235,11 +239,13 @@ class _Dense:
 
     def __init__(self, queries: Tensor, k: int, rows: int) -> None:
         self.k = k
-        self.scores, self.rows = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0).long()
 
     def add(self, scores: Tensor, start: int) -> Tensor:
         """Take in a block of scores, (w, B), of the rows from `start`; return the largest of each query, (B,)."""
         values, rows = scores.T.topk(min(self.k, len(scores)), dim=-1)  # any of equals, see `resolve_near_ties`
+        if start == 0:
+            self.scores, self.rows = values, rows
+            return values[:, 0]
         both = torch.cat([self.scores, values], dim=-1)
         self.scores, order = (part[:, : self.k] for part in both.sort(dim=-1, descending=True, stable=True))
         self.rows = torch.cat([self.rows, rows + start], dim=-1).gather(-1, order)
