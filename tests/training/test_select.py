@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvf.training.limits import SHARE, plan
 
 from conftest import SMALL, compose_config, write_folder
 from nvf import InputError, Pipeline
@@ -15,7 +16,6 @@ from nvf.data.queries import QueryBatch, Recorded
 from nvf.models.memory import VectorMemory, unit
 from nvf.training import select as selection
 from nvf.training.build import Built, build
-from nvf.training.limits import SHARE, plan
 from nvf.training.select import cross_fit, fit_attention
 from nvf.training.stages import attention_stage
 
