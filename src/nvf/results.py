@@ -108,7 +108,7 @@ def save(run: Fitted) -> float:
         "plan": config["data"].get("plan"),
         "gradients": {**audit, "training": {stage: norms for stage, norms in run.gradients.items() if norms}},
         "seconds": {**run.seconds, "total": total},
-        "config": config,
+        "config": run.built.asked,
         "versions": versions(),
         "memory": source.memory.fingerprint,
         "queries": fingerprint(test_queries),

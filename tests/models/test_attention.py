@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from nvf.data.queries import Noisy
 from nvf.errors import InputError
 from nvf.evaluation.calibration import fit_temperature
-from nvf.models.attention import TRANSFORMS, SoftAttention, attention_loss
+from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.memory import VectorMemory
+from nvf.models.query_transform import TRANSFORMS
 from nvf.ops.random_streams import stream
 
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import estimators
-from nvf.models.attention import TRANSFORMS, SoftAttention, attention_loss
+from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.distribution import exact, relaxed
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
+from nvf.models.query_transform import TRANSFORMS
 from nvf.models.reranker import EvidenceReranker, Reranker
 
 

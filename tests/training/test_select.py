@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvf.training.limits import SHARE, plan
 
 from conftest import SMALL, compose_config, write_folder
 from nvf import InputError, Pipeline
@@ -16,6 +15,7 @@ from nvf.data.queries import QueryBatch, Recorded
 from nvf.models.memory import VectorMemory, unit
 from nvf.training import select as selection
 from nvf.training.build import Built, build
+from nvf.training.plan import SHARE, plan
 from nvf.training.select import cross_fit, fit_attention
 from nvf.training.stages import attention_stage
 

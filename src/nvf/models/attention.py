@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.models.memory import VectorMemory, check_k, unit
+from nvf.models.query_transform import QueryTransform
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
@@ -17,42 +18,10 @@ from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
-TRANSFORMS = ("mlp", "residual", "linear", "identity")
 KEYS = ("frozen", "moved", "learned")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LISTED_AT_ONCE = 2**24  # numbers in the keys of rows that words list, held at once; 64 MB of float32
 AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
-
-
-class QueryTransform(nn.Module):
-    """T(q), (B, D): `mlp` Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, or `identity` q.
-
-    The last layer of `residual` and of `linear` starts at zero, so that all but `mlp` start at q itself.
-    """
-
-    def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
-        super().__init__()
-        if kind not in TRANSFORMS:
-            raise InputError(f"attention.transform={kind} is unknown; choose one of {', '.join(TRANSFORMS)}")
-        if hidden is not None:
-            check_number("attention.hidden", hidden, minimum=1, whole=True, remedy="null is as wide as the vectors")
-        self.kind = kind
-        self.starts_at_exact_search = kind != "mlp"  # whether it leaves every query as it is until it is trained
-        self.network: nn.Module | None = None
-        if kind in ("mlp", "residual"):
-            width = hidden or dim
-            self.network = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
-        elif kind == "linear":
-            self.network = nn.Linear(dim, dim, bias=False)
-        if self.network is not None and kind != "mlp":
-            for parameter in [*self.network.modules()][-1].parameters():
-                nn.init.zeros_(parameter)
-
-    def forward(self, queries: Tensor) -> Tensor:
-        if self.network is None:
-            return queries
-        moved = self.network(queries)
-        return moved if self.kind == "mlp" else queries + moved
 
 
 class SoftAttention(nn.Module):

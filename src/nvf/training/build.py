@@ -29,7 +29,8 @@ logger = logging.getLogger("nvf")
 class Built:
     """Everything that a run works with."""
 
-    config: Settings
+    asked: Settings  # as they were given
+    config: Settings  # with numbers for what the sizes of the data decide
     source: Source
     seen: torch.Tensor | None  # which rows answer a training query, (N,) bool; None where every row can
     aligned: dict[str, Any] | None  # how rows were aligned with queries of another model, where they were
@@ -53,7 +54,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """Turn a run's settings, with a `source` of one's own if it is given, into objects, or raise an InputError."""
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
-    config, planned = sized(config, source)
+    asked, (config, planned) = config, sized(config, source)
     if isinstance(source, Recorded):
         held_out = source.splits["val"]
         chosen = evenly(len(held_out.queries), planned.get("chosen_by"))
@@ -80,7 +81,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     if "joint" in config["stage"]["fit"]:
         assert reranker is not None
         joint = joint_stage(config, source, reranker.module.model)
-    return Built(config, source, seen_rows(source), aligned, exact, tried, given, reranker, joint)
+    return Built(asked, config, source, seen_rows(source), aligned, exact, tried, given, reranker, joint)
 
 
 def build_source(config: Settings) -> Source:
@@ -105,7 +106,9 @@ def _align(config: Settings, source: Source) -> dict[str, Any]:
     else:
         streams = (stream(config["seed"], f"alignment/{name}", device=source.memory.rows.device) for name in "ab")
         (log, held_out), pairs = (source.sample(ALIGNED_BY, generator) for generator in streams), None
-    source.memory, how = fit_alignment(source.memory, log, held_out, pairs, bank=config["data"]["plan"].get("bank"))
+    source.memory, how = fit_alignment(
+        source.memory, log, held_out, pairs, bank=config["data"].get("plan", {}).get("bank")
+    )
     return how
 
 
@@ -151,7 +154,8 @@ def _check_numbers(config: Settings, source: Source) -> None:
     given = {f"{stage}.{name}": config[stage][name] for stage in stages(config) for name in ("epochs", "patience")}
     for name, value in {**given, "save_every": config["save_every"]}.items():
         if value is not None or name.endswith("epochs"):
-            check_number(name, value, minimum=1, whole=True, remedy="raise it")
+            remedy = "null saves as often as every 20 s" if name == "save_every" else "raise it"
+            check_number(name, value, minimum=1, whole=True, remedy=remedy)
     if (work := config["data"].get("work")) is not None:
         check_number("data.work", work, above=0, remedy="null sets no limit")
     kind, folds = config["reranker"]["kind"], config["reranker"]["folds"]

@@ -12,12 +12,15 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils.data import DataLoader
 
 from nvf.data.datamodule import VectorDataModule
+from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.words import WordScores
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import inner_products
+from nvf.ops.ranks import target_ranks
+from nvf.ops.topk import TopK, first_topk
 from nvf.training.modules import AttentionModule
 
 
@@ -70,6 +73,17 @@ class ShardedAttention(SoftAttention):
         shape = torch.Size((len(queries), len(keys)))
         own, stride = self.own_logits(queries), (len(keys), 1)
         return DTensor.from_local(own, keys.device_mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
+
+    @torch.no_grad()
+    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+        """What `SoftAttention.ranked` returns, from the logits of all rows for a few queries at a time."""
+        found, size = [], max(FEWEST_QUERIES, ALL_SCORES // len(self.memory))
+        for some, right in zip(queries.split(size), targets.split(size), strict=True):
+            logits = self(some)
+            rows = first_topk(logits, min(k, len(self.memory)))
+            best = logits.gather(-1, rows), rows, logits.logsumexp(dim=-1)
+            found.append((*best, target_ranks(logits, right)))
+        return (TopK(*map(torch.cat, zip(*found, strict=True))),)
 
     def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
         """`attention_loss`, for which no rank holds the logits of all rows."""

@@ -87,7 +87,7 @@ def reranker_stage(
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
     given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
-    candidates["taught_by"] = config["data"]["plan"].get("taught_by")
+    candidates["taught_by"] = config["data"].get("plan", {}).get("taught_by")
     return _stage("reranker", RerankerModule, pipeline, given, config, source, **candidates)
 
 

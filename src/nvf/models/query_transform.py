@@ -1,0 +1,38 @@
+"""The transform of stage 1: what a query becomes before it is compared with the keys."""
+
+from torch import Tensor, nn
+
+from nvf.errors import InputError, check_number
+
+TRANSFORMS = ("mlp", "residual", "linear", "identity")
+
+
+class QueryTransform(nn.Module):
+    """T(q), (B, D): `mlp` Linear-ReLU-Linear, `residual` q + Linear-ReLU-Linear(q), `linear` q + W q, or `identity` q.
+
+    The last layer of `residual` and of `linear` starts at zero, so that all but `mlp` start at q itself.
+    """
+
+    def __init__(self, kind: str, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        if kind not in TRANSFORMS:
+            raise InputError(f"attention.transform={kind} is unknown; choose one of {', '.join(TRANSFORMS)}")
+        if hidden is not None:
+            check_number("attention.hidden", hidden, minimum=1, whole=True, remedy="null is as wide as the vectors")
+        self.kind = kind
+        self.starts_at_exact_search = kind != "mlp"  # whether it leaves every query as it is until it is trained
+        self.network: nn.Module | None = None
+        if kind in ("mlp", "residual"):
+            width = hidden or dim
+            self.network = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+        elif kind == "linear":
+            self.network = nn.Linear(dim, dim, bias=False)
+        if self.network is not None and kind != "mlp":
+            for parameter in [*self.network.modules()][-1].parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        if self.network is None:
+            return queries
+        moved = self.network(queries)
+        return moved if self.kind == "mlp" else queries + moved
