@@ -549,6 +549,7 @@ def test_steps_over_a_large_memory_have_the_same_loss() -> None:
             torch.testing.assert_close(loss, exact)
 
 
+@pytest.mark.slow
 def test_figures_become_tables_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_it_explains_itself_without_torch_and_ends_in_one_line(tmp_path: Path) -
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # the page of a day in production does it too
 def test_a_user_types_one_line_and_has_graphs(tmp_path: Path, weighing: Pipeline) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra nvf[onnx]")
     weighing.save(tmp_path / "pipeline")

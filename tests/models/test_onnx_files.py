@@ -49,7 +49,9 @@ def check(folder: Path, pipeline: Pipeline) -> None:
         np.testing.assert_allclose(output(folder / "reranker.onnx", **given), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "how"), [("mlp", {"normalize": False}), ("residual", {"biased": True})])
+@pytest.mark.parametrize(
+    ("kind", "how"), [pytest.param("mlp", {"normalize": False}, marks=pytest.mark.slow), ("residual", {"biased": True})]
+)
 def test_candidates_are_compared(tmp_path: Path, memory: VectorMemory, kind: str, how: dict[str, Any]) -> None:
     torch.manual_seed(1)
     attention = SoftAttention(memory, transform=kind, beta=5.0, **how)
@@ -64,7 +66,7 @@ def test_evidence_is_weighed(tmp_path: Path, weighing: Pipeline) -> None:
     check(tmp_path / "onnx", weighing.requires_grad_(False))
 
 
-@pytest.mark.parametrize(("weighs", "width"), [(False, 12), (True, 5)])
+@pytest.mark.parametrize(("weighs", "width"), [pytest.param(False, 12, marks=pytest.mark.slow), (True, 5)])
 def test_queries_of_another_model_have_the_same_hits(
     tmp_path: Path, memory: VectorMemory, width: int, weighs: bool
 ) -> None:

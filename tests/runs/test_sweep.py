@@ -124,6 +124,7 @@ def test_a_failing_job_leaves_its_reason_and_the_others_run(tmp_path: Path) -> N
     assert "k=0 is not a whole number of at least 1" in log.read_text()
 
 
+@pytest.mark.slow  # joblib shows the same in less time
 def test_the_local_executor_of_submitit_runs_a_sweep(tmp_path: Path) -> None:
     done = command("-m", *WORDS, "reranker.epochs=1", "seed=0,1", "hydra/launcher=local", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
