@@ -15,6 +15,7 @@ import baselines
 import factored
 import fitting
 import hnsw
+import large
 import latency
 import lexical
 import loops
@@ -672,3 +673,15 @@ def test_an_update_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["update.py", "rows=300", "add=20", "dim=8"])
     update.main()
     assert capsys.readouterr().out.startswith("20 rows added in ")
+
+
+def test_large_sets_have_what_real_logs_have(tmp_path: Path) -> None:
+    rotation = large.generate(tmp_path, rows=500, dim=64, queries=2000, seed=0)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(64), rtol=0, atol=1e-4)
+    rows, asked, targets = (np.load(tmp_path / f"{name}.npy") for name in ("corpus", "queries", "targets"))
+    assert (rows.shape, asked.shape, targets.shape) == ((500, 64), (2000, 64), (2000,))
+    counts = np.bincount(targets, minlength=500)
+    assert (counts == 0).sum() >= 100  # a fifth is never asked for
+    assert counts.max() > 5 * counts[counts > 0].mean()
+    exact = (asked.astype(float) @ rows.T.astype(float)).argmax(axis=1) == targets
+    assert large.oracle(tmp_path, rotation, seed=0) > 1.2 * exact.mean()
