@@ -24,6 +24,16 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)
 
 
+def fresh_start(module: str, words: str, slow: set[str], cwd: Path | None = None) -> list[str]:
+    """The lines that a new `python -m module words` prints, and as the last one what it has imported of `slow`."""
+    use = (
+        "import runpy, sys; module, words, slow = sys.argv[1:]; sys.argv[1:] = words.split();"
+        "runpy.run_module(module, run_name='__main__'); print(sorted(set(slow.split()) & set(sys.modules)))"
+    )
+    argv = [sys.executable, "-c", use, module, words, " ".join(slow)]
+    return subprocess.run(argv, cwd=cwd, env=os.environ, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 class Program:
     """A quick process of one of our commands; as a context, it does not outlive the block.
 

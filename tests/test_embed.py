@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from nvf.embed import OPTIONS, embed, load_model
 from nvf.errors import InputError
 from nvf.options import parse
 from nvf.search import search
+from programs import fresh_start
 
 DOCUMENTS = [{"id": f"d{i}", "text": f"dokument nümber {i},\nsecond line"} for i in range(20)]
 QUERIES = [{"query": f"where is {i % 30}", "id": f"d{i % 20}"} for i in range(60)]
@@ -350,13 +349,9 @@ def test_a_model_is_named_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_explains_itself_without_torch() -> None:
-    use = (
-        "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('nvf.embed', run_name='__main__');"
-        "print(sorted({'torch', 'lightning', 'hydra', 'sentence_transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", use], env=os.environ, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("python -m nvf.embed texts=... output=...\n")
-    assert done.stdout.splitlines()[-1] == "[]"
+    lines = fresh_start("nvf.embed", "--help", {"torch", "lightning", "hydra", "sentence_transformers"})
+    assert lines[0] == "python -m nvf.embed texts=... output=..."
+    assert lines[-1] == "[]"
 
 
 def test_a_user_types_one_line_and_a_real_model_reads(place: Path) -> None:

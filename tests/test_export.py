@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.options import parse
-from programs import wait_for
+from programs import fresh_start, wait_for
 
 ROWS, K = 40, 6
 IDS = np.array([7 * row + 3 for row in range(ROWS)])
@@ -126,13 +125,9 @@ def test_options_that_do_not_fit_are_refused_before_the_pipeline_is_read(
 
 
 def test_it_explains_itself_without_torch_and_ends_in_one_line(tmp_path: Path) -> None:
-    use = (
-        "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('nvf.export', run_name='__main__');"
-        "print(sorted({'torch', 'lightning', 'hydra', 'qdrant_client'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", use], env=os.environ, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("python -m nvf.export pipeline=... to=...\n")
-    assert done.stdout.splitlines()[-1] == "[]"
+    lines = fresh_start("nvf.export", "--help", {"torch", "lightning", "hydra", "qdrant_client"})
+    assert lines[0] == "python -m nvf.export pipeline=... to=..."
+    assert lines[-1] == "[]"
     done = command("pipeline=none", "to=keys.npy", module="nvf.export", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: none/config.json is missing")

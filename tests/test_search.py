@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from nvf.models.words import Words
 from nvf.ops.products import QUERY_BLOCK
 from nvf.options import Option, parse, path, usage, whole
 from nvf.search import OPTIONS, search
+from programs import fresh_start
 
 COUNTS = (1, QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 3)
 
@@ -342,17 +342,9 @@ def test_a_killed_search_leaves_nothing(place: Path, sent: signal.Signals, statu
 
 
 def test_it_starts_without_lightning_and_explains_itself_without_torch(place: Path) -> None:
-    use = (
-        "import runpy, sys; sys.argv[1:] = sys.argv[1].split();"
-        "runpy.run_module('nvf.search', run_name='__main__');"
-        "slow = {'torch', 'lightning', 'hydra', 'omegaconf', 'torchmetrics', 'pyarrow', 'faiss'};"
-        "print(sorted(slow & set(sys.modules)))"
-    )
+    slow = {"torch", "lightning", "hydra", "omegaconf", "torchmetrics", "pyarrow", "faiss"}
     for words, imported in (("pipeline=pipeline queries=q.npy output=a.npy", "['torch']"), ("--help", "[]")):
-        done = subprocess.run(
-            [sys.executable, "-c", use, words], cwd=place, env=os.environ, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == imported
+        assert fresh_start("nvf.search", words, slow, place)[-1] == imported
 
 
 @pytest.fixture

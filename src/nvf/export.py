@@ -45,13 +45,13 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
         check_new(output)
 
     model = Pipeline.load(pipeline, index=False)
-    keys, ids, asked = model.keys(), model.memory.ids, "inner products with pipeline.transform(queries)"
     if to == "onnx":
         write_onnx(output, model)
         return f"{output}: transform.onnx makes queries for the keys, reranker.onnx scores what they find"
     if to == "sentence-transformers":
         _write_encoder(output, model, given["model"])
         return f"{output}: SentenceTransformer({str(output)!r}).encode_query(texts) makes queries for the keys"
+    keys, ids, asked = model.keys(), model.memory.ids, "inner products with pipeline.transform(queries)"
     if to == "qdrant":
         from nvf.data.qdrant import write_vectors
 

@@ -20,7 +20,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
 from nvf.ops.cross_entropy import mean_of
 from nvf.ops.products import QUERY_BLOCK
-from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg
+from nvf.ops.ranks import DEEPEST, are_targets, criterion, ndcg10
 
 BETA_RANGE = (0.1, 1000.0)  # inverse temperatures: the least is nearly uniform, the largest picks the best row
 FACTOR_RANGE = (0.01, 100.0)  # by which the reranker's scores may be multiplied
@@ -224,8 +224,7 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     by, parts = by or criterion(batch.targets), list[Tensor]()
     for queries, targets, words, gains in blocks(batch, QUERY_BLOCK):
         top = model.ranked(queries, targets, DEEPEST if by == "ndcg10" else 1, words)[-1]
-        found = gains_of(top.rows[:, :DEEPEST], targets, gains)
-        parts.append(ndcg(found, targets, gains) if by == "ndcg10" else top.ranks == 1)
+        parts.append(ndcg10(top.rows, targets, gains) if by == "ndcg10" else top.ranks == 1)
     return torch.cat(parts)
 
 

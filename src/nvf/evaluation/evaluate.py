@@ -16,7 +16,7 @@ from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.products import QUERY_BLOCK
-from nvf.ops.ranks import DEEPEST, are_targets, best_target, gains_of, ndcg, ranked_topk, recall
+from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, ranked_topk, recall
 from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
 from nvf.statistics import (
     Interval,
@@ -154,8 +154,7 @@ def _answer(
     tops |= zip(("attention", "pipeline"), said, strict=False)
     width = model.k if isinstance(model, Pipeline) else k
     ranks: dict[str, Any] = {method: top.ranks for method, top in tops.items()}
-    found = {method: gains_of(top.rows[:, :DEEPEST], targets, worth) for method, top in tops.items()}
-    gains = {method: ndcg(of, targets, worth) for method, of in found.items()}
+    gains = {method: ndcg10(top.rows, targets, worth) for method, top in tops.items()}
     recalls = {method: recall(are_targets(top.rows[:, :k], targets), targets) for method, top in tops.items()}
     if oracle is rows:
         for measure in (ranks, gains, recalls):

@@ -42,8 +42,8 @@ class Filter:
     def _numbers(self, name: str) -> list[np.ndarray]:
         """Return the vectors' numbers, as given, from lists of ids, or of these numbers where the memory has no ids."""
         ids = self.memory.ids
-        places: Any = range(self.memory.given) if ids is None else {one: at for at, one in enumerate(ids.tolist())}
-        remedy = f"give rows below {len(places)}" if ids is None else f"give ids, such as {shown(ids.tolist()[0])}"
+        places: Any = range(self.memory.given) if ids is None else self.memory.number_of_id
+        remedy = f"give rows below {len(places)}" if ids is None else f"give ids, such as {shown(next(iter(places)))}"
         pads = -1 not in places
         numbers: list[list[int]] = []
         for query, some in enumerate(self.each):

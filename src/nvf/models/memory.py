@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,11 @@ class VectorMemory(nn.Module):
 
     def __len__(self) -> int:
         return self.rows.shape[0]
+
+    @cached_property
+    def number_of_id(self) -> dict[Any, int]:
+        """The number of the vector that each id is of, as the vectors were given; empty where there are no ids."""
+        return {} if self.ids is None else {name: number for number, name in enumerate(self.ids.tolist())}
 
     @property
     def given(self) -> int:

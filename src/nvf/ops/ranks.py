@@ -71,10 +71,14 @@ def ndcg(found: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
     return ((found * discounts).sum(dim=-1) / ideal).float()
 
 
+def ndcg10(rows: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return nDCG@10, (B,), of lists of rows, (B, k), best first; k is at least 10, or all rows."""
+    return ndcg(gains_of(rows[:, :DEEPEST], targets, gains), targets, gains)
+
+
 def ndcg_of(scores: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
     """Return nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
-    best = first_topk(scores, min(DEEPEST, scores.shape[1]))
-    return ndcg(gains_of(best, targets, gains), targets, gains)
+    return ndcg10(first_topk(scores, min(DEEPEST, scores.shape[1])), targets, gains)
 
 
 def criterion(targets: Tensor) -> str:

@@ -19,7 +19,17 @@ from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
 from nvf.training.plan import sized
-from nvf.training.stages import Settings, Stage, all_variants, joint_stage, make, reranker_stage, seen_rows, variants
+from nvf.training.stages import (
+    Settings,
+    Stage,
+    all_variants,
+    joint_stage,
+    make,
+    planned,
+    reranker_stage,
+    seen_rows,
+    variants,
+)
 
 ALIGNED_BY = 65_536  # generated queries, where these are of another space than the rows
 logger = logging.getLogger("nvf")
@@ -54,10 +64,10 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """Turn a run's settings, with a `source` of one's own if it is given, into objects, or raise an InputError."""
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
-    asked, (config, planned) = config, sized(config, source)
+    asked, config = config, sized(config, source)[0]
     if isinstance(source, Recorded):
         held_out = source.splits["val"]
-        chosen = evenly(len(held_out.queries), planned.get("chosen_by"))
+        chosen = evenly(len(held_out.queries), planned(config, "chosen_by"))
         source.splits["val"] = each(held_out, itemgetter(chosen))
         of_val = source.references.get("val", {})
         source.references["val"] = {name: (asked[chosen], rows) for name, (asked, rows) in of_val.items()}
@@ -73,7 +83,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
             queries, targets, words, _ = source.splits["train"]
-            parts = {name: planned.get(name) for name in ("bank", "among")}
+            parts = {name: planned(config, name) for name in ("bank", "among")}
             evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None, **parts)
         reranker = reranker_stage(config, source, exact, evidence=evidence)
         if config["reranker_checkpoint"] is not None:
@@ -106,9 +116,7 @@ def _align(config: Settings, source: Source) -> dict[str, Any]:
     else:
         streams = (stream(config["seed"], f"alignment/{name}", device=source.memory.rows.device) for name in "ab")
         (log, held_out), pairs = (source.sample(ALIGNED_BY, generator) for generator in streams), None
-    source.memory, how = fit_alignment(
-        source.memory, log, held_out, pairs, bank=config["data"].get("plan", {}).get("bank")
-    )
+    source.memory, how = fit_alignment(source.memory, log, held_out, pairs, bank=planned(config, "bank"))
     return how
 
 

@@ -15,8 +15,8 @@ from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import stratified
 from nvf.ops.random_streams import stream
-from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg
-from nvf.ops.topk import TopK, first_topk
+from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg10
+from nvf.ops.topk import first_topk
 from nvf.training.stage import Groups, Judged, StageModule
 
 
@@ -78,7 +78,8 @@ class AttentionModule(StageModule):
 
     def judge(self, batch: QueryBatch) -> Judged:
         (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
-        return Judged(self.model.loss(*batch[:3]), top.ranks, top.ranks <= self.k, _ndcg(top, batch))
+        gained = ndcg10(top.rows, batch.targets, batch.gains)
+        return Judged(self.model.loss(*batch[:3]), top.ranks, top.ranks <= self.k, gained)
 
 
 class RerankerModule(StageModule):
@@ -166,12 +167,8 @@ class JointModule(RerankerModule):
         ours, attention = self.model.loss(*batch[:3], logged_as=logged_as)
         first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=logged_as)
         covered = are_targets(first.rows[:, : self.model.k], batch.targets).any(dim=-1)
-        return Judged(ours + self.attention_weight * attention, top.ranks, covered, _ndcg(top, batch))
+        gained = ndcg10(top.rows, batch.targets, batch.gains)
+        return Judged(ours + self.attention_weight * attention, top.ranks, covered, gained)
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
-
-
-def _ndcg(top: TopK, batch: QueryBatch | LoggedBatch) -> Tensor:
-    gains = gains_of(top.rows[:, :DEEPEST], batch.targets, batch.gains)
-    return ndcg(F.pad(gains, (0, DEEPEST - gains.shape[1])), batch.targets, batch.gains)

@@ -34,7 +34,7 @@ from nvf.training.callbacks import LAST
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
 from nvf.training.plan import Cut, plan, plan_joint
-from nvf.training.stages import Stage, attention_stage, joint_stage, label
+from nvf.training.stages import Stage, attention_stage, joint_stage, label, planned
 
 log = logging.getLogger("nvf")
 FOLDS = "folds"  # their checkpoints are of no use once the run is done
@@ -135,7 +135,7 @@ def _calibrate(variant: Stage, held_out: QueryBatch, epochs: int) -> tuple[float
     settings, attention, strength, share = variant.config["attention"], variant.module.attention, 0.0, 0.0
     attention.word_weights = None  # a checkpoint's may have been fitted
     if isinstance(variant.data.source, Recorded):
-        train, bank = variant.data.queries("train"), variant.config["data"].get("plan", {}).get("bank")
+        train, bank = variant.data.queries("train"), planned(variant.config, "bank")
         if settings["keys"] == "moved":
             strength = move_keys(attention, train, held_out, bank=bank)
         if settings["hub_correction"]:
@@ -217,7 +217,7 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
     assert isinstance(source, Recorded)
     assert count is not None
     train, held_out = source.splits["train"], built.queries("val")
-    bank = built.config["data"].get("plan", {}).get("bank")
+    bank = planned(built.config, "bank")
     epochs, share, strength = (chosen.about[name] for name in ("epochs", "hub_share", "key_strength"))
     distinct, group = train.queries.unique(dim=0, return_inverse=True)
     part = torch.randperm(len(distinct), generator=stream(variant.data.seed, "folds"))[group] % count

@@ -64,6 +64,11 @@ def all_variants(config: Settings, source: Source) -> tuple[Stage, ...]:
     return tuple(found)
 
 
+def planned(config: Settings, name: str) -> int | None:
+    """How much of a large set the plan of a run takes, see `data.plan` in conf/; None is all."""
+    return config["data"].get("plan", {}).get(name)
+
+
 def attention_stage(config: Settings, source: Source) -> Stage:
     """Stage 1."""
     settings = config["attention"]
@@ -86,8 +91,8 @@ def reranker_stage(
     )
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
-    given, candidates = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, {"attention": attention, "evidence": evidence}
-    candidates["taught_by"] = config["data"].get("plan", {}).get("taught_by")
+    given, taught_by = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, planned(config, "taught_by")
+    candidates: dict[str, Any] = {"attention": attention, "evidence": evidence, "taught_by": taught_by}
     return _stage("reranker", RerankerModule, pipeline, given, config, source, **candidates)
 
 
