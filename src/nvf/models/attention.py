@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,16 +145,15 @@ class SoftAttention(nn.Module):
         numbers = every[: len(moving)]
         return self._places(lambda: torch.full_like(every, -1).scatter(0, moving, numbers), [moving])
 
-    def keys_of(self, rows: Tensor) -> Tensor:
-        """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
+    def keys_of(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
+        """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias; delta may get a `sparse` gradient."""
         keys = self.memory.take_keys(rows)
         if self.delta is not None:
-            if self.moving is None:
-                delta = self.delta[rows]
-            else:
-                places = self.places()[rows].unsqueeze(-1)
-                delta = self.delta[places.squeeze(-1).clamp(min=0)].where(places >= 0, 0)
-            keys = F.normalize(keys + delta, dim=-1)
+            places = rows if self.moving is None else self.places()[rows]
+            moves = None if self.moving is None else places.unsqueeze(-1) >= 0
+            places = places if moves is None else places.clamp(min=0)
+            delta = F.embedding(places, self.delta, sparse=True) if sparse else self.delta[places]
+            keys = F.normalize(keys + (delta if moves is None else delta.where(moves, 0)), dim=-1)
         return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:
@@ -220,10 +220,15 @@ class SoftAttention(nn.Module):
         right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
         return (self.total(projected, words) - right).mean()
 
-    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
-        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`."""
-        projected, count = self.project(queries), len(self.memory)
-        return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
+    def sampled_loss(
+        self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None, sparse: bool = False
+    ) -> Tensor:
+        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`.
+
+        If `sparse`, the gradient of learned keys is a sparse tensor, of the rows that are looked at.
+        """
+        projected, count, keys = self.project(queries), len(self.memory), partial(self.keys_of, sparse=sparse)
+        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False, words: WordScores | None = None) -> TopK:
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
