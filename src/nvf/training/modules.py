@@ -14,10 +14,10 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
-from nvf.ops.cross_entropy import stratified
+from nvf.ops.cross_entropy import mean_of, stratified
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg10
-from nvf.ops.topk import first_topk
+from nvf.ops.topk import TopK, first_topk
 from nvf.training.sparse_keys import AdamOfRows, is_plain_adam
 from nvf.training.stage import Groups, Judged, StageModule
 
@@ -97,7 +97,7 @@ class AttentionModule(StageModule):
     def judge(self, batch: QueryBatch) -> Judged:
         (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
-        return Judged(self.model.loss(*batch[:3]), top.ranks, top.ranks <= self.k, gained)
+        return Judged(loss_of(top, batch.targets), top.ranks, top.ranks <= self.k, gained)
 
 
 class RerankerModule(StageModule):
@@ -182,11 +182,17 @@ class JointModule(RerankerModule):
 
     def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
         logged_as = getattr(batch, "logged_as", None)
-        ours, attention = self.model.loss(*batch[:3], logged_as=logged_as)
         first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=logged_as)
+        ours, attention = (loss_of(of, batch.targets) for of in (top, first))
         covered = are_targets(first.rows[:, : self.model.k], batch.targets).any(dim=-1)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
         return Judged(ours + self.attention_weight * attention, top.ranks, covered, gained)
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
+
+
+def loss_of(top: TopK, targets: Tensor) -> Tensor:
+    """The loss that `attention_loss` is of all scores, from their log-sum-exp and the targets' scores."""
+    assert top.logsumexp is not None
+    return (top.logsumexp - mean_of(top.of_targets, targets >= 0)).mean()

@@ -38,5 +38,5 @@ class AdamOfRows(Optimizer):
 
 
 def is_plain_adam(optimizer: Any) -> bool:
-    """Tell whether an optimizer is torch's Adam with no more settings than SparseAdam has, so that this can stand in."""
+    """Tell whether an optimizer is torch's Adam with no more settings than SparseAdam has, which can then stand in."""
     return getattr(optimizer, "func", None) is Adam and optimizer.keywords.keys() <= {"fused", "betas", "eps"}
