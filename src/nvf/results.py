@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from nvf.dashboards.show import log_hparams, show
-from nvf.data.queries import QueryBatch, fingerprint
+from nvf.data.queries import QueryBatch, each, fingerprint
 from nvf.evaluation.calibration import fit_words
 from nvf.evaluation.evaluate import Evaluation, against, evaluate, evaluate_index
 from nvf.evaluation.gradients import audit_gradients
@@ -28,6 +29,13 @@ from nvf.training.build import Built
 from nvf.training.select import Chosen, FittedJointly
 
 log = logging.getLogger("nvf")
+
+
+class Judged(NamedTuple):
+    """Queries, and how a model answers them."""
+
+    queries: QueryBatch
+    found: Evaluation
 
 
 @dataclass
@@ -64,9 +72,25 @@ class Fitted:
         held_out = self.built.queries("val")
         if held_out.words is None:
             return None
-        hybrid = SoftAttention(self.built.source.memory, transform="identity")
+        hybrid = self.built.exact
         fit_words(hybrid, held_out, ("text",))
         return hybrid
+
+    @cached_property
+    def judged(self) -> tuple[Judged, Judged, dict[str, Any]]:
+        """How the model answers the queries of val and of test, and the norms of its gradients."""
+        of = {split: self.built.queries(split) for split in ("val", "test")}  # to draw them may be a search
+        val, test = (Judged(queries, self.evaluated(queries, split)) for split, queries in of.items())
+        return val, test, audit_gradients(self.model, val.queries)
+
+    def leave_devices(self) -> None:
+        """Judge the model while the processes share the memory, and go on with all of it in this one."""
+        from nvf.training.sharded import whole  # DTensor takes seconds to import
+
+        val, test, audit = self.judged
+        val, test = (one._replace(queries=each(one.queries, Tensor.cpu)) for one in (val, test))
+        self.judged, self.model = (val, test, audit), whole(self.model)
+        self.built.source.memory = self.model.memory
 
 
 def save(run: Fitted) -> float:
@@ -78,12 +102,9 @@ def save(run: Fitted) -> float:
         took = time.perf_counter() - start
         model.save(run.folder / "pipeline")
     with run.timed("evaluation"):
-        val_queries, test_queries = run.built.queries("val"), run.built.queries("test")  # to draw them may be a search
-        val = run.evaluated(val_queries, "val")
-        test = run.evaluated(test_queries, "test")
+        (val_queries, val), (test_queries, test), audit = run.judged
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
-        audit = audit_gradients(model, val_queries)
         _show(run, val_queries, val)
     joint = None
     if run.joint is not None and run.before is not None:

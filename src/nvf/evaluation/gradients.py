@@ -25,6 +25,7 @@ def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
             *modules, last = name.split(".")
             part = "reranker" if "reranker" in modules else parts.get(last, "transform")
             square = gradient.detach().float().square().sum()
+            square = square.full_tensor() if hasattr(square, "full_tensor") else square  # each device has a part
             squares[part] = squares[part] + square if part in squares else square
     return {part: squares[part].sqrt() for part in PARTS if part in squares}
 

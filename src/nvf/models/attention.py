@@ -12,11 +12,10 @@ from nvf.errors import InputError, check_number
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.query_transform import QueryTransform
 from nvf.models.words import CHANNELS, WordScores
-from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
+from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
-from nvf.ops.products import inner_products, weighted_sum
-from nvf.ops.ranks import ranked_topk
-from nvf.ops.topk import TopK, blockwise_topk
+from nvf.ops.products import weighted_sum
+from nvf.ops.topk import TopK
 
 KEYS = ("frozen", "moved", "learned")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,20 +120,19 @@ class SoftAttention(nn.Module):
 
     def keys(self) -> Tensor:
         """Return what transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last."""
-        rows, delta, bias = self.memory.keys, self.delta, self.bias
+        rows, delta, bias, moving = held = self._held()
         if delta is None and bias is None:
             return rows
 
         def compute() -> Tensor:
-            keys = rows if delta is None else F.normalize(self._plus_delta(rows, delta), dim=-1)
+            keys = rows if delta is None else F.normalize(_plus_delta(rows, delta, moving), dim=-1)
             return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(keys.dtype)], dim=-1)
 
-        return self._keys(compute, [tensor for tensor in (rows, delta, bias, self.moving) if tensor is not None])
+        return self._keys(compute, [tensor for tensor in held if tensor is not None])
 
-    def _plus_delta(self, rows: Tensor, delta: Tensor) -> Tensor:
-        if self.moving is None:
-            return rows + delta
-        return rows.to(torch.promote_types(rows.dtype, delta.dtype)).index_add(0, self.moving, delta)
+    def _held(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return what keys are made of: rows, delta, bias, and the places of the rows that move, or None."""
+        return self.memory.keys, self.delta, self.bias, self.moving
 
     def places(self) -> Tensor:
         """Return the place of each row's delta, (N,); -1 for a row that does not move."""
@@ -191,7 +189,7 @@ class SoftAttention(nn.Module):
 
     def total(self, projected: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the log-sum-exp of all logits, (B,), differentiable once, without ever holding (B, N)."""
-        total = logsumexp(projected, self.keys())
+        total = self.memory.logsumexp(projected, self.keys())
         if words is None or self.word_weights is None:
             return total
         return _plus_words_total(total, self._listed(projected, words), self.word_bonus(words.scores))
@@ -203,7 +201,7 @@ class SoftAttention(nn.Module):
         return torch.cat([self.logits_of(*block) for block in blocks])
 
     def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
-        return self.plus_words(inner_products(self.project(queries), self.keys()), words)  # (B, N)
+        return self.plus_words(self.memory.inner_products(self.project(queries), self.keys()), words)  # (B, N)
 
     def answer(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the soft answer softmax(logits) V, (B, D)."""
@@ -229,14 +227,14 @@ class SoftAttention(nn.Module):
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
         check_k(k, len(self.memory))
         projected = self.project(queries)
-        return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
+        return self.best(self.memory.topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
 
     def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
         """Return the k `candidates`, or all rows, with log-sum-exp and the targets' ranks, see `ranked_topk`."""
         projected, added, k = self.project(queries), None, min(k, len(self.memory))
         if words is not None and self.word_weights is not None:
             added = words.rows, self.word_bonus(words.scores)
-        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added),)
+        return (self.memory.ranked(projected, self.keys(), targets, k, logsumexp=True, added=added),)
 
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:
@@ -265,6 +263,12 @@ def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
     if queries.shape[-1:] != (dim,) or queries.dtype not in FLOATS:
         raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; {remedy}")
     return queries
+
+
+def _plus_delta(rows: Tensor, delta: Tensor, moving: Tensor | None) -> Tensor:
+    if moving is None:
+        return rows + delta
+    return rows.to(torch.promote_types(rows.dtype, delta.dtype)).index_add(0, moving, delta)
 
 
 def _plus_words_total(total: Tensor, logits: Tensor, bonus: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from nvf.errors import InputError, one_line
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.devices import SHARDED, refusal
-from nvf.training.modules import AttentionModule
 from nvf.training.stage import StageModule
 
 log = logging.getLogger("nvf")
@@ -65,37 +64,36 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
     loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
-    trainer = _trainer(settings, data, last, callbacks, logger=loggers)
-    fitted: StageModule = module
-    batches: L.LightningDataModule = data
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        from nvf.training.sharded import SameBatches, ShardedAttentionModule  # DTensor takes seconds to import
-
-        assert isinstance(module, AttentionModule)
-        fitted = ShardedAttentionModule(module.model, optimizer=module.optimizer, **module.hparams)
-        batches = SameBatches(data)
+    trainer, batches = _trainer(settings, data, last, callbacks, logger=loggers)
     if resumed is None:
         log.info("fitting %s", name)
         if start_competes or settings.epochs == 0:
-            last.start_score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
+            last.start_score = trainer.validate(module, batches, verbose=False)[0][monitor]
     if settings.epochs:
-        _train(settings, trainer, fitted, batches, last, resumed)
+        _train(settings, trainer, module, batches, last, resumed)
     score: Any = best.best_model_score
     unseen = score is None
     if settings.epochs and unseen:  # training ended before its first validation, as trainer.max_steps may have it
-        score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
+        score = trainer.validate(module, batches, verbose=False)[0][monitor]
     start_wins = score is None or (last.start_score is not None and last.start_score > score)
     if start_wins:
-        fitted.load_state_dict(start)
+        module.load_state_dict(start)
         if settings.epochs:
             log.info("%s: no epoch validates better than the untrained start", name)
     if start_wins or unseen:
         trainer.save_checkpoint(checkpoints / BEST)
     checkpoint = torch.load(checkpoints / BEST, map_location="cpu", weights_only=True)
-    module.load_state_dict(checkpoint["state_dict"])
+    model = module.model
+    if isinstance(batches, VectorDataModule):
+        module.load_state_dict(checkpoint["state_dict"])
+    else:
+        from nvf.training.sharded import load_whole, whole
+
+        load_whole(module, checkpoint["state_dict"])
+        model = whole(model)
     module.requires_grad_(False)
     if trainer.is_global_zero:
-        save_weights(module.model, checkpoints / WEIGHTS, stage=settings.stage)
+        save_weights(model, checkpoints / WEIGHTS, stage=settings.stage)
     trainer.strategy.barrier()  # so that every process can read the weights
     epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
     return 0 if start_wins else epochs, gradients.summary()
@@ -106,8 +104,8 @@ def fit_blindly(
 ) -> None:
     """Fit a module for the first `epochs` epochs of its schedule without validation; resume from a last.ckpt."""
     last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
-    trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
-    _train(settings, trainer, module, data, last, saved_step(last.path))
+    trainer, batches = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
+    _train(settings, trainer, module, batches, last, saved_step(last.path))
     module.requires_grad_(False)
 
 
@@ -138,8 +136,11 @@ def saved_step(path: Path) -> int | None:
 
 def _trainer(
     settings: FitSettings, data: VectorDataModule, last: SaveLast, callbacks: Sequence[Callback], **ours: Any
-) -> L.Trainer:
-    """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
+) -> tuple[L.Trainer, L.LightningDataModule]:
+    """The user's Trainer with what a run needs added to it, and what feeds it.
+
+    The data learn from it where a resumed epoch begins.
+    """
     given, root = settings.trainer.keywords, last.path.parent
     for copy in root.glob(REQUEUED):
         copy.unlink()
@@ -169,7 +170,11 @@ def _trainer(
         return trainer.global_step % -(-int(trainer.num_training_batches) // together) * together
 
     data.steps_done = steps_done
-    return trainer
+    if isinstance(strategy, ModelParallelStrategy):
+        from nvf.training.sharded import SameBatches  # DTensor takes seconds to import
+
+        return trainer, SameBatches(data)
+    return trainer, data
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:

@@ -1,27 +1,34 @@
 """A memory whose rows are shared out over devices, and stage 1 over it; all ranks see the same queries.
 
-The rows are a DTensor, Shard(0), and the logits of a batch in training one, Shard(1). Losses, gradients and figures are
-what one device with all rows would compute, the same on every rank.
+The rows are a DTensor, Shard(0), as are learned keys. Losses, gradients, candidates and figures are what one device
+with all rows would compute, the same on every rank; between ranks go a few numbers a query, and the vectors of
+candidates. Every rank runs the same program, and the memory and stage 1 have the methods of those on one device.
 """
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from nvf.data.datamodule import VectorDataModule
-from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import VectorMemory
+from nvf.models.memory import VectorMemory, hubness
+from nvf.models.pipeline import Pipeline
 from nvf.models.words import WordScores
-from nvf.ops.cross_entropy import mean_of
+from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of
 from nvf.ops.products import inner_products
-from nvf.ops.ranks import target_ranks
-from nvf.ops.topk import TopK, first_topk
-from nvf.training.modules import AttentionModule
+from nvf.ops.ranks import best_target
+from nvf.ops.topk import Added, Bar, TopK, blockwise_topk, exact_scores
+from nvf.training.build import Built
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
@@ -35,79 +42,205 @@ def own_rows(total: int, mesh: DeviceMesh) -> slice:
 
 
 class ShardedMemory(VectorMemory):
-    """A memory of which each rank of a mesh holds the rows of `own_rows`: `rows` is a DTensor, (N, D), Shard(0)."""
+    """A memory of which each rank of a mesh holds the rows of `own_rows`: `rows` is a DTensor, (N, D), Shard(0).
+
+    Keys, here, are a DTensor of that kind or the part of this rank. The memory that it is made from, which may be
+    mapped from a file, stays the `whole` one.
+    """
 
     rows: DTensor
+    whole: VectorMemory
+    mesh: DeviceMesh
+    place: slice  # of this rank's rows
 
     def __init__(self, memory: VectorMemory, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
-        own = memory.rows[own_rows(len(memory), mesh)]
-        rows = DTensor.from_local(own, mesh, [Shard(0)], shape=memory.rows.shape, stride=(memory.dim, 1))
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("aligned", None, persistent=False)
-        self.register_module("alignment", None)
+        self.__dict__.update(memory.__dict__)  # its ids, its texts, its hash
+        self._buffers = {**memory._buffers}
+        self.__dict__.update(whole=memory, mesh=mesh, place=own_rows(len(memory), mesh))  # the whole one never moves
+        self.rows = self.held(memory.rows)
+
+    def held(self, rows: Tensor) -> DTensor:
+        if isinstance(rows, DTensor):
+            return rows
+        own = rows[self.place].to(self.mesh.device_type)
+        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=rows.shape, stride=(rows.shape[1], 1))
+
+    def local(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some rows this rank holds, bool, and their places among its own; 0 for others."""
+        mine = (rows >= self.place.start) & (rows < self.place.stop)
+        return mine, (rows - self.place.start).where(mine, 0)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum of what the ranks have, on every rank."""
+        return DTensor.from_local(part, self.mesh, [Partial("sum")]).full_tensor()
+
+    def stacked(self, part: Tensor) -> Tensor:
+        """What the ranks have, (ranks, ...), on every rank."""
+        return DTensor.from_local(part.unsqueeze(0), self.mesh, [Shard(0)]).full_tensor()
+
+    def at(self, keys: Tensor, rows: Tensor) -> Tensor:
+        """The keys of some rows, (...) -> (..., D), on every rank, each from the rank that holds it."""
+        mine, places = self.local(rows)
+        return self.summed(own_part(keys)[places].masked_fill(~mine.unsqueeze(-1), 0))
+
+    def take(self, rows: Tensor, of: Tensor | None = None) -> Tensor:
+        taken = self.at(self.rows if of is None else of, rows)
+        return taken.to(torch.promote_types(taken.dtype, torch.float32))
+
+    take_keys = take  # queries of another model are refused
+
+    def inner_products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        own, size = inner_products(self._shared(queries), own_part(keys)), (len(queries), len(self))
+        return DTensor.from_local(own, self.mesh, [Shard(1)], shape=torch.Size(size), stride=(size[1], 1)).full_tensor()
+
+    def logsumexp(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.stacked(logsumexp(self._shared(queries), own_part(keys))).logsumexp(dim=0)
+
+    def hubness(self, queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
+        own, size = hubness(queries, own_part(keys), beta), torch.Size([len(self)])
+        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=size, stride=(1,)).full_tensor()
+
+    @torch.no_grad()
+    def topk(
+        self, queries: Tensor, keys: Tensor, k: int, *, logsumexp: bool = False, added: Added = None, bar: Bar = None
+    ) -> TopK:
+        """The best of each rank's k best, by exact scores: of equal ones the smallest rows, whoever holds them."""
+        own, added, width = own_part(keys), self._own_added(added), min(k, self.place.stop - self.place.start)
+        bar = bar and (bar[0], bar[1] - self.place.start)
+        top = blockwise_topk(queries, own, width, logsumexp=logsumexp, added=added, bar=bar)
+        query = torch.arange(len(queries), device=queries.device).repeat_interleave(width)
+        exact = exact_scores(queries, own, query, top.rows.flatten(), added).view(top.rows.shape)
+        parts = (F.pad(exact, (0, k - width), value=-math.inf), F.pad(top.rows + self.place.start, (0, k - width)))
+        scores, rows = (self.stacked(part).transpose(0, 1).flatten(1) for part in parts)  # (B, ranks k), rows ascend
+        scores, order = (part[:, :k] for part in scores.sort(dim=-1, descending=True, stable=True))
+        total = None if top.logsumexp is None else self.stacked(top.logsumexp).logsumexp(dim=0)
+        ranks = None if bar is None else 1 + self.summed(top.ranks - 1)
+        return TopK(scores.to(top.scores.dtype), rows.gather(-1, order), total, ranks)
+
+    @torch.no_grad()
+    def ranked(
+        self, queries: Tensor, keys: Tensor, targets: Tensor, k: int, *, logsumexp: bool = False, added: Added = None
+    ) -> TopK:
+        mine, places = self.local(targets)
+        query = torch.arange(len(targets), device=targets.device).repeat_interleave(targets.shape[1])
+        own = exact_scores(queries, own_part(keys), query, places.flatten(), self._own_added(added)).view(mine.shape)
+        bar = best_target(self.summed(own.masked_fill(~mine, 0)), targets)
+        return self.topk(queries, keys, k, logsumexp=logsumexp, added=added, bar=bar)
+
+    def _own_added(self, added: Added) -> Added:
+        if added is None:
+            return None
+        mine, places = self.local(added[0])
+        return places.where(mine, -1), added[1].masked_fill(~mine, 0)
+
+    def _shared(self, queries: Tensor) -> Tensor:
+        """The queries, of whose gradient each rank has its own rows' part: the sum of these flows on."""
+        return DTensor.from_local(queries, self.mesh, [Replicate()]).to_local(grad_placements=[Partial("sum")])
+
+
+def own_part(keys: Tensor) -> Tensor:
+    """The keys of this rank's rows."""
+    return keys.to_local() if isinstance(keys, DTensor) else keys
 
 
 class ShardedAttention(SoftAttention):
-    """`SoftAttention` over a sharded memory, with frozen keys."""
+    """`SoftAttention` over a sharded memory.
 
-    memory: ShardedMemory
-
-    @classmethod
-    def of(cls, attention: SoftAttention, mesh: DeviceMesh) -> "ShardedAttention":
-        """A copy of a stage 1 with frozen keys and no bias; an InputError if a rank would have no rows."""
-        sharded = cls(ShardedMemory(attention.memory, mesh), **attention.settings)
-        sharded.load_state_dict(attention.state_dict())
-        return sharded
-
-    def own_logits(self, queries: Tensor) -> Tensor:
-        """The logits of this rank's rows, (B, N / ranks)."""
-        keys = self.memory.rows
-        moved = DTensor.from_local(self.project(queries), keys.device_mesh, [Replicate()])
-        # Each rank has its own rows' part of the queries' gradient; their sum flows on.
-        return inner_products(moved.to_local(grad_placements=[Partial("sum")]), keys.to_local())
-
-    def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
-        """The logits of all rows, (B, N), without words, on every rank, for the small blocks of validation."""
-        keys = self.memory.rows
-        shape = torch.Size((len(queries), len(keys)))
-        own, stride = self.own_logits(queries), (len(keys), 1)
-        return DTensor.from_local(own, keys.device_mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
-
-    @torch.no_grad()
-    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
-        """What `SoftAttention.ranked` returns, from the logits of all rows for a few queries at a time."""
-        found, size = [], max(FEWEST_QUERIES, ALL_SCORES // len(self.memory))
-        for some, right in zip(queries.split(size), targets.split(size), strict=True):
-            logits = self(some)
-            rows = first_topk(logits, min(k, len(self.memory)))
-            best = logits.gather(-1, rows), rows, logits.logsumexp(dim=-1)
-            found.append((*best, target_ranks(logits, right)))
-        return (TopK(*map(torch.cat, zip(*found, strict=True))),)
-
-    def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
-        """`attention_loss`, for which no rank holds the logits of all rows."""
-        mesh, own = self.memory.rows.device_mesh, self.own_logits(queries)
-        place = own_rows(len(self.memory), mesh)
-        elsewhere = (targets < place.start) | (targets >= place.stop)
-        mine = own.gather(-1, (targets - place.start).clamp(0, own.shape[1] - 1)).masked_fill(elsewhere, 0.0)
-        right = DTensor.from_local(mine, mesh, [Partial("sum")]).full_tensor()  # (B, m)
-        totals = DTensor.from_local(own.logsumexp(dim=-1).unsqueeze(0), mesh, [Shard(0)]).full_tensor()  # (ranks, B)
-        return (totals.logsumexp(dim=0) - mean_of(right, targets >= 0)).mean()
-
-
-class ShardedAttentionModule(AttentionModule):
-    """An `AttentionModule` under Lightning's `ModelParallelStrategy`, whose ranks share the memory.
-
-    It fits a copy of the stage 1 that it is given; the copy is in `model` and in the checkpoints.
+    The delta of learned keys is a DTensor, (ranks s, D), Shard(0): each rank holds the rows of its own that may move,
+    padded to the most, s, that any rank has. All else, the bias too, is the same on every rank.
     """
 
-    def configure_model(self) -> None:
-        """Lightning calls it once the processes know of each other, before anything moves to a device."""
-        if not isinstance(self.model, ShardedAttention):
-            assert self.device_mesh is not None
-            mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))  # over all nodes
-            self.model = ShardedAttention.of(self.model, mesh)
+    memory: ShardedMemory
+    moves: Tensor  # places among this rank's rows of those that may move
+
+    @classmethod
+    def of(cls, attention: SoftAttention, memory: ShardedMemory) -> "ShardedAttention":
+        """A copy of a stage 1 over `memory.whole`."""
+        shared: Any = copy.deepcopy(attention, {id(attention.memory): memory})
+        shared.__class__ = cls
+        if attention.delta is not None:
+            mine, places = memory.local(shared.moving_rows())
+            shared.moves = places[mine].to(memory.mesh.device_type)
+            own = F.pad(attention.delta.detach()[mine], (0, 0, 0, shared.spread().shape[1] - len(shared.moves)))
+            delta = DTensor.from_local(own.to(memory.mesh.device_type), memory.mesh, [Shard(0)])
+            shared.delta = nn.Parameter(delta, requires_grad=attention.delta.requires_grad)
+        return shared.to(memory.mesh.device_type)
+
+    def whole(self) -> SoftAttention:
+        """The same stage 1 over the whole memory, on the CPU."""
+        copied: Any = copy.deepcopy(self, {id(self.memory): self.memory.whole})
+        copied.__class__ = SoftAttention
+        if isinstance(self.delta, DTensor):
+            own = self.delta.full_tensor().detach()[self.spread().flatten()]
+            copied.delta = nn.Parameter(own, requires_grad=self.delta.requires_grad)
+        return copied.cpu()
+
+    def moving_rows(self) -> Tensor:
+        """The rows that may move, (S,)."""
+        return torch.arange(len(self.memory)) if self.moving is None else self.moving
+
+    def spread(self) -> Tensor:
+        """Which rows of the delta stand for a row that may move, (ranks, s) bool."""
+        ranks = self.memory.mesh.size()
+        counts = (self.moving_rows() // -(-len(self.memory) // ranks)).bincount(minlength=ranks)
+        return torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(-1)
+
+    def _held(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What this rank's part of the keys, which `keys` returns, is made of."""
+        bias = None if self.bias is None else self.bias[self.memory.place]
+        if self.delta is None:
+            return self.memory.rows.to_local(), None, bias, None
+        return self.memory.rows.to_local(), own_part(self.delta)[: len(self.moves)], bias, self.moves
+
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """The keys of some rows, (...) -> (..., D), or D + 1 with a bias, on every rank."""
+        keys = self.memory.at(self.keys(), rows)
+        return keys.to(torch.promote_types(keys.dtype, torch.float32))
+
+    def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
+        check_targets(targets, len(queries), len(self.memory))
+        projected = self.project(queries)
+        right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
+        return (self.total(projected, words) - right).mean()
+
+
+def share_out(built: Built) -> Built:
+    """Share the memory of a run out over the processes of the group, each with a device of its own."""
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    memory = ShardedMemory(built.source.memory, mesh)
+    for stage in built.variants:
+        stage.module.model = ShardedAttention.of(stage.module.model, memory)
+    exact, seen = ShardedAttention.of(built.exact, memory), built.seen
+    if built.reranker is not None:
+        pipeline: Pipeline = built.reranker.module.model
+        pipeline.attention = exact
+        if pipeline.evidence is not None:
+            pipeline.evidence.memory = memory
+    built.source.memory = memory
+    return replace(built, exact=exact, seen=None if seen is None else seen.to(device))
+
+
+def whole(model: SoftAttention | Pipeline) -> SoftAttention | Pipeline:
+    """A copy of a model, on the CPU, over the whole memory; every rank has to ask for it."""
+    attention = model.attention if isinstance(model, Pipeline) else model
+    assert isinstance(attention, ShardedAttention)
+    copied = attention.whole()
+    if not isinstance(model, Pipeline):
+        return copied
+    same = {id(model.words): model.words, id(attention.memory): copied.memory, id(attention): copied}
+    return copy.deepcopy(model, same).cpu()
+
+
+def load_whole(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load what a checkpoint holds, of which each rank keeps its share."""
+    own, shared = module.state_dict(), {}
+    for name, value in weights.items():
+        like = own[name]
+        held = distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+        shared[name] = held
+    module.load_state_dict(shared)
 
 
 class SameBatches(L.LightningDataModule):

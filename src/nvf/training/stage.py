@@ -72,12 +72,18 @@ class StageModule(L.LightningModule):
 
     def parameter_groups(self) -> Groups:
         """The parameters that are fitted, each group with its (peak) learning rate."""
-        return [{"params": list(self.attention.parameters()), "lr": self.lr}]
+        of_ranks: dict[bool, list[nn.Parameter]] = {}  # an optimizer takes no DTensors together with other tensors
+        for parameter in self.attention.parameters():
+            of_ranks.setdefault(hasattr(parameter, "device_mesh"), []).append(parameter)
+        return [{"params": parameters, "lr": self.lr} for parameters in of_ranks.values()]
 
     @property
     def attention(self) -> SoftAttention:
         """Stage 1, fitted or frozen."""
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
+
+    def configure_model(self) -> None:
+        """Do nothing: Lightning's `ModelParallelStrategy` asks for this, but the memory is shared out already."""
 
     def forward(self, queries: Tensor) -> Any:
         return self.model(queries)
