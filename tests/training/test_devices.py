@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,18 +32,21 @@ from nvf.training.devices import part_processes, shares_memory, start_processes
 from nvf.training.fit import fit
 from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, whole
 from nvf.training.stages import attention_stage, reranker_stage
-from programs import Program, state, wait_for
+from programs import PATIENCE, Program, state, wait_for
 
 RANKS = 2
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 
 
-def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
-    """What `work(rank, folder)` returns in each of two processes that know of each other."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (work, folder, port), nprocs=RANKS, start_method="forkserver")
+        return int(free.getsockname()[1])
+
+
+def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """What `work(rank, folder)` returns in each of two processes that know of each other."""
+    mp.start_processes(_process, (work, folder, free_port()), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -223,7 +228,11 @@ FITS = {  # name: the stage, the words for two processes, and for the one that d
         ["trainer=sharded", "attention.keys=learned", "attention.sample=20"],
         ["attention.keys=learned", "attention.sample=20"],
     ),
-    "sharded reranker": ("reranker", ["trainer=sharded", "reranker=residual"], ["reranker=residual"]),
+    "sharded reranker": (
+        "reranker",
+        ["trainer=sharded", "reranker.batch_size=32", "reranker.dropout=0.1"],  # all ranks drop the same
+        ["reranker.batch_size=32", "reranker.dropout=0.1"],
+    ),
 }
 
 
@@ -349,3 +358,19 @@ def test_a_sharded_run_finds_what_a_run_on_one_device_finds(tmp_path: Path, run:
     check_figures(tmp_path, run, *SHARED)
     (saved,) = tmp_path.glob("outputs/[0-9]*/*/pipeline")
     assert Pipeline.load(saved).search(torch.randn(3, 8), k=41).rows.sort().values.equal(torch.arange(41).expand(3, -1))
+
+
+@pytest.mark.slow
+def test_two_nodes_find_what_one_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    words = [*SHARED, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    nodes = []
+    for number, port in enumerate([free_port()] * 2):
+        agent = ["--nnodes=2", f"--node_rank={number}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+        start = [sys.executable, "-m", "torch.distributed.run", *agent, f"--master_port={port}", "-m", "nvf.train"]
+        said: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [*start, *words, "trainer.num_nodes=2", "trainer.devices=1"]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, **said))
+    (printed, fault), (silent, other) = (node.communicate(timeout=PATIENCE) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], fault + other
+    assert (printed.count("test queries: 300"), silent.count("test queries: 300")) == (1, 0)
+    check_figures(tmp_path, run, *SHARED)

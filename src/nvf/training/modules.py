@@ -68,7 +68,7 @@ class AttentionModule(StageModule):
     def loss(self, batch: QueryBatch) -> Tensor:
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets, batch.words)
-        generator = stream(self.seed, "sample", self.global_step, self.global_rank, device=self.device)
+        generator = stream(self.seed, "sample", self.global_step, self.own_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
         hard = None
         if self.neighbours is not None:

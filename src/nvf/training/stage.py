@@ -82,6 +82,11 @@ class StageModule(L.LightningModule):
         """Stage 1, fitted or frozen."""
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
 
+    @property
+    def own_rank(self) -> int:
+        """The number of this process among those that see different queries; where they share a memory, none do."""
+        return 0 if self.device_mesh is not None else self.global_rank
+
     def configure_model(self) -> None:
         """Do nothing: Lightning's `ModelParallelStrategy` asks for this, but the memory is shared out already."""
 
@@ -120,7 +125,7 @@ class StageModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator; a run resumed at this epoch must draw the same masks.
-        torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
+        torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.own_rank))
 
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
