@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,13 +29,6 @@ from nvf.training.build import Built
 from nvf.training.select import Chosen, FittedJointly
 
 log = logging.getLogger("nvf")
-
-
-class Judged(NamedTuple):
-    """Queries, and how a model answers them."""
-
-    queries: QueryBatch
-    found: Evaluation
 
 
 @dataclass
@@ -77,20 +70,21 @@ class Fitted:
         return hybrid
 
     @cached_property
-    def judged(self) -> tuple[Judged, Judged, dict[str, Any]]:
-        """How the model answers the queries of val and of test, and the norms of its gradients."""
-        of = {split: self.built.queries(split) for split in ("val", "test")}  # to draw them may be a search
-        val, test = (Judged(queries, self.evaluated(queries, split)) for split, queries in of.items())
-        return val, test, audit_gradients(self.model, val.queries)
+    def judged(self) -> tuple[Any, ...]:
+        """The queries of val, how the model answers them, the same of test, and the norms of the model's gradients."""
+        val, test = (self.built.queries(split) for split in ("val", "test"))  # to draw them may be a search
+        found = self.evaluated(val, "val"), self.evaluated(test, "test")
+        return val, found[0], test, found[1], audit_gradients(self.model, val)
 
     def leave_devices(self) -> None:
-        """Judge the model while the processes share the memory, and go on with all of it in this one."""
-        from nvf.training.sharded import whole  # DTensor takes seconds to import
+        """Judge the model while processes share its memory, if they do; then go on with all of it in this process."""
+        if self.model.memory.shared:
+            from nvf.training.sharded import whole  # DTensor takes seconds to import
 
-        val, test, audit = self.judged
-        val, test = (one._replace(queries=each(one.queries, Tensor.cpu)) for one in (val, test))
-        self.judged, self.model = (val, test, audit), whole(self.model)
-        self.built.source.memory = self.model.memory
+            val, of_val, test, of_test, audit = self.judged
+            self.judged = each(val, Tensor.cpu), of_val, each(test, Tensor.cpu), of_test, audit
+            self.model = whole(self.model)
+            self.built.source.memory = self.model.memory
 
 
 def save(run: Fitted) -> float:
@@ -102,7 +96,7 @@ def save(run: Fitted) -> float:
         took = time.perf_counter() - start
         model.save(run.folder / "pipeline")
     with run.timed("evaluation"):
-        (val_queries, val), (test_queries, test), audit = run.judged
+        val_queries, val, test_queries, test, audit = run.judged
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
         _show(run, val_queries, val)

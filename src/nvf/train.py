@@ -56,8 +56,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         log.setLevel(logging.ERROR)  # the first process does the talking
         if own != folder:
             remove_traces(own)
-    shared = shares_memory(config["trainer"])
-    if shared:
+    if shares_memory(config["trainer"]):
         from nvf.training.sharded import share_out
 
         built = share_out(built)
@@ -76,9 +75,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         with run.timed("joint"):
             run.joint = fit_joint(built, run.model, folder)
         run.gradients["joint"] = run.joint.gradients
-    if shared:
-        with run.timed("evaluation"):
-            run.leave_devices()
+    with run.timed("evaluation"):
+        run.leave_devices()
     part_processes()
     if rank:
         return math.nan  # the first process evaluates and saves

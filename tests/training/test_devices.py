@@ -120,7 +120,7 @@ def plain(found: Any, attention: SoftAttention) -> Any:
     if isinstance(found, list | tuple):
         return [plain(value, attention) for value in found]
     if isinstance(attention, ShardedAttention) and hasattr(found, "full_tensor"):
-        found = found.full_tensor()[attention.spread().flatten()]
+        found = found.full_tensor()[attention.kept]
     return found.detach()
 
 
@@ -130,7 +130,7 @@ def of_shards(rank: int, folder: Path) -> dict[str, Any]:
         attention, batch = stage_one(case)
         sharded = ShardedAttention.of(attention, ShardedMemory(attention.memory, mesh))
         results[case] = {**plain(found_by(sharded, batch), sharded), "held": len(sharded.keys())}
-        again = sharded.whole().state_dict()
+        again = whole(sharded).state_dict()
         assert all(torch.equal(again[name], weight) for name, weight in attention.state_dict().items())
     return results
 

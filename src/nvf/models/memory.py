@@ -60,6 +60,7 @@ class VectorMemory(nn.Module):
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
 
     # Arithmetic of queries and the keys of all rows; a memory that several devices share has its own.
+    shared = False
     topk: Callable[..., TopK] = staticmethod(blockwise_topk)
     ranked: Callable[..., TopK] = staticmethod(ranked_topk)
     logsumexp: Callable[..., Tensor] = staticmethod(logsumexp)
@@ -210,15 +211,12 @@ class VectorMemory(nn.Module):
             raise InputError(f"{what}; start again, and let nothing write to data.mapped")
 
     def take(self, rows: Tensor, of: Tensor | None = None) -> Tensor:
-        """Return the vectors of some rows, (...) -> (..., D), in float32 if they are kept in less.
-
-        They are `of` others, (N, D'), if these are given, as `held` returns them.
-        """
+        """Return the vectors of some rows, (...) -> (..., D), or those `of` others, in float32 if kept in less."""
         vectors = self.rows if of is None else of
         return vectors[rows].to(torch.promote_types(vectors.dtype, torch.float32))
 
     def held(self, vectors: Tensor) -> Tensor:
-        """Return vectors of the rows, (N, D'), where the rows are."""
+        """Return other vectors of the rows, (N, D'), where the rows are."""
         return vectors.to(self.rows.device)
 
     def take_keys(self, rows: Tensor) -> Tensor:

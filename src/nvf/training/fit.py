@@ -64,17 +64,17 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
     loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
-    trainer, batches = _trainer(settings, data, last, callbacks, logger=loggers)
+    trainer = _trainer(settings, data, last, callbacks, logger=loggers)
     if resumed is None:
         log.info("fitting %s", name)
         if start_competes or settings.epochs == 0:
-            last.start_score = trainer.validate(module, batches, verbose=False)[0][monitor]
+            last.start_score = trainer.validate(module, data, verbose=False)[0][monitor]
     if settings.epochs:
-        _train(settings, trainer, module, batches, last, resumed)
+        _train(settings, trainer, module, data, last, resumed)
     score: Any = best.best_model_score
     unseen = score is None
     if settings.epochs and unseen:  # training ended before its first validation, as trainer.max_steps may have it
-        score = trainer.validate(module, batches, verbose=False)[0][monitor]
+        score = trainer.validate(module, data, verbose=False)[0][monitor]
     start_wins = score is None or (last.start_score is not None and last.start_score > score)
     if start_wins:
         module.load_state_dict(start)
@@ -83,15 +83,13 @@ def fit(
     if start_wins or unseen:
         trainer.save_checkpoint(checkpoints / BEST)
     checkpoint = torch.load(checkpoints / BEST, map_location="cpu", weights_only=True)
-    model = module.model
-    if isinstance(batches, VectorDataModule):
-        module.load_state_dict(checkpoint["state_dict"])
-    else:
-        from nvf.training.sharded import load_whole, whole
-
-        load_whole(module, checkpoint["state_dict"])
-        model = whole(model)
+    module.load_state_dict(checkpoint["state_dict"])
     module.requires_grad_(False)
+    model = module.model
+    if model.memory.shared:
+        from nvf.training.sharded import whole  # DTensor takes seconds to import
+
+        model = whole(model)
     if trainer.is_global_zero:
         save_weights(model, checkpoints / WEIGHTS, stage=settings.stage)
     trainer.strategy.barrier()  # so that every process can read the weights
@@ -104,8 +102,8 @@ def fit_blindly(
 ) -> None:
     """Fit a module for the first `epochs` epochs of its schedule without validation; resume from a last.ckpt."""
     last = SaveLast(folder / "checkpoints" / name, every=settings.save_every, epochs=epochs)
-    trainer, batches = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
-    _train(settings, trainer, module, batches, last, saved_step(last.path))
+    trainer = _trainer(settings, data, last, [StopOnNaN(settings.stage)], logger=[], limit_val_batches=0)
+    _train(settings, trainer, module, data, last, saved_step(last.path))
     module.requires_grad_(False)
 
 
@@ -136,11 +134,8 @@ def saved_step(path: Path) -> int | None:
 
 def _trainer(
     settings: FitSettings, data: VectorDataModule, last: SaveLast, callbacks: Sequence[Callback], **ours: Any
-) -> tuple[L.Trainer, L.LightningDataModule]:
-    """The user's Trainer with what a run needs added to it, and what feeds it.
-
-    The data learn from it where a resumed epoch begins.
-    """
+) -> L.Trainer:
+    """The user's Trainer with what a run needs added to it; the data learn from it where a resumed epoch begins."""
     given, root = settings.trainer.keywords, last.path.parent
     for copy in root.glob(REQUEUED):
         copy.unlink()
@@ -170,11 +165,7 @@ def _trainer(
         return trainer.global_step % -(-int(trainer.num_training_batches) // together) * together
 
     data.steps_done = steps_done
-    if isinstance(strategy, ModelParallelStrategy):
-        from nvf.training.sharded import SameBatches  # DTensor takes seconds to import
-
-        return trainer, SameBatches(data)
-    return trainer, data
+    return trainer
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:

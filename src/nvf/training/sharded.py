@@ -10,15 +10,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.utils.data import DataLoader
 
-from nvf.data.datamodule import VectorDataModule
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, hubness
@@ -48,6 +45,7 @@ class ShardedMemory(VectorMemory):
     mapped from a file, stays the `whole` one.
     """
 
+    shared = True
     rows: DTensor
     whole: VectorMemory
     mesh: DeviceMesh
@@ -60,11 +58,16 @@ class ShardedMemory(VectorMemory):
         self.__dict__.update(whole=memory, mesh=mesh, place=own_rows(len(memory), mesh))  # the whole one never moves
         self.rows = self.held(memory.rows)
 
-    def held(self, rows: Tensor) -> DTensor:
-        if isinstance(rows, DTensor):
-            return rows
-        own = rows[self.place].to(self.mesh.device_type)
-        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=rows.shape, stride=(rows.shape[1], 1))
+    def held(self, vectors: Tensor) -> Tensor:
+        if isinstance(vectors, DTensor):
+            return vectors
+        return self._of_own(vectors[self.place].to(self.mesh.device_type))
+
+    def _of_own(self, part: Tensor) -> DTensor:
+        """A tensor of all rows, of which this is the part of this rank's, (n, ...)."""
+        shape = torch.Size([len(self), *part.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part.contiguous(), self.mesh, [Shard(0)], shape=shape, stride=stride)
 
     def local(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Which of some rows this rank holds, bool, and their places among its own; 0 for others."""
@@ -91,15 +94,13 @@ class ShardedMemory(VectorMemory):
     take_keys = take  # queries of another model are refused
 
     def inner_products(self, queries: Tensor, keys: Tensor) -> Tensor:
-        own, size = inner_products(self._shared(queries), own_part(keys)), (len(queries), len(self))
-        return DTensor.from_local(own, self.mesh, [Shard(1)], shape=torch.Size(size), stride=(size[1], 1)).full_tensor()
+        return self._of_own(inner_products(self._shared(queries), own_part(keys)).T).full_tensor().T
 
     def logsumexp(self, queries: Tensor, keys: Tensor) -> Tensor:
         return self.stacked(logsumexp(self._shared(queries), own_part(keys))).logsumexp(dim=0)
 
     def hubness(self, queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
-        own, size = hubness(queries, own_part(keys), beta), torch.Size([len(self)])
-        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=size, stride=(1,)).full_tensor()
+        return self._of_own(hubness(queries, own_part(keys), beta)).full_tensor()
 
     @torch.no_grad()
     def topk(
@@ -152,7 +153,8 @@ class ShardedAttention(SoftAttention):
     """
 
     memory: ShardedMemory
-    moves: Tensor  # places among this rank's rows of those that may move
+    moves: Tensor  # places, among this rank's rows, of those that may move
+    kept: Tensor  # which rows of the delta stand for a row, (ranks s,) bool
 
     @classmethod
     def of(cls, attention: SoftAttention, memory: ShardedMemory) -> "ShardedAttention":
@@ -160,31 +162,24 @@ class ShardedAttention(SoftAttention):
         shared: Any = copy.deepcopy(attention, {id(attention.memory): memory})
         shared.__class__ = cls
         if attention.delta is not None:
-            mine, places = memory.local(shared.moving_rows())
-            shared.moves = places[mine].to(memory.mesh.device_type)
-            own = F.pad(attention.delta.detach()[mine], (0, 0, 0, shared.spread().shape[1] - len(shared.moves)))
-            delta = DTensor.from_local(own.to(memory.mesh.device_type), memory.mesh, [Shard(0)])
+            device, ranks = memory.mesh.device_type, memory.mesh.size()
+            moving = torch.arange(len(memory)) if attention.moving is None else attention.moving
+            mine, places = memory.local(moving)
+            counts = (moving // -(-len(memory) // ranks)).bincount(minlength=ranks)
+            most = int(counts.max())
+            shared.kept = (torch.arange(most) < counts.unsqueeze(-1)).flatten()
+            shared.moves = places[mine].to(device)
+            own = F.pad(attention.delta.detach()[mine], (0, 0, 0, most - len(shared.moves))).to(device)
+            delta = DTensor.from_local(own, memory.mesh, [Shard(0)])
             shared.delta = nn.Parameter(delta, requires_grad=attention.delta.requires_grad)
         return shared.to(memory.mesh.device_type)
 
-    def whole(self) -> SoftAttention:
-        """The same stage 1 over the whole memory, on the CPU."""
-        copied: Any = copy.deepcopy(self, {id(self.memory): self.memory.whole})
-        copied.__class__ = SoftAttention
-        if isinstance(self.delta, DTensor):
-            own = self.delta.full_tensor().detach()[self.spread().flatten()]
-            copied.delta = nn.Parameter(own, requires_grad=self.delta.requires_grad)
-        return copied.cpu()
-
-    def moving_rows(self) -> Tensor:
-        """The rows that may move, (S,)."""
-        return torch.arange(len(self.memory)) if self.moving is None else self.moving
-
-    def spread(self) -> Tensor:
-        """Which rows of the delta stand for a row that may move, (ranks, s) bool."""
-        ranks = self.memory.mesh.size()
-        counts = (self.moving_rows() // -(-len(self.memory) // ranks)).bincount(minlength=ranks)
-        return torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(-1)
+    def _load_from_state_dict(self, weights: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take this rank's part of the delta that a checkpoint holds."""
+        name = f"{prefix}delta"
+        if name in weights and not isinstance(weights[name], DTensor):
+            weights[name] = distribute_tensor(weights[name], self.memory.mesh, [Shard(0)])
+        super()._load_from_state_dict(weights, prefix, *rest)
 
     def _held(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What this rank's part of the keys, which `keys` returns, is made of."""
@@ -222,36 +217,14 @@ def share_out(built: Built) -> Built:
     return replace(built, exact=exact, seen=None if seen is None else seen.to(device))
 
 
-def whole(model: SoftAttention | Pipeline) -> SoftAttention | Pipeline:
-    """A copy of a model, on the CPU, over the whole memory; every rank has to ask for it."""
-    attention = model.attention if isinstance(model, Pipeline) else model
-    assert isinstance(attention, ShardedAttention)
-    copied = attention.whole()
-    if not isinstance(model, Pipeline):
-        return copied
-    same = {id(model.words): model.words, id(attention.memory): copied.memory, id(attention): copied}
-    return copy.deepcopy(model, same).cpu()
-
-
-def load_whole(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load what a checkpoint holds, of which each rank keeps its share."""
-    own, shared = module.state_dict(), {}
-    for name, value in weights.items():
-        like = own[name]
-        held = distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
-        shared[name] = held
-    module.load_state_dict(shared)
-
-
-class SameBatches(L.LightningDataModule):
-    """Gives every rank the same batches, those of a run on one device, made on the device of the memory."""
-
-    def __init__(self, data: VectorDataModule) -> None:
-        super().__init__()
-        self.data = data  # has no trainer, so it knows of no ranks
-
-    def train_dataloader(self) -> DataLoader:
-        return self.data.train_dataloader()
-
-    def val_dataloader(self) -> DataLoader:
-        return self.data.val_dataloader()
+def whole(model: SoftAttention | Pipeline) -> Any:
+    """A copy of a model over the whole memory, on the CPU; every rank has to ask for it."""
+    (shared,) = (part for part in model.modules() if isinstance(part, ShardedAttention))
+    same = {id(part): part for part in (shared.memory.whole, getattr(model, "words", None))}
+    copied = copy.deepcopy(model, {**same, id(shared.memory): shared.memory.whole})
+    (attention,) = (part for part in copied.modules() if isinstance(part, ShardedAttention))
+    attention.__class__ = SoftAttention
+    if isinstance(shared.delta, DTensor):
+        rows = shared.delta.full_tensor().detach()[shared.kept]
+        attention.delta = nn.Parameter(rows, requires_grad=shared.delta.requires_grad)
+    return copied.cpu()

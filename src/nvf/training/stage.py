@@ -84,8 +84,8 @@ class StageModule(L.LightningModule):
 
     @property
     def own_rank(self) -> int:
-        """The number of this process among those that see different queries; where they share a memory, none do."""
-        return 0 if self.device_mesh is not None else self.global_rank
+        """The number of this process among those that see different queries."""
+        return 0 if self.attention.memory.shared else self.global_rank
 
     def configure_model(self) -> None:
         """Do nothing: Lightning's `ModelParallelStrategy` asks for this, but the memory is shared out already."""
