@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nvf.dashboards.show import log_hparams, show
-from nvf.data.queries import QueryBatch, fingerprint
+from nvf.data.queries import QueryBatch, each, fingerprint
 from nvf.evaluation.calibration import fit_words
 from nvf.evaluation.evaluate import Evaluation, against, evaluate, evaluate_index
 from nvf.evaluation.gradients import audit_gradients
@@ -64,9 +65,26 @@ class Fitted:
         held_out = self.built.queries("val")
         if held_out.words is None:
             return None
-        hybrid = SoftAttention(self.built.source.memory, transform="identity")
+        hybrid = self.built.exact
         fit_words(hybrid, held_out, ("text",))
         return hybrid
+
+    @cached_property
+    def judged(self) -> tuple[Any, ...]:
+        """The queries of val, how the model answers them, the same of test, and the norms of the model's gradients."""
+        val, test = (self.built.queries(split) for split in ("val", "test"))  # to draw them may be a search
+        found = self.evaluated(val, "val"), self.evaluated(test, "test")
+        return val, found[0], test, found[1], audit_gradients(self.model, val)
+
+    def leave_devices(self) -> None:
+        """Judge the model while processes share its memory, if they do; then go on with all of it in this process."""
+        if self.model.memory.shared:
+            from nvf.training.sharded import whole  # DTensor takes seconds to import
+
+            val, of_val, test, of_test, audit = self.judged
+            self.judged = each(val, Tensor.cpu), of_val, each(test, Tensor.cpu), of_test, audit
+            self.model = whole(self.model)
+            self.built.source.memory = self.model.memory
 
 
 def save(run: Fitted) -> float:
@@ -78,12 +96,9 @@ def save(run: Fitted) -> float:
         took = time.perf_counter() - start
         model.save(run.folder / "pipeline")
     with run.timed("evaluation"):
-        val_queries, test_queries = run.built.queries("val"), run.built.queries("test")  # to draw them may be a search
-        val = run.evaluated(val_queries, "val")
-        test = run.evaluated(test_queries, "test")
+        val_queries, val, test_queries, test, audit = run.judged
         if isinstance(model, Pipeline) and model.index is not None:
             index = {**evaluate_index(model, test_queries.queries, test_queries.targets), "build_seconds": took}
-        audit = audit_gradients(model, val_queries)
         _show(run, val_queries, val)
     joint = None
     if run.joint is not None and run.before is not None:

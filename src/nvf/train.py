@@ -42,7 +42,7 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
     from nvf.runs.resume import begin
     from nvf.training.build import build
     from nvf.training.cache import circumstances
-    from nvf.training.devices import agreed, part_processes, set_up_torch, start_processes
+    from nvf.training.devices import agreed, part_processes, set_up_torch, shares_memory, start_processes
     from nvf.training.select import FOLDS, fit_attention, fit_joint, fit_reranker
 
     quiet()
@@ -56,6 +56,10 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         log.setLevel(logging.ERROR)  # the first process does the talking
         if own != folder:
             remove_traces(own)
+    if shares_memory(config["trainer"]):
+        from nvf.training.sharded import share_out
+
+        built = share_out(built)
     lock = None if rank else begin(folder, {"config": config, **circumstances(built.source)}, goes_on=goes_on)
     run = Fitted(built, folder, started)
     with run.timed("attention"):
@@ -71,6 +75,8 @@ def train(config: dict[str, Any], folder: Path, started: float, *, goes_on: bool
         with run.timed("joint"):
             run.joint = fit_joint(built, run.model, folder)
         run.gradients["joint"] = run.joint.gradients
+    with run.timed("evaluation"):
+        run.leave_devices()
     part_processes()
     if rank:
         return math.nan  # the first process evaluates and saves

@@ -12,7 +12,8 @@ from nvf.data.beside import read_texts
 from nvf.data.queries import Recorded
 from nvf.data.splits import SPLITS
 from nvf.files.npy import open_vectors
-from nvf.models.memory import row_hashes, unit
+from nvf.files.row_hashes import row_hashes
+from nvf.models.memory import unit
 from nvf.models.words import K1, B, WordScores, terms
 
 LISTED = 500  # rows that are scored for a query; all others match its words less

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nvf.errors import InputError
-from nvf.models.memory import DTYPES, VectorMemory, neighbours, unit
+from nvf.models.keys import neighbours
+from nvf.models.memory import DTYPES, VectorMemory, unit
 from nvf.ops.products import QUERY_BLOCK
 
 

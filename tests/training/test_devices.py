@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,26 +23,30 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import SMALL, SMALL_STEPS, command, compose_config
 from nvf import InputError, Pipeline
 from nvf.data.datamodule import VectorDataModule
-from nvf.data.queries import Nearest
-from nvf.models.attention import SoftAttention, attention_loss
+from nvf.data.queries import Nearest, QueryBatch
+from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.models.words import WordScores
 from nvf.training.build import build_source, check_sharded
-from nvf.training.devices import part_processes, start_processes
+from nvf.training.devices import part_processes, shares_memory, start_processes
 from nvf.training.fit import fit
-from nvf.training.sharded import ShardedAttention, own_rows
+from nvf.training.sharded import ShardedAttention, ShardedMemory, own_rows, whole
 from nvf.training.stages import attention_stage, reranker_stage
-from programs import Program, state, wait_for
+from programs import PATIENCE, Program, state, wait_for
 
 RANKS = 2
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 
 
-def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
-    """What `work(rank, folder)` returns in each of two processes that know of each other."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (work, folder, port), nprocs=RANKS, start_method="forkserver")
+        return int(free.getsockname()[1])
+
+
+def in_processes(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """What `work(rank, folder)` returns in each of two processes that know of each other."""
+    mp.start_processes(_process, (work, folder, free_port()), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -55,46 +61,78 @@ def _process(rank: int, work: Callable[[int, Path], Any], folder: Path, port: in
 
 # --- a memory that the ranks share ---
 
-CASES = ("one", "several", "ties", "half")
+CASES = ("one", "several", "ties", "half", "learned", "all learned", "words")
 ROWS = 11  # not divisible by the ranks
 
 
-def stage_one(case: str) -> tuple[SoftAttention, Tensor, Tensor]:
-    """Stage 1 with nothing at zero, queries and targets; the rows of `ties` are equal to the last bit."""
+def stage_one(case: str) -> tuple[SoftAttention, QueryBatch]:
+    """Stage 1 with nothing at zero, and queries; the rows of `ties` are equal to the last bit."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(ROWS, 6, generator=generator)
     if case == "ties":
         rows = torch.eye(6)[torch.arange(ROWS) % 4]  # their products with a query are its coordinates
     torch.manual_seed(0)
     memory = VectorMemory(rows, dtype="bfloat16" if case == "half" else "float32")
-    attention = SoftAttention(memory, transform="mlp", beta=5.0)
+    settings: dict[str, Any] = {"transform": "mlp", "beta": 5.0, "keys": "learned" if "learned" in case else "frozen"}
+    if case == "learned":
+        settings["moving"] = torch.tensor([0, 2, 3, 4, 9])  # four of the one rank's rows, one of the other's
+    attention = SoftAttention(memory, biased=case == "words", worded=case == "words", **settings)
     queries = torch.randn(9, 6, generator=generator, requires_grad=True)
-    targets = torch.randint(ROWS, (9, 1), generator=generator)
+    targets, words = torch.randint(ROWS, (9, 1), generator=generator), None
     if case == "several":
         targets = torch.rand(9, ROWS, generator=generator).argsort(dim=-1)[:, :3]
         targets[1::2, 1:] = -1
         targets[2::4, 2] = -1
-    return attention, queries, targets
+    if attention.delta is not None:
+        attention.delta.data = torch.randn(attention.delta.shape, generator=generator)
+    if case == "words":
+        attention.bias = 0.1 * torch.randn(ROWS, generator=generator)
+        attention.word_weights = torch.tensor([0.3, 0.2])
+        listed = torch.rand(9, ROWS, generator=generator).argsort(dim=-1)[:, :4].sort(dim=-1).values
+        words = WordScores(listed, torch.rand(9, 4, 2, generator=generator))
+    return attention, QueryBatch(queries, targets, words)
 
 
-def gradients(attention: SoftAttention, queries: Tensor) -> dict[str, Tensor]:
-    return {"query": queries.grad, **{name: weight.grad for name, weight in attention.named_parameters()}}
+def found_by(attention: SoftAttention, batch: QueryBatch) -> dict[str, Any]:
+    """What a stage 1, whole or sharded, computes: a loss with its gradients, and searches without any."""
+    queries, targets, words = batch[:3]
+    losses = {"all rows": attention.loss(*batch[:3])}
+    if words is None:
+        losses["a sample"] = attention.sampled_loss(queries, targets, sample=torch.tensor([1, 3, 6, 9]))
+    loss: Tensor = sum(losses.values())  # type: ignore[assignment]
+    loss.backward()
+    named = {"query": queries.grad, **{name: weight.grad for name, weight in attention.named_parameters()}}
+    with torch.no_grad():
+        top, (ranked,) = attention.candidates(queries, 7, words=words), attention.ranked(queries, targets, 9, words)
+        found = {"losses": losses, "logits": attention(queries, words), "candidates": top.scores, "ranked": ranked[:1]}
+        found |= {"logsumexp": ranked.logsumexp, "keys": attention.keys_of(targets.clamp(min=0))}
+        found |= {"exact": attention.memory.search(queries, 3).scores, "vectors": attention.memory.take(targets[:, :1])}
+        if attention.bias is None:
+            found["hubness"] = attention.memory.hubness(queries, attention.keys(), 2.0)
+        found["rows"] = [top.rows, ranked.rows, ranked.ranks, attention.memory.search(queries, 3).rows]
+    return {**found, "gradients": named}
+
+
+def plain(found: Any, attention: SoftAttention) -> Any:
+    """Tensors without graphs, and of DTensors, which are learned keys, the rows of all ranks."""
+    if isinstance(found, dict):
+        return {name: plain(value, attention) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [plain(value, attention) for value in found]
+    if isinstance(attention, ShardedAttention) and hasattr(found, "full_tensor"):
+        found = found.full_tensor()[attention.kept]
+    return found.detach()
 
 
 def of_shards(rank: int, folder: Path) -> dict[str, Any]:
-    mesh, found = init_device_mesh("cpu", (RANKS,)), {}
+    mesh, results = init_device_mesh("cpu", (RANKS,)), {}
     for case in CASES:
-        attention, queries, targets = stage_one(case)
-        sharded = ShardedAttention.of(attention, mesh)
-        loss = sharded.loss(queries, targets)
-        loss.backward()
-        found[case] = {
-            "held": sharded.own_logits(queries).shape[1],
-            "loss": loss.detach(),
-            "gradients": gradients(sharded, queries),
-            "logits": sharded(queries).detach(),
-        }
-    return found
+        attention, batch = stage_one(case)
+        sharded = ShardedAttention.of(attention, ShardedMemory(attention.memory, mesh))
+        results[case] = {**plain(found_by(sharded, batch), sharded), "held": len(sharded.keys())}
+        again = whole(sharded).state_dict()
+        assert all(torch.equal(again[name], weight) for name, weight in attention.state_dict().items())
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +141,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_sharded_memory_gives_the_loss_gradients_and_logits_of_a_whole_one(
-    shards: list[dict[str, Any]], case: str
-) -> None:
-    attention, queries, targets = stage_one(case)
-    logits = attention(queries)
-    loss = attention_loss(logits, targets)
-    loss.backward()
-    assert [found[case]["held"] for found in shards] == [6, 5]
+def test_a_sharded_memory_finds_what_a_whole_one_finds(shards: list[dict[str, Any]], case: str) -> None:
+    attention, batch = stage_one(case)
+    expected = plain(found_by(attention, batch), attention)
+    assert [found[case].pop("held") for found in shards] == [6, 5]
     for found in (found[case] for found in shards):
-        torch.testing.assert_close(found["loss"], loss.detach())
-        torch.testing.assert_close(found["gradients"], gradients(attention, queries))
-        torch.testing.assert_close(found["logits"], logits.detach())
+        assert all(map(torch.equal, found["rows"], expected["rows"]))  # of equal scores too
+        torch.testing.assert_close(found, expected)
     for name, gradient in shards[0][case]["gradients"].items():
         assert gradient.abs().sum() > 0
         assert torch.equal(gradient, shards[1][case]["gradients"][name])
@@ -130,9 +163,11 @@ def test_rows_that_some_rank_would_lack_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trainer=sharded", "stage=reranker"], r"trainer=sharded fits one stage 1"),
-        (["trainer=sharded", "stage=attention", "attention.keys=learned"], r"attention\.keys=frozen"),
-        (["trainer=sharded", "stage=attention", "attention.sample=9"], r"attention\.sample=null"),
+        (["trainer=sharded", "stage=joint"], r"trainer=sharded .*stage=reranker"),
+        (["trainer=sharded", "attention.keys=moved"], r"trainer=sharded .*attention\.keys="),
+        (["trainer=sharded", "attention.sample=9", "attention.hard=2"], r"trainer=sharded .*attention\.hard=0"),
+        (["trainer=sharded", "reranker.folds=2"], r"trainer=sharded .*reranker\.folds=null"),
+        (["trainer=sharded", "attention.keys=learned", "+trainer.gradient_clip_val=1"], r"trainer.gradient_clip_val=1"),
         (["trainer=ddp", "trainer.strategy=ddp_spawn"], r"trainer.strategy=ddp_spawn is not supported; choose ddp"),
         (["trainer=ddp", "trainer.accelerator=abacus"], r"^trainer: .*abacus.*; correct trainer="),
     ],
@@ -163,15 +198,19 @@ def fitted(stage: str, folder: Path, *words: str) -> tuple[dict[str, Tensor], di
     config = compose_config(*FEW, *EPOCHS, *words)
     config["trainer"]["enable_progress_bar"] = False
     source = build_source(config)
-    if stage == "attention":
-        module, data, how, *_ = attention_stage(config, source)
-    else:
-        exact = SoftAttention(source.memory, transform="identity")  # every target is a candidate
+    module, data, how, *_ = attention_stage(config, source)
+    exact = SoftAttention(source.memory, transform="identity")  # every target is a candidate
+    if shares_memory(config["trainer"]):
+        source.memory = ShardedMemory(source.memory, init_device_mesh("cpu", (RANKS,)))
+        module.model, exact = (ShardedAttention.of(one, source.memory) for one in (module.model, exact))
+    if stage == "reranker":
         module, data, how, *_ = reranker_stage(config, source, exact)
     module.optimizer = partial(torch.optim.SGD, momentum=0.9)
     fit(module, data, how, folder=folder, name=stage, start_competes=True)
     assert not any(weight.requires_grad for weight in module.parameters())
     last = torch.load(folder / "checkpoints" / stage / "last.ckpt", weights_only=True)["state_dict"]
+    if isinstance(module.attention, ShardedAttention):
+        module.model = whole(module.model)
     return module.state_dict(), last
 
 
@@ -184,6 +223,16 @@ FITS = {  # name: the stage, the words for two processes, and for the one that d
         ["attention=linear", "attention.lr=3", "attention.batch_size=32"],
     ),
     "sharded attention": ("attention", ["trainer=sharded", "attention.batch_size=32"], ["attention.batch_size=32"]),
+    "sharded keys": (
+        "attention",
+        ["trainer=sharded", "attention.keys=learned", "attention.sample=20"],
+        ["attention.keys=learned", "attention.sample=20"],
+    ),
+    "sharded reranker": (
+        "reranker",
+        ["trainer=sharded", "reranker.batch_size=32", "reranker.dropout=0.1"],  # all ranks drop the same
+        ["reranker.batch_size=32", "reranker.dropout=0.1"],
+    ),
 }
 
 
@@ -285,13 +334,43 @@ def test_a_stopped_run_stops_all_its_processes(tmp_path: Path) -> None:
         assert "Traceback" not in process.stderr
 
 
+SHARED = [*SMALL, *SMALL_STEPS, "dashboards=none", "data.rows=41", "attention.keys=learned", "trainer=sharded"]
+
+
+def check_figures(folder: Path, run: Callable[..., dict[str, Any]], *words: str) -> None:
+    """A run of several processes has the figures of one."""
+    (results,) = folder.glob("outputs/[0-9]*/*/results.json")
+    found, expected = json.loads(results.read_text()), run(*words, "trainer.devices=1", "trainer.accelerator=cpu")
+    for method in ("exact", "oracle", "attention", "pipeline"):
+        for metric, figure in expected["test"][method].items():
+            assert found["test"][method][metric]["value"] == pytest.approx(figure["value"], abs=0.01)
+    for name in ("queries", "memory"):
+        assert found[name] == expected[name]
+    parts = expected["gradients"]["parameters"]
+    assert found["gradients"]["parameters"] == {name: pytest.approx(norm, rel=0.05) for name, norm in parts.items()}
+
+
 def test_a_sharded_run_finds_what_a_run_on_one_device_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
-    words = [*SMALL, *SMALL_STEPS, "stage=attention", "dashboards=none", "data.rows=41"]
-    done = command(*words, "trainer=sharded", *TWO, cwd=tmp_path)
+    done = command(*SHARED, *TWO, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test queries: 300") == 1
     assert "Warning" not in done.stdout + done.stderr
-    (results,) = tmp_path.glob("outputs/[0-9]*/*/results.json")
-    found, expected = json.loads(results.read_text())["test"], run(*words)["test"]
-    for metric in ("top1", "mrr10"):
-        assert found["attention"][metric]["value"] == pytest.approx(expected["attention"][metric]["value"], abs=0.01)
+    check_figures(tmp_path, run, *SHARED)
+    (saved,) = tmp_path.glob("outputs/[0-9]*/*/pipeline")
+    assert Pipeline.load(saved).search(torch.randn(3, 8), k=41).rows.sort().values.equal(torch.arange(41).expand(3, -1))
+
+
+@pytest.mark.slow
+def test_two_nodes_find_what_one_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    words = [*SHARED, "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    nodes = []
+    for number, port in enumerate([free_port()] * 2):
+        agent = ["--nnodes=2", f"--node_rank={number}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+        start = [sys.executable, "-m", "torch.distributed.run", *agent, f"--master_port={port}", "-m", "nvf.train"]
+        said: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [*start, *words, "trainer.num_nodes=2", "trainer.devices=1"]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, **said))
+    (printed, fault), (silent, other) = (node.communicate(timeout=PATIENCE) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], fault + other
+    assert (printed.count("test queries: 300"), silent.count("test queries: 300")) == (1, 0)
+    check_figures(tmp_path, run, *SHARED)

@@ -15,7 +15,8 @@ from nvf.data.queries import Noisy, QueryBatch, Recorded, Warped
 from nvf.errors import InputError
 from nvf.evaluation.calibration import quality
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import VectorMemory, neighbours
+from nvf.models.keys import neighbours
+from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
 from nvf.ops.ranks import ndcg_of

@@ -94,7 +94,7 @@ class Noisy(QuerySource):
         rows = self.oracle
         targets = torch.randint(len(rows), (count, 1), generator=generator, device=generator.device)
         noise = torch.randn(count, rows.shape[1], generator=generator, device=generator.device)
-        return QueryBatch(F.normalize(rows[targets[:, 0]].float() + self.sigma * noise, dim=-1), targets)
+        return QueryBatch(F.normalize(self.memory.take(targets[:, 0], rows) + self.sigma * noise, dim=-1), targets)
 
 
 class Warped(Noisy):
@@ -132,7 +132,7 @@ class Warped(Noisy):
 
     @property
     def oracle(self) -> Tensor:
-        self._warped = self._warped.to(self.memory.rows.device)
+        self._warped = self.memory.held(self._warped)
         return self._warped
 
 

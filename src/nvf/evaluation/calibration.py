@@ -15,7 +15,7 @@ from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, eac
 from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import evenly
-from nvf.models.memory import VectorMemory, hubness
+from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS
 from nvf.ops.cross_entropy import mean_of
@@ -256,7 +256,7 @@ def fit_hub_correction(
     """
     attention.bias = None
     asked = logged[evenly(len(logged), bank).to(logged.device)]
-    hubs = hubness(attention.transformed(asked), attention.keys(), attention.beta)
+    hubs = attention.memory.hubness(attention.transformed(asked), attention.keys(), attention.beta)
     best, qualities = 0, []
     for share in shares if len(shares) > 1 else ():
         attention.bias = -share * hubs if share else None

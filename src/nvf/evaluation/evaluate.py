@@ -16,7 +16,7 @@ from nvf.models.memory import unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.products import QUERY_BLOCK
-from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, ranked_topk, recall
+from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, recall
 from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
 from nvf.statistics import (
     Interval,
@@ -146,7 +146,7 @@ def _answer(
     tops = {}
     for name, both in searches.items():
         asked, keys = (part.to(rows.device) for part in both)
-        tops[name] = ranked_topk(asked, keys, targets, min(depth, len(rows)))
+        tops[name] = memory.ranked(asked, keys, targets, min(depth, len(rows)))
     if hybrid is not None and words is not None:
         tops["words"] = _by_words(words, targets, min(depth, len(rows)))
         (tops["hybrid"],) = hybrid.ranked(queries, targets, depth, words)

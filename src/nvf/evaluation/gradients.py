@@ -25,9 +25,14 @@ def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
         if gradient is not None:
             *modules, last = name.split(".")
             part = "reranker" if "reranker" in modules else parts.get(last, "transform")
-            square = gradient.detach().float().square().sum()
+            square = _of_all(gradient.detach().float().square().sum())
             squares[part] = squares[part] + square if part in squares else square
     return {part: squares[part].sqrt() for part in PARTS if part in squares}
+
+
+def _of_all(number: Tensor) -> Tensor:
+    """Return a number that is made of a whole tensor, of which each device may have a part."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def audit_gradients(
@@ -54,7 +59,7 @@ def audit_gradients(
     for parameter in frozen:
         parameter.requires_grad_(False)
     parts = {part: float(norm) for part, norm in norms(gradients.items()).items()}
-    single = {name: float(gradient.norm()) for name, gradient in gradients.items() if name != "query"}
+    single = {name: float(_of_all(gradient.norm())) for name, gradient in gradients.items() if name != "query"}
     return {
         **dict.fromkeys(PARTS),
         **{part: norm if math.isfinite(norm) else None for part, norm in parts.items()},

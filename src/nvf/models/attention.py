@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
+from nvf.models.keys import composed
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.query_transform import QueryTransform, checked_queries
 from nvf.models.words import CHANNELS, WordScores
-from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
-from nvf.ops.frozen_cache import FrozenCache, is_transformed
-from nvf.ops.products import inner_products, weighted_sum
-from nvf.ops.ranks import ranked_topk
-from nvf.ops.topk import TopK, blockwise_topk
+from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy, scores_of
+from nvf.ops.frozen_cache import FrozenCache
+from nvf.ops.products import weighted_sum
+from nvf.ops.topk import TopK
 
 KEYS = ("frozen", "moved", "learned")
 LISTED_AT_ONCE = 2**24  # numbers in the keys of rows that words list, held at once; 64 MB of float32
-KEYS_AT_ONCE = 2**14  # rows whose keys are computed at once
 AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
 
 
@@ -122,24 +121,14 @@ class SoftAttention(nn.Module):
 
     def keys(self) -> Tensor:
         """Return what transformed queries are compared with, (N, D) unit rows; with a bias (N, D + 1), b the last."""
-        rows, delta, bias = self.memory.keys, self.delta, self.bias
+        rows, delta, bias, _ = held = self._held()
         if delta is None and bias is None:
             return rows
+        return self._keys(lambda: composed(*held), [tensor for tensor in held if tensor is not None])
 
-        def compute() -> Tensor:
-            dtype = rows.dtype if delta is None else torch.promote_types(rows.dtype, delta.dtype)
-            if is_transformed() or (delta is not None and delta.requires_grad and torch.is_grad_enabled()):
-                keys = rows.to(dtype)
-                if delta is not None:
-                    keys = keys + delta if self.moving is None else keys.index_add(0, self.moving, delta)
-                    keys = F.normalize(keys, dim=-1)
-                return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(dtype)], dim=-1)
-            keys = rows.new_empty(len(rows), self.query_dim + (bias is not None), dtype=dtype)
-            for part in torch.arange(len(rows), device=rows.device).split(KEYS_AT_ONCE):  # no more of N rows is held
-                keys[part[0] : part[-1] + 1] = self.keys_of(part)
-            return keys
-
-        return self._keys(compute, [tensor for tensor in (rows, delta, bias, self.moving) if tensor is not None])
+    def _held(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return what keys are made of: rows, delta, bias, and the places of the rows that move, or None."""
+        return self.memory.keys, self.delta, self.bias, self.moving
 
     def release(self) -> None:
         """Forget the keys that `keys` has computed; they are computed again when they are asked for."""
@@ -199,7 +188,7 @@ class SoftAttention(nn.Module):
 
     def total(self, projected: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the log-sum-exp of all logits, (B,), differentiable once, without ever holding (B, N)."""
-        total = logsumexp(projected, self.keys())
+        total = self.memory.logsumexp(projected, self.keys())
         if words is None or self.word_weights is None:
             return total
         return _plus_words_total(total, self._listed(projected, words), self.word_bonus(words.scores))
@@ -211,7 +200,7 @@ class SoftAttention(nn.Module):
         return torch.cat([self.logits_of(*block) for block in blocks])
 
     def forward(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
-        return self.plus_words(inner_products(self.project(queries), self.keys()), words)  # (B, N)
+        return self.plus_words(self.memory.inner_products(self.project(queries), self.keys()), words)  # (B, N)
 
     def answer(self, queries: Tensor, words: WordScores | None = None) -> Tensor:
         """Return the soft answer softmax(logits) V, (B, D)."""
@@ -242,7 +231,7 @@ class SoftAttention(nn.Module):
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
         check_k(k, len(self.memory))
         projected = self.project(queries)
-        return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
+        return self.best(self.memory.topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
 
     def ranked(
         self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None, *, logsumexp: bool = True
@@ -251,7 +240,7 @@ class SoftAttention(nn.Module):
         projected, added, k = self.project(queries), None, min(k, len(self.memory))
         if words is not None and self.word_weights is not None:
             added = words.rows, self.word_bonus(words.scores)
-        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=logsumexp, added=added),)
+        return (self.memory.ranked(projected, self.keys(), targets, k, logsumexp=logsumexp, added=added),)
 
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:

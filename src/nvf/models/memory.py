@@ -2,8 +2,7 @@
 
 import copy
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,14 @@ from nvf.errors import InputError, check_number, one_line
 from nvf.files.ids import checked_ids
 from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
 from nvf.files.npy import ROWS, ArrayFile
+from nvf.files.row_hashes import factorize, row_hashes
 from nvf.files.vectors import BLOCK, check_largest, check_vectors, largest
 from nvf.models.alignment import Alignment
+from nvf.models.keys import hubness
+from nvf.ops.cross_entropy import logsumexp
+from nvf.ops.products import inner_products
 from nvf.ops.random_streams import stream
+from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,6 +51,14 @@ class VectorMemory(nn.Module):
     alignment: Any  # an Alignment where queries are of another model than the rows, else None
     aligned: Tensor | None  # the rows as they are compared with queries then, (N, Dq)
     distance: str | None = None  # the distance of the collection they come from, if it orders them unlike cosine
+
+    # Arithmetic of queries and the keys of all rows; a memory that several devices share has its own.
+    shared = False
+    topk: Callable[..., TopK] = staticmethod(blockwise_topk)
+    ranked: Callable[..., TopK] = staticmethod(ranked_topk)
+    logsumexp: Callable[..., Tensor] = staticmethod(logsumexp)
+    inner_products: Callable[..., Tensor] = staticmethod(inner_products)
+    hubness: Callable[..., Tensor] = staticmethod(hubness)
 
     def __init__(
         self,
@@ -191,9 +203,14 @@ class VectorMemory(nn.Module):
             what = f"{path} was changed or removed while its rows were used"
             raise InputError(f"{what}; start again, and let nothing write to data.mapped")
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Return the vectors of some rows, (...) -> (..., D), in float32 if they are kept in less."""
-        return self.rows[rows].to(torch.promote_types(self.rows.dtype, torch.float32))
+    def take(self, rows: Tensor, of: Tensor | None = None) -> Tensor:
+        """Return the vectors of some rows, (...) -> (..., D), or those `of` others, in float32 if kept in less."""
+        vectors = self.rows if of is None else of
+        return vectors[rows].to(torch.promote_types(vectors.dtype, torch.float32))
+
+    def held(self, vectors: Tensor) -> Tensor:
+        """Return other vectors of the rows, (N, D'), where the rows are."""
+        return vectors.to(self.rows.device)
 
     def take_keys(self, rows: Tensor) -> Tensor:
         """Return the keys of some rows, (...) -> (..., Dq), as `take` returns their vectors."""
@@ -202,24 +219,7 @@ class VectorMemory(nn.Module):
     def search(self, queries: Tensor, k: int) -> TopK:
         """Return the k rows of highest cosine similarity, exactly; an InputError if k is not in 1..N."""
         check_k(k, len(self))
-        return blockwise_topk(unit(queries), self.rows, k)
-
-
-@torch.no_grad()
-def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
-    """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta (arXiv 2112.12777)."""
-    total = blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp
-    assert total is not None
-    return (total - math.log(len(queries))) / beta
-
-
-@torch.no_grad()
-def neighbours(keys: Tensor, count: int) -> Tensor:
-    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, without itself."""
-    best = blockwise_topk(keys, keys, count + 1).rows
-    itself = best == torch.arange(len(keys), device=keys.device).unsqueeze(-1)
-    itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
-    return best[~itself].view(-1, count).int()
+        return self.topk(unit(queries), self.rows, k)
 
 
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -227,20 +227,6 @@ def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
     return F.normalize((wide / largest.masked_fill(largest == 0, 1)).to(dtype), dim=-1)
-
-
-def row_hashes(rows: Tensor) -> np.ndarray:
-    """Return 16 bytes for each row, (n,), which are equal for rows that are equal in every bit; -0 counts as 0."""
-    data = as_bytes(rows + 0.0)
-    size = len(data) // max(1, len(rows))
-    hashes = (hashlib.blake2b(data[at : at + size], digest_size=16).digest() for at in range(0, len(data), size))
-    return np.frombuffer(b"".join(hashes), "V16")
-
-
-def factorize(values: np.ndarray) -> np.ndarray:
-    """Number the different values in the order of their first appearance, (n,) int64, as `pandas.factorize` does."""
-    _, first, group = np.unique(values, return_index=True, return_inverse=True)
-    return first.argsort().argsort()[group]
 
 
 def _torch_type(vectors: Tensor | ArrayFile) -> torch.dtype:

@@ -22,7 +22,7 @@ from nvf.models.words import Words, WordScores
 from nvf.ops.cross_entropy import check_targets, mean_of
 from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.ranks import are_targets, candidate_ranks
-from nvf.ops.topk import TopK, best_rows, blockwise_topk, first_topk
+from nvf.ops.topk import TopK, best_rows, first_topk
 
 WINDOW = 2  # times k rows are scored where the choice of candidates is relaxed
 
@@ -143,7 +143,7 @@ class Pipeline(nn.Module):
         check_targets(targets, len(checked_queries(queries, self.attention.query_dim)), len(self.memory))
         queries = unit(queries, self.attention.log_beta.dtype)
         projected = self.attention.project(queries)
-        rows = self.attention.best(blockwise_topk(projected, self.attention.keys(), width), projected, words).rows
+        rows = self.attention.best(self.memory.topk(projected, self.attention.keys(), width), projected, words).rows
         total = self.attention.total(projected, words)
         of_rows, of_targets = (self.attention.logits_of(projected, some, words) for some in (rows, targets))
         scores = self.scores_of(queries, TopK(of_rows, rows, total), words, logged_as).to(total.dtype)

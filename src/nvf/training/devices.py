@@ -69,6 +69,11 @@ def start_processes(trainer: Mapping[str, Any], *, threads: int | None) -> int:
     return fabric.global_rank
 
 
+def shares_memory(trainer: Mapping[str, Any]) -> bool:
+    """Whether the processes of a run share its memory out; they have been started."""
+    return trainer.get("strategy") == SHARDED and distributed.is_initialized()
+
+
 def part_processes() -> None:
     """Leave the group of processes after the last work that they share."""
     if distributed.is_initialized():

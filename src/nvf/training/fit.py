@@ -21,7 +21,6 @@ from nvf.errors import InputError, one_line
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.devices import SHARDED, refusal
-from nvf.training.modules import AttentionModule
 from nvf.training.stage import StageModule
 
 log = logging.getLogger("nvf")
@@ -66,27 +65,19 @@ def fit(
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
     loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
     trainer = _trainer(settings, data, last, callbacks, logger=loggers)
-    fitted: StageModule = module
-    batches: L.LightningDataModule = data
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        from nvf.training.sharded import SameBatches, ShardedAttentionModule  # DTensor takes seconds to import
-
-        assert isinstance(module, AttentionModule)
-        fitted = ShardedAttentionModule(module.model, optimizer=module.optimizer, **module.hparams)
-        batches = SameBatches(data)
     if resumed is None:
         log.info("fitting %s", name)
         if start_competes or settings.epochs == 0:
-            last.start_score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
+            last.start_score = trainer.validate(module, data, verbose=False)[0][monitor]
     if settings.epochs:
-        _train(settings, trainer, fitted, batches, last, resumed)
+        _train(settings, trainer, module, data, last, resumed)
     score: Any = best.best_model_score
     unseen = score is None
     if settings.epochs and unseen:  # training ended before its first validation, as trainer.max_steps may have it
-        score = trainer.validate(fitted, batches, verbose=False)[0][monitor]
+        score = trainer.validate(module, data, verbose=False)[0][monitor]
     start_wins = score is None or (last.start_score is not None and last.start_score > score)
     if start_wins:
-        fitted.load_state_dict(start)
+        module.load_state_dict(start)
         if settings.epochs:
             log.info("%s: no epoch validates better than the untrained start", name)
     if start_wins or unseen:
@@ -94,8 +85,13 @@ def fit(
     checkpoint = torch.load(checkpoints / BEST, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
     module.requires_grad_(False)
+    model = module.model
+    if model.memory.shared:
+        from nvf.training.sharded import whole  # DTensor takes seconds to import
+
+        model = whole(model)
     if trainer.is_global_zero:
-        save_weights(module.model, checkpoints / WEIGHTS, stage=settings.stage)
+        save_weights(model, checkpoints / WEIGHTS, stage=settings.stage)
     trainer.strategy.barrier()  # so that every process can read the weights
     epochs = trainer.current_epoch if unseen else checkpoint["epoch"] + 1
     return 0 if start_wins else epochs, gradients.summary()

@@ -11,7 +11,7 @@ from nvf.data.datamodule import CandidateBatch, LoggedBatch
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import neighbours
+from nvf.models.keys import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import mean_of, stratified
@@ -71,7 +71,7 @@ class AttentionModule(StageModule):
     def loss(self, batch: QueryBatch) -> Tensor:
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets, batch.words)
-        generator = stream(self.seed, "sample", self.global_step, self.global_rank, device=self.device)
+        generator = stream(self.seed, "sample", self.global_step, self.own_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
         hard = None
         if self.neighbours is not None:

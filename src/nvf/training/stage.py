@@ -72,7 +72,10 @@ class StageModule(L.LightningModule):
 
     def parameter_groups(self) -> Groups:
         """The parameters that are fitted, each group with its (peak) learning rate."""
-        return [{"params": list(self.attention.parameters()), "lr": self.lr}]
+        of_ranks: dict[bool, list[nn.Parameter]] = {}  # an optimizer takes no DTensors together with other tensors
+        for parameter in self.attention.parameters():
+            of_ranks.setdefault(hasattr(parameter, "device_mesh"), []).append(parameter)
+        return [{"params": parameters, "lr": self.lr} for parameters in of_ranks.values()]
 
     def make_optimizer(self, groups: Groups) -> torch.optim.Optimizer:
         """The optimizer of the groups."""
@@ -82,6 +85,14 @@ class StageModule(L.LightningModule):
     def attention(self) -> SoftAttention:
         """Stage 1, fitted or frozen."""
         return self.model.attention if isinstance(self.model, Pipeline) else self.model
+
+    @property
+    def own_rank(self) -> int:
+        """The number of this process among those that see different queries."""
+        return 0 if self.attention.memory.shared else self.global_rank
+
+    def configure_model(self) -> None:
+        """Do nothing: Lightning's `ModelParallelStrategy` asks for this, but the memory is shared out already."""
 
     def forward(self, queries: Tensor) -> Any:
         return self.model(queries)
@@ -118,7 +129,7 @@ class StageModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator; a run resumed at this epoch must draw the same masks.
-        torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
+        torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.own_rank))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameter_groups())
