@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvf.data.splits import SPLITS
 from nvf.data.texts import read_lines, text_of
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.ids import shown
 from nvf.files.npy import NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
@@ -124,11 +124,8 @@ def read_gains(path: Path, given: np.ndarray) -> np.ndarray | None:
 
 def checked_gains(values: np.ndarray | Sequence[Any], counts: np.ndarray, name: str) -> np.ndarray:
     """Return gains as float32, (t,), `counts` a query, (n,); one that is no finite number above 0 is an InputError."""
-    try:
-        with np.errstate(over="ignore"):
-            gains = np.array(values).astype(np.float32)
-    except (TypeError, ValueError) as fault:
-        raise InputError(f"{name} holds no numbers ({one_line(fault)}); give each target one") from None
+    with refused(f"{name} holds no numbers", "give each target one", TypeError, ValueError), np.errstate(over="ignore"):
+        gains = np.array(values).astype(np.float32)
     if (wrong := ~((gains > 0) & np.isfinite(gains))).any():
         first = int(wrong.argmax())
         place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"
