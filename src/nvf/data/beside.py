@@ -69,15 +69,11 @@ def text_lines(path: Path, count: int) -> list[str]:
 
 def read_pairs(folder: Path, memory: VectorMemory, query_dim: int) -> tuple[Tensor, Tensor] | None:
     """Read texts embedded by the model of the rows, (P, D), and by that of the queries, (P, Dq); None without any."""
-    names = {"pairs_old.npy": memory.dim, "pairs_new.npy": query_dim}
-    given = [name for name in names if (folder / name).exists()]
-    if not given:
+    old, new = folder / "pairs_old.npy", folder / "pairs_new.npy"
+    if not (old.exists() or new.exists()):
         return None
-    parts = [read_unit(folder / name, dim) for name, dim in names.items()]
-    if len(parts[0]) != len(parts[1]):
-        sizes = " and ".join(f"{name} has {len(part)} vectors" for name, part in zip(names, parts, strict=True))
-        raise InputError(f"{folder}: {sizes}; line i of both must be the same text")
-    return parts[0], parts[1]
+    first = read_unit(old, memory.dim)
+    return first, read_unit(new, query_dim, len(first))
 
 
 def read_references(
