@@ -176,10 +176,8 @@ def _read(
             said: list[Any] = ["" if text is None else (one.payload or {}).get(text) for one in points]
             for one, given, words in zip(points, vectors, said, strict=True):
                 if not given or not isinstance(words, str):
-                    lacks = f"text in its field {text!r}" if given else f"vector {vector}"
-                    raise InputError(
-                        f"collection {collection}: point {one.id} has no {lacks}; give it one, or remove it"
-                    )
+                    lacks = f"point {one.id} has no " + (f"text in its field {text!r}" if given else f"vector {vector}")
+                    raise InputError(f"collection {collection}: {lacks}; give it one, or remove it")
             texts += said
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))
