@@ -160,6 +160,8 @@ def same(mine: Pipeline, theirs: Pipeline, *, exactly: bool = False) -> None:
         torch.testing.assert_close(
             mine.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}", **near
         )
+    if theirs.evidence is not None:
+        torch.testing.assert_close(mine.evidence.similar, theirs.evidence.similar, **near)
     texts = None if theirs.words is None else sentences(50, 9)
     asked = normal(50, theirs.memory.query_dim, seed=8)
     assert torch.equal(mine.memory.keys, theirs.memory.keys)
@@ -415,6 +417,12 @@ def test_a_log_needs_a_pipeline_that_keeps_one_and_so_do_new_rows_among_hubs() -
     old.attention.hubs = None  # as in a folder of an older version
     with pytest.raises(InputError, match="hub_correction"):
         old.updated(add=torch.ones(1, DIM))
+
+
+def test_density_is_computed_anew_where_it_was_saved_without_neighbours() -> None:
+    pipeline = made(State(named=False))
+    known, pipeline.evidence.similar = pipeline.updated(add=normal(3, DIM, seed=3)), None
+    same(pipeline.updated(add=normal(3, DIM, seed=3)), known)
 
 
 def test_targets_may_be_given_as_numbers_lists_arrays_or_tensors() -> None:

@@ -9,7 +9,7 @@ from conftest import compose_config
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.evidence import NEIGHBOURS, SHARPNESS, Evidence, density_of, evenly
+from nvf.models.evidence import NEIGHBOURS, SHARPNESS, Evidence, evenly, similar_to
 from nvf.models.memory import VectorMemory
 from nvf.training import plan
 from nvf.training.build import build
@@ -70,6 +70,7 @@ def test_every_part_can_be_set_and_is_done() -> None:
     scores = SHARPNESS * (source.memory.rows.double() @ asked.double().T)
     hubs = (scores.logsumexp(dim=-1) - np.log(5)) / SHARPNESS
     torch.testing.assert_close(data.evidence.hubness.double(), hubs, rtol=0, atol=1e-5)
+    assert data.evidence.similar is None  # cosines among a sample of the rows cannot be updated
 
 
 @pytest.mark.parametrize("name", ["chosen_by", "taught_by", "bank", "among"])
@@ -83,10 +84,11 @@ def test_a_bad_size_is_named(name: str, value: str) -> None:
 def test_density_is_measured_among_other_rows_alone(among: int) -> None:
     rows = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
     chosen = evenly(60, among)
-    found, near = density_of(rows, among), min(NEIGHBOURS, len(chosen) - 1)
+    found = similar_to(rows, chosen)
+    assert found.shape == (60, min(NEIGHBOURS, len(chosen) - 1))
     for row in range(60):
         others = [float(rows[row].double() @ rows[other].double()) for other in chosen.tolist() if other != row]
-        assert float(found[row]) == pytest.approx(sum(sorted(others, reverse=True)[:near]) / near, abs=1e-6)
+        assert found[row].tolist() == pytest.approx(sorted(others, reverse=True)[: found.shape[1]], abs=1e-6)
 
 
 def test_hubness_leaves_a_query_out_that_is_in_the_bank() -> None:

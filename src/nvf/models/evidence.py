@@ -59,6 +59,7 @@ class Evidence(nn.Module):
     density: Tensor
     starts: Tensor
     bank: Tensor
+    similar: Tensor | None
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class Evidence(nn.Module):
         self.logged = torch.empty(0, dtype=torch.int64)  # set by `gather`
         # The places of the logged queries that hubness was measured on.
         self.register_buffer("bank", torch.arange(count, device=pairs.device), persistent=False)
+        self.register_buffer("similar", None, persistent=False)  # cosines of a row's nearest others, (N, m), if known
         self.slots = min(LOGGED, int(starts.diff().max()))
         self._moved_log, self._leave_one_out = FrozenCache(), FrozenCache()
 
@@ -114,10 +116,12 @@ class Evidence(nn.Module):
         distinct, logged = queries.unique(dim=0, return_inverse=True)
         query, place = (targets >= 0).nonzero(as_tuple=True)
         pairs = targets[query, place] * len(distinct) + logged[query]
-        asked, density = evenly(len(distinct), bank), density_of(memory.rows, among)
+        asked, similar = evenly(len(distinct), bank), similar_to(memory.rows, evenly(len(memory), among))
+        density = similar.mean(dim=-1) if similar.shape[1] else similar.new_zeros(len(memory))
         hubs = hubness(memory.aligned_queries(distinct[asked]), memory.keys, SHARPNESS)
         evidence = cls(memory, queries=distinct, pairs=pairs.unique(), hubness=hubs, density=density, worded=worded)
-        evidence.logged, evidence.bank = logged, asked.to(queries.device)
+        evidence.logged, evidence.similar = logged, similar if among is None or among >= len(memory) else None
+        evidence.bank = asked.to(queries.device)
         return evidence
 
     def law(self) -> dict[str, Any]:
@@ -246,17 +250,16 @@ def evenly(count: int, wanted: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def density_of(rows: Tensor, among: int | None) -> Tensor:
-    """Return how similar each row is to its NEIGHBOURS nearest others, on average, (N,), 0 where there are no others.
+def similar_to(rows: Tensor, among: Tensor) -> Tensor:
+    """Return how similar each row is to its NEIGHBOURS nearest others, best first, (N, m), among rows of these places.
 
-    They are found among so many rows, evenly spaced; None is all.
+    If there are fewer others, so is m.
     """
-    places = evenly(len(rows), among)
-    near, every = min(NEIGHBOURS, len(places) - 1), len(places) == len(rows)
-    found = blockwise_topk(rows, rows if every else rows[places.to(rows.device)], near + 1).scores
-    itself = torch.isin(torch.arange(len(rows)), places).to(rows.device).unsqueeze(-1)
-    similar = found[:, 1:].where(itself, found[:, :-1])  # the first of a row's best rows is the row itself
-    return similar.mean(dim=-1) if near else similar.new_zeros(len(rows))
+    near = min(NEIGHBOURS, len(among) - 1)
+    every = len(among) == len(rows)
+    found = blockwise_topk(rows, rows if every else rows[among.to(rows.device)], near + 1).scores
+    itself = torch.isin(torch.arange(len(rows)), among).to(rows.device).unsqueeze(-1)
+    return found[:, 1:].where(itself, found[:, :-1]).contiguous()  # the first of a row's best rows is the row itself
 
 
 def law_of(counts: Tensor) -> dict[str, Any]:

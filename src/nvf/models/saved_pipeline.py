@@ -42,7 +42,9 @@ def save(folder: Path, pipeline: Any) -> None:
         rows = memory.rows if memory.rows.dtype in DTYPES.values() else memory.rows.float()
         merged = {} if memory.row_of_vector is None else {"place": memory.row_of_vector}
         aligned = {} if memory.alignment is None else dict(memory.alignment.named_buffers())
-        save_file({"rows": rows.contiguous(), **merged, **aligned}, partial / "memory.safetensors")
+        similar = getattr(pipeline.evidence, "similar", None)
+        near = {} if similar is None else {"similar": similar.contiguous()}
+        save_file({"rows": rows.contiguous(), **merged, **near, **aligned}, partial / "memory.safetensors")
         save_file({name: one.contiguous() for name, one in pipeline.state_dict().items()}, partial / FILES[2])
         config = {
             "format": FORMAT,
@@ -81,7 +83,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
     with refused(f"{folder} is damaged", SAVE_AGAIN, *DAMAGE):
         config = read_record(folder / "config.json")
         _check_config(folder, config)
-        memory = _memory(folder, config)
+        memory, similar = _memory(folder, config)
         weights = read_tensors(folder / "weights.safetensors")
         with torch.device("meta"):  # which gives no memory to sizes that the weights do not have
             attention = SoftAttention(memory, **config["attention"])
@@ -90,6 +92,8 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
         if words is not None and (folder / WORDS / TEXTS).exists():
             memory.texts, logged = _texts(folder / WORDS / TEXTS, memory.given, len(words.answers))
             words.texts = {"text": memory.texts_of_rows() or [], "log": logged}
+        if evidence is not None:
+            evidence.similar = similar
         pipeline = make(attention, reranker, k=config["k"], evidence=evidence)
         pipeline.words = words
         fill(pipeline, weights)
@@ -148,7 +152,8 @@ def _texts(path: Path, vectors: int, logged: int) -> tuple[list[str], list[str]]
     return of_vectors, of_log
 
 
-def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
+def _memory(folder: Path, config: dict[str, Any]) -> tuple[VectorMemory, Tensor | None]:
+    """Return the memory, and how similar each row is to its neighbours, if that was saved."""
     tensors = read_tensors(folder / "memory.safetensors")
     rows, row_of_vector = tensors["rows"], tensors.get("place")
     if rows.dtype not in DTYPES.values():
@@ -156,7 +161,8 @@ def _memory(folder: Path, config: dict[str, Any]) -> VectorMemory:
     given = len(rows if row_of_vector is None else row_of_vector)
     ids = read_ids(folder / IDS_FILE, given, remedy=SAVE_AGAIN) if config["ids"] else None
     memory = VectorMemory.restore(rows, config["memory"], ids, row_of_vector)
-    return memory.aligned_with(Alignment(**tensors)) if tensors.keys() & BUFFERS else memory
+    memory = memory.aligned_with(Alignment(**tensors)) if tensors.keys() & BUFFERS else memory
+    return memory, tensors.get("similar")
 
 
 def _second_stage(memory: VectorMemory, config: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, Any]:

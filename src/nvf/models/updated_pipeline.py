@@ -16,12 +16,14 @@ from nvf.files.ids import checked_ids, padded, shown, target_rows
 from nvf.files.mapped_rows import as_bytes
 from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models.ann_index import build_index
-from nvf.models.evidence import FEATURES, SHARPNESS, Evidence, density_of
+from nvf.models.evidence import FEATURES, NEIGHBOURS, SHARPNESS, Evidence, evenly, similar_to
 from nvf.models.memory import VectorMemory, check_dim, factorize, hubness, row_hashes, unit
 from nvf.models.pipeline_search import checked
 from nvf.models.words import Words
+from nvf.ops.topk import blockwise_topk
 
 AMONG = 2**15  # rows at most, among which a row's density is measured anew
+ROUNDING = 1e-5  # two computations of a cosine differ by less
 
 
 class Change(NamedTuple):
@@ -202,11 +204,29 @@ def _evidence(evidence: Evidence, change: Change, queries: Tensor, targets: Tens
         hubs = (torch.logaddexp(SHARPNESS * hubs + math.log(known), total) - math.log(len(bank))) / SHARPNESS
     if new.any():
         hubs[new] = hubness(memory.aligned_queries(bank), memory.keys[new], SHARPNESS).to(hubs.dtype)
-    same = torch.equal(change.old, torch.arange(len(evidence.density), device=bank.device))
-    density = evidence.density if same else density_of(memory.rows, AMONG).to(hubs.dtype)
-    pairs, worded = (row * len(bank) + query).unique(), evidence.features != FEATURES
+    similar, worded = _similar(evidence, change), evidence.features != FEATURES
+    density, pairs = similar.sum(dim=-1) / max(1, similar.shape[1]), (row * len(bank) + query).unique()
     updated = Evidence(memory, queries=bank, pairs=pairs, hubness=hubs, density=density, worded=worded)
+    updated.similar = similar if len(memory) <= AMONG or evidence.similar is not None else None
     return updated.train(evidence.training)
+
+
+def _similar(evidence: Evidence, change: Change) -> Tensor:
+    """Return how similar each row is to its nearest others, (N', m); only those of rows with new ones are computed."""
+    rows, former, new = change.memory.rows, evidence.memory.rows, change.old < 0
+    kept, near, gone = ~new, min(NEIGHBOURS, len(rows) - 1), torch.ones_like(evidence.hubness, dtype=torch.bool)
+    gone[change.old[kept]] = False
+    if evidence.similar is None or evidence.similar.shape != (len(former), near):
+        return similar_to(rows, evenly(len(rows), AMONG))
+    similar, stale = change.carry(evidence.similar), new.clone()
+    if gone.any() and kept.any():
+        stale[kept] = blockwise_topk(rows[kept], former[gone], 1).scores[:, 0] >= similar[kept, -1] - ROUNDING
+    if new.any() and kept.any():
+        nearer = blockwise_topk(rows[kept], rows[new], min(near, int(new.sum()))).scores
+        similar[kept] = torch.cat([similar[kept], nearer], dim=-1).topk(near, dim=-1).values
+    if stale.any():
+        similar[stale] = blockwise_topk(rows[stale], rows, near + 1).scores[:, 1:]
+    return similar
 
 
 def _words(words: Words, change: Change, targets: Tensor, log_texts: Any) -> Words:
