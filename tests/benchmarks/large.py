@@ -7,7 +7,8 @@ Rows lie in clusters; popularity follows a power law, and a fifth of the items i
 turned by a hidden rotation, with noise. So exact search finds little more than two thirds of what an oracle does, who
 undoes the rotation. Each run is a process of its own, `python -m nvf.train` with its defaults and half-precision rows.
 Printed are the plan, the seconds of each phase, the peak of its memory beside the rows, Top-1 of exact search, oracle,
-stage 1 and pipeline, and, with several numbers of rows, the exponents with which time and memory grow.
+stage 1 and pipeline, what an index finds if `settings` names one, and, with several numbers of rows, the exponents with
+which time and memory grow.
 """
 
 import json
@@ -104,11 +105,15 @@ def main(words: Sequence[str]) -> None:
         top1 = {method: results["test"][method]["top1"]["value"] for method in SHOWN} | {"oracle": best}
         beside = results["peak"] - 2 * rows * given["dim"]
         one = {**sizes, "seconds": {**results["seconds"], "wall": results["wall"]}, "beside_rows": beside, "top1": top1}
-        found.append({**one, "plan": results["plan"], "cut": results["cut"]})
+        found.append({**one, **{name: results[name] for name in ("plan", "cut", "index")}})
         print(f"{rows:,} rows of {given['dim']} dimensions, {given['queries']:,} queries")
         print("  seconds:", ", ".join(f"{part} {value or 0:.0f}" for part, value in one["seconds"].items()))
         print(f"  memory beside the rows: {beside / 2**30:.1f} GiB; plan: {results['plan']}; cut: {results['cut']}")
         print("  Top-1:", ", ".join(f"{method} {100 * value:.1f}" for method, value in top1.items()))
+        if (index := results["index"]) is not None:
+            rates = ", ".join(f"{how} {rate:,.0f}" for how, rate in index["queries_per_second"].items())
+            recall, right = (100 * index[share]["value"] for share in ("recall", "top1"))
+            print(f"  {index['kind']}: recall {recall:.1f}, pipeline Top-1 {right:.1f}, queries/s: {rates}")
         print(
             f"  pipeline {top1['pipeline'] / best:.3f} x oracle, exact search {top1['exact'] / best:.3f} x", flush=True
         )

@@ -9,6 +9,7 @@ from nvf.data.queries import Noisy, QueryBatch
 from nvf.evaluation.gradients import audit_gradients, norms
 from nvf.evaluation.report import remarks
 from nvf.models.attention import SoftAttention, attention_loss
+from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
 from nvf.ops.random_streams import stream
@@ -19,6 +20,15 @@ NO_FIGURES = {method: {"top1": {"value": 1.0, "high": 1.0}} for method in ("exac
 @pytest.fixture
 def batch(pipeline: Pipeline) -> QueryBatch:
     return Noisy(pipeline.memory, sigma=0.3).sample(300, stream(0, "test"))
+
+
+@pytest.mark.parametrize(("most", "left_out"), [(240, False), (239, True)])
+def test_the_audit_leaves_out_the_learned_keys_of_a_large_memory(most: int, left_out: bool) -> None:
+    attention = SoftAttention(VectorMemory.synthetic(rows=30, dim=8, seed=0), keys="learned")
+    audit = audit_gradients(attention, Noisy(attention.memory, sigma=0.3).sample(20, stream(0, "test")), most_keys=most)
+    assert ("delta" not in audit["parameters"]) == (audit["keys"] is None) == left_out
+    assert audit["finite"]
+    assert audit["query"] > 0
 
 
 def test_the_audit_sees_every_gradient_and_leaves_no_trace(pipeline: Pipeline, batch: QueryBatch) -> None:

@@ -176,8 +176,11 @@ class VectorDataModule(L.LightningDataModule):
         taught = evenly(len(queries.queries), self.taught_by if split == "train" else None)
         unseen = [(fold.attention, fold.unseen[torch.isin(fold.unseen.cpu(), taught)]) for fold in folds]
         work = [(of, some.to(self.device)) for of, places in unseen for some in places.split(EVAL_BATCH)]
-        found = []
+        found, before = [], self.attention
         for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
+            if attention is not before:
+                before.release()  # the keys of one fold at a time
+                before = attention
             found.append(self.with_candidates(each(queries, itemgetter(places)), attention))
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
         batch = CandidateBatch(*joined)

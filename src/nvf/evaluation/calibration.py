@@ -216,8 +216,9 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     """Return each query's Top-1 or nDCG@10, (B,); `by` is `top1`, `ndcg10`, or None for what `criterion` chooses."""
     model.eval()
     by, parts = by or criterion(batch.targets), list[Tensor]()
+    how: dict[str, Any] = {} if isinstance(model, Pipeline) else {"logsumexp": False}  # a stage 1 does without
     for queries, targets, words, gains, _ in blocks(batch, QUERY_BLOCK):
-        top = model.ranked(queries, targets, DEEPEST if by == "ndcg10" else 1, words)[-1]
+        top = model.ranked(queries, targets, DEEPEST if by == "ndcg10" else 1, words, **how)[-1]
         parts.append(ndcg10(top.rows, targets, gains) if by == "ndcg10" else top.ranks == 1)
     return torch.cat(parts)
 

@@ -14,6 +14,7 @@ from nvf.models.pipeline import Pipeline
 
 PARTS = ("query", "transform", "temperature", "keys", "reranker")
 AUDITED = 256  # queries
+MOST_KEYS = 2**27  # numbers in the keys of a memory up to which the gradient on learned keys is measured; it takes 4 GB
 
 
 def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -29,15 +30,20 @@ def norms(gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
     return {part: squares[part].sqrt() for part in PARTS if part in squares}
 
 
-def audit_gradients(model: SoftAttention | Pipeline, batch: QueryBatch) -> dict[str, Any]:
+def audit_gradients(
+    model: SoftAttention | Pipeline, batch: QueryBatch, *, most_keys: int = MOST_KEYS
+) -> dict[str, Any]:
     """Return norms of the gradient of the model's loss on the first AUDITED queries, frozen parameters included.
 
     Each of PARTS has a norm, None if the model lacks the part or the norm is not finite, and under `parameters` each
-    parameter; `finite` says whether all are, and `vanished` names the parameters whose norm is zero.
+    parameter; `finite` says whether all are, and `vanished` names the parameters whose norm is zero. Learned keys of a
+    memory of more than `most_keys` numbers are left out: only training logs the norm of their gradient.
     """
     model.eval()
     queries = batch.queries[:AUDITED].clone().requires_grad_(True)
     named = {"query": queries, **dict(model.named_parameters())}
+    if model.memory.keys.numel() > most_keys:
+        named = {name: tensor for name, tensor in named.items() if name.rpartition(".")[2] != "delta"}
     frozen = [tensor for tensor in named.values() if not tensor.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

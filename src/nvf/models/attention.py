@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,17 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 from nvf.models.memory import VectorMemory, check_k, unit
-from nvf.models.query_transform import QueryTransform
+from nvf.models.query_transform import QueryTransform, checked_queries
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, logsumexp, mean_of, sampled_cross_entropy, scores_of
-from nvf.ops.frozen_cache import FrozenCache
+from nvf.ops.frozen_cache import FrozenCache, is_transformed
 from nvf.ops.products import inner_products, weighted_sum
 from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
 KEYS = ("frozen", "moved", "learned")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LISTED_AT_ONCE = 2**24  # numbers in the keys of rows that words list, held at once; 64 MB of float32
+KEYS_AT_ONCE = 2**14  # rows whose keys are computed at once
 AT_ONCE = 2048  # rows up to which the loss is faster from all logits at once, see docs/performance.md
 
 
@@ -126,15 +127,23 @@ class SoftAttention(nn.Module):
             return rows
 
         def compute() -> Tensor:
-            keys = rows if delta is None else F.normalize(self._plus_delta(rows, delta), dim=-1)
-            return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(keys.dtype)], dim=-1)
+            dtype = rows.dtype if delta is None else torch.promote_types(rows.dtype, delta.dtype)
+            if is_transformed() or (delta is not None and delta.requires_grad and torch.is_grad_enabled()):
+                keys = rows.to(dtype)
+                if delta is not None:
+                    keys = keys + delta if self.moving is None else keys.index_add(0, self.moving, delta)
+                    keys = F.normalize(keys, dim=-1)
+                return keys if bias is None else torch.cat([keys, bias.unsqueeze(-1).to(dtype)], dim=-1)
+            keys = rows.new_empty(len(rows), self.query_dim + (bias is not None), dtype=dtype)
+            for part in torch.arange(len(rows), device=rows.device).split(KEYS_AT_ONCE):  # no more of N rows is held
+                keys[part[0] : part[-1] + 1] = self.keys_of(part)
+            return keys
 
         return self._keys(compute, [tensor for tensor in (rows, delta, bias, self.moving) if tensor is not None])
 
-    def _plus_delta(self, rows: Tensor, delta: Tensor) -> Tensor:
-        if self.moving is None:
-            return rows + delta
-        return rows.to(torch.promote_types(rows.dtype, delta.dtype)).index_add(0, self.moving, delta)
+    def release(self) -> None:
+        """Forget the keys that `keys` has computed; they are computed again when they are asked for."""
+        self._keys = FrozenCache()
 
     def places(self) -> Tensor:
         """Return the place of each row's delta, (N,); -1 for a row that does not move."""
@@ -144,16 +153,15 @@ class SoftAttention(nn.Module):
         numbers = every[: len(moving)]
         return self._places(lambda: torch.full_like(every, -1).scatter(0, moving, numbers), [moving])
 
-    def keys_of(self, rows: Tensor) -> Tensor:
-        """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias."""
+    def keys_of(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
+        """Return the keys of some rows, (...) -> (..., D), or D + 1 with a bias; delta may get a `sparse` gradient."""
         keys = self.memory.take_keys(rows)
         if self.delta is not None:
-            if self.moving is None:
-                delta = self.delta[rows]
-            else:
-                places = self.places()[rows].unsqueeze(-1)
-                delta = self.delta[places.squeeze(-1).clamp(min=0)].where(places >= 0, 0)
-            keys = F.normalize(keys + delta, dim=-1)
+            places = rows if self.moving is None else self.places()[rows]
+            moves = None if self.moving is None else places.unsqueeze(-1) >= 0
+            places = places if moves is None else places.clamp(min=0)
+            delta = F.embedding(places, self.delta, sparse=True) if sparse else self.delta[places]
+            keys = F.normalize(keys + (delta if moves is None else delta.where(moves, 0)), dim=-1)
         return keys if self.bias is None else torch.cat([keys, self.bias[rows].unsqueeze(-1)], dim=-1)
 
     def moved(self, queries: Tensor) -> Tensor:
@@ -220,10 +228,15 @@ class SoftAttention(nn.Module):
         right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
         return (self.total(projected, words) - right).mean()
 
-    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None) -> Tensor:
-        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`."""
-        projected, count = self.project(queries), len(self.memory)
-        return sampled_cross_entropy(projected, self.keys_of, targets, count=count, sample=sample, hard=hard)
+    def sampled_loss(
+        self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None, sparse: bool = False
+    ) -> Tensor:
+        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`.
+
+        If `sparse`, the gradient of learned keys is a sparse tensor, of the rows that are looked at.
+        """
+        projected, count, keys = self.project(queries), len(self.memory), partial(self.keys_of, sparse=sparse)
+        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False, words: WordScores | None = None) -> TopK:
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""
@@ -231,12 +244,14 @@ class SoftAttention(nn.Module):
         projected = self.project(queries)
         return self.best(blockwise_topk(projected, self.keys(), k, logsumexp=logsumexp), projected, words)
 
-    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
-        """Return the k `candidates`, or all rows, with log-sum-exp and the targets' ranks, see `ranked_topk`."""
+    def ranked(
+        self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None, *, logsumexp: bool = True
+    ) -> tuple[TopK, ...]:
+        """Return the k `candidates`, or all rows, with the targets' scores and ranks, see `ranked_topk`."""
         projected, added, k = self.project(queries), None, min(k, len(self.memory))
         if words is not None and self.word_weights is not None:
             added = words.rows, self.word_bonus(words.scores)
-        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=True, added=added),)
+        return (ranked_topk(projected, self.keys(), targets, k, logsumexp=logsumexp, added=added),)
 
     @torch.no_grad()
     def best(self, top: TopK, projected: Tensor, words: WordScores | None) -> TopK:
@@ -255,16 +270,6 @@ class SoftAttention(nn.Module):
         k = top.rows.shape[1]
         total = None if top.logsumexp is None else _plus_words_total(top.logsumexp, listed, bonus)
         return TopK(scores[:, :k], rows.gather(-1, order)[:, :k], total)
-
-
-def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
-    """Return the queries if they are a tensor of floats, (..., D); an InputError says what form they should have."""
-    remedy = f"give floats, ({form}, {dim})"
-    if not isinstance(queries, Tensor):
-        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {remedy}")
-    if queries.shape[-1:] != (dim,) or queries.dtype not in FLOATS:
-        raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; {remedy}")
-    return queries
 
 
 def _plus_words_total(total: Tensor, logits: Tensor, bonus: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from nvf.errors import InputError, check_number
 from nvf.models import pipeline_search, saved_pipeline, updated_pipeline
 from nvf.models.ann_index import Index
-from nvf.models.attention import SoftAttention, checked_queries
+from nvf.models.attention import SoftAttention
 from nvf.models.distribution import Retrieval, joint, most_probable_first, shared_out
 from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.pipeline_search import Hits
+from nvf.models.query_transform import checked_queries
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.models.words import Words, WordScores
 from nvf.ops.cross_entropy import check_targets, mean_of
@@ -190,8 +191,8 @@ class Pipeline(nn.Module):
     ) -> tuple[TopK, ...]:
         """Return what stage 1 ranks, at least the candidates, and its rows in the order of `search`.
 
-        The scores of the latter are log-probabilities. A target among the candidates has its rank there, any other
-        that of stage 1.
+        The scores of the latter are log-probabilities. Both have those of the targets, (B, m). A target among the
+        candidates has its rank there, any other that of stage 1.
         """
         queries = unit(queries, self.attention.log_beta.dtype)
         (top,) = self.attention.ranked(queries, targets, max(k, self.k), words)
@@ -204,8 +205,11 @@ class Pipeline(nn.Module):
         ranks = candidate_ranks(best, right)
         ranks = ranks.where(ranks <= self.k, len(self.memory) + 1)  # NaN is last
         ranks = ranks.where(right.any(dim=-1), top.ranks.clamp(min=self.k + 1))
+        same = targets.unsqueeze(-1) == rows.unsqueeze(1)  # (B, m, k)
+        outside = top.of_targets - top.logsumexp.unsqueeze(-1)
+        of_targets = best.gather(-1, same.int().argmax(dim=-1)).where(same.any(dim=-1), outside)
         rows, best = (torch.cat([one, of[:, self.k :]], dim=-1) for one, of in ((rows, top.rows), (best, log_probs)))
-        return top, TopK(best, rows, torch.zeros_like(top.logsumexp), ranks)
+        return top, TopK(best, rows, torch.zeros_like(top.logsumexp), ranks, of_targets)
 
     @torch.no_grad()
     def search(

@@ -14,10 +14,10 @@ from torch import Tensor
 from nvf.errors import InputError
 from nvf.files.vectors import check_vectors, from_numpy
 from nvf.models.ann_index import approximate_topk
-from nvf.models.attention import checked_queries
 from nvf.models.distribution import most_probable_first, shared_out
 from nvf.models.filters import Filter
 from nvf.models.memory import check_k, unit
+from nvf.models.query_transform import checked_queries
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK, can_branch_on

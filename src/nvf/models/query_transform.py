@@ -1,10 +1,12 @@
-"""The transform of stage 1: what a query becomes before it is compared with the keys."""
+"""Queries: which are accepted, and the transform of stage 1, what they become before they are compared with keys."""
 
+import torch
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
 
 TRANSFORMS = ("mlp", "residual", "linear", "identity")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class QueryTransform(nn.Module):
@@ -36,3 +38,13 @@ class QueryTransform(nn.Module):
             return queries
         moved = self.network(queries)
         return moved if self.kind == "mlp" else queries + moved
+
+
+def checked_queries(queries: Tensor, dim: int, form: str = "...") -> Tensor:
+    """Return the queries if they are a tensor of floats, (..., D); an InputError says what form they should have."""
+    remedy = f"give floats, ({form}, {dim})"
+    if not isinstance(queries, Tensor):
+        raise InputError(f"queries are a {type(queries).__name__}, no tensor; {remedy}")
+    if queries.shape[-1:] != (dim,) or queries.dtype not in FLOATS:
+        raise InputError(f"queries have shape {tuple(queries.shape)} and type {queries.dtype}; {remedy}")
+    return queries

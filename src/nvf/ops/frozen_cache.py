@@ -23,6 +23,7 @@ class FrozenCache:
             for new, (old, version, device) in zip(sources, before, strict=True)
         )
         if value is None or not unchanged:
+            value, self._kept = None, ([], None)  # large values are not held beside those that replace them
             value = compute()
             # The tensors themselves are held, since Python may give the id of a freed one to another.
             self._kept = [(source, source._version, source.device) for source in sources], value

@@ -33,10 +33,11 @@ def best_target(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def ranked_topk(
     queries: Tensor, keys: Tensor, targets: Tensor, k: int, *, logsumexp: bool = False, added: Added = None
 ) -> TopK:
-    """Return `blockwise_topk` and, from the same pass over the keys, what `target_ranks` would be of exact scores."""
+    """Return `blockwise_topk`, the exact scores of the targets, and from one pass what `target_ranks` is of these."""
     query = torch.arange(len(targets), device=targets.device).repeat_interleave(targets.shape[1])
     scores = exact_scores(queries, keys, query, targets.clamp(min=0).flatten(), added).view(targets.shape)
-    return blockwise_topk(queries, keys, k, logsumexp=logsumexp, added=added, bar=best_target(scores, targets))
+    top = blockwise_topk(queries, keys, k, logsumexp=logsumexp, added=added, bar=best_target(scores, targets))
+    return top._replace(of_targets=scores.to(top.scores.dtype))
 
 
 def are_targets(rows: Tensor, targets: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class TopK(NamedTuple):
     rows: Tensor  # (B, k) int64
     logsumexp: Tensor | None = None  # (B,) over the scores of all N rows, or those allowed, where it was asked for
     ranks: Any = None  # (B,) int64, from 1, of the bar or of the best target, where there is one
+    of_targets: Any = None  # (B, m) scores of the targets, where there are some
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,10 +14,11 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
-from nvf.ops.cross_entropy import stratified
+from nvf.ops.cross_entropy import mean_of, stratified
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg10
-from nvf.ops.topk import first_topk
+from nvf.ops.topk import TopK, first_topk
+from nvf.training.sparse_keys import AdamOfRows, is_plain_adam
 from nvf.training.stage import Groups, Judged, StageModule
 
 
@@ -47,6 +49,7 @@ class AttentionModule(StageModule):
             raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
         self.k, self.sample, self.hard = k, sample, hard
         self.neighbours: Tensor | None = None  # of each row, (N, h)
+        self.sparse = False  # whether the gradient of learned keys is, in training
 
     def on_train_start(self) -> None:
         if self.hard and self.neighbours is None:
@@ -74,12 +77,27 @@ class AttentionModule(StageModule):
         if self.neighbours is not None:
             first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
             hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
-        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard)
+        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard, sparse=self.sparse)
+
+    def make_optimizer(self, groups: Groups) -> torch.optim.Optimizer:
+        """The optimizer; where that can be, a sampled step changes those learned keys alone that it sees."""
+        trainer: Any = self.trainer
+        # Torch adds up and clips dense gradients alone, and a GPU would wait for the number of different rows.
+        able = trainer.world_size == 1 and not trainer.gradient_clip_val and self.device.type == "cpu"
+        self.sparse = (
+            able and self.sample is not None and self.model.delta is not None and is_plain_adam(self.optimizer)
+        )
+        if not self.sparse:
+            return super().make_optimizer(groups)
+        apart = [parameter for group in groups for parameter in group["params"] if parameter is not self.model.delta]
+        dense: Any = self.optimizer([{"params": apart, "lr": self.lr}])
+        given = {name: dense.defaults[name] for name in ("betas", "eps")}
+        return AdamOfRows(dense, torch.optim.SparseAdam([self.model.delta], lr=self.lr, **given))
 
     def judge(self, batch: QueryBatch) -> Judged:
         (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
-        return Judged(self.model.loss(*batch[:3]), top.ranks, top.ranks <= self.k, gained)
+        return Judged(loss_of(top, batch.targets), top.ranks, top.ranks <= self.k, gained)
 
 
 class RerankerModule(StageModule):
@@ -162,11 +180,17 @@ class JointModule(RerankerModule):
         return ours + self.attention_weight * attention
 
     def judge(self, batch: QueryBatch) -> Judged:  # type: ignore[override]
-        ours, attention = self.model.loss(*batch[:3], logged_as=batch.logged_as)
         first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=batch.logged_as)
+        ours, attention = (loss_of(of, batch.targets) for of in (top, first))
         covered = are_targets(first.rows[:, : self.model.k], batch.targets).any(dim=-1)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
         return Judged(ours + self.attention_weight * attention, top.ranks, covered, gained)
 
     def parameter_groups(self) -> Groups:
         return [{"params": list(self.attention.parameters()), "lr": self.lr}, *super().parameter_groups()]
+
+
+def loss_of(top: TopK, targets: Tensor) -> Tensor:
+    """The loss that `attention_loss` is of all scores, from their log-sum-exp and the targets' scores."""
+    assert top.logsumexp is not None
+    return (top.logsumexp - mean_of(top.of_targets, targets >= 0)).mean()

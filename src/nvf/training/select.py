@@ -89,6 +89,7 @@ def _fit_variants(variants: Sequence[Stage], built: Built, folder: Path) -> Chos
         how: dict[str, Any] = {"folder": folder, "name": name, "start_competes": starts_well}
         epochs, gradients = fit(variant.module, variant.data, variant.fit, **how)
         about, found = _judged(variant, held_out, epochs, calibrates=True)
+        attention.release()  # of a large memory, the keys of one stage 1 are as many as fit
         fitted.append(Chosen(attention, variant, about, [], gradients))
         qualities.append(found)
     reference = quality(built.exact, held_out) if held_out.words is None else qualities[0]
@@ -220,5 +221,6 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
             calibration.fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,), bank=bank)
         module.attention.word_weights = chosen.attention.word_weights
         calibration.fit_temperature(module.attention, held_out)
+        module.attention.release()
         folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))
     return folds

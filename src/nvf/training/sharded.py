@@ -75,14 +75,16 @@ class ShardedAttention(SoftAttention):
         return DTensor.from_local(own, keys.device_mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
 
     @torch.no_grad()
-    def ranked(self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None) -> tuple[TopK, ...]:
+    def ranked(
+        self, queries: Tensor, targets: Tensor, k: int, words: WordScores | None = None, *, logsumexp: bool = True
+    ) -> tuple[TopK, ...]:
         """What `SoftAttention.ranked` returns, from the logits of all rows for a few queries at a time."""
         found, size = [], max(FEWEST_QUERIES, ALL_SCORES // len(self.memory))
         for some, right in zip(queries.split(size), targets.split(size), strict=True):
             logits = self(some)
             rows = first_topk(logits, min(k, len(self.memory)))
             best = logits.gather(-1, rows), rows, logits.logsumexp(dim=-1)
-            found.append((*best, target_ranks(logits, right)))
+            found.append((*best, target_ranks(logits, right), logits.gather(-1, right.clamp(min=0))))
         return (TopK(*map(torch.cat, zip(*found, strict=True))),)
 
     def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:

@@ -74,6 +74,10 @@ class StageModule(L.LightningModule):
         """The parameters that are fitted, each group with its (peak) learning rate."""
         return [{"params": list(self.attention.parameters()), "lr": self.lr}]
 
+    def make_optimizer(self, groups: Groups) -> torch.optim.Optimizer:
+        """The optimizer of the groups."""
+        return self.optimizer(groups)
+
     @property
     def attention(self) -> SoftAttention:
         """Stage 1, fitted or frozen."""
@@ -117,8 +121,8 @@ class StageModule(L.LightningModule):
         torch.manual_seed(stream_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
 
     def configure_optimizers(self) -> Any:
-        groups = self.parameter_groups()
-        peaks, optimizer = [group["lr"] for group in groups], self.optimizer(groups)
+        optimizer = self.make_optimizer(self.parameter_groups())
+        peaks = [group["lr"] for group in optimizer.param_groups]
         if self.schedule == "constant":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
