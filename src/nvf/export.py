@@ -1,11 +1,15 @@
 """`python -m nvf.export`: give a pipeline's keys to an index of your own, or its networks to other programs."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nvf.embed import load_model
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write, check_new
+from nvf.files.ids import write_ids
 from nvf.options import Option, run
 from nvf.options import path as path_of
 
@@ -19,6 +23,7 @@ OPTIONS = (
     Option("model", "a sentence-transformers model, the one of your queries: its name, or its folder", None),
     Option("output", "the folder to make, for sentence-transformers and onnx", None, path_of),
 )
+ENDINGS = (".npy", ".safetensors", ".parquet")
 TAKES = {  # what each kind must be given, and may be given
     "qdrant": (("collection",), ("url", "path", "vector")),
     "sentence-transformers": (("model", "output"), ()),
@@ -29,7 +34,6 @@ TAKES = {  # what each kind must be given, and may be given
 def export(*, pipeline: Path, to: str, **given: Any) -> str:
     """Export a pipeline; return the line that says what was written, and what to do with it."""
     # Imported here so that --help and an option's error answer without importing torch.
-    from nvf.data.key_files import ENDINGS, write_keys
     from nvf.models.onnx_files import write_onnx
     from nvf.models.pipeline import Pipeline
 
@@ -61,6 +65,36 @@ def export(*, pipeline: Path, to: str, **given: Any) -> str:
     else:
         write_keys(file, keys, ids)
     return f"{len(keys):,} keys of {keys.shape[1]} dimensions in {to}; search them by {asked}"
+
+
+def write_keys(path: Path, keys: Any, ids: np.ndarray | None) -> None:
+    """Write keys, (N, D') in the order of the vectors as given, and ids in place of earlier ones, or neither.
+
+    .npy, .safetensors   the keys, in the latter under the name `keys`; the ids of keys.npy are in keys.ids.json
+    .parquet             columns `id`, which are row numbers where there are no ids, and `vector`
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    beside, keys = path.with_suffix(".ids.json"), keys.cpu().contiguous()
+    array = (keys.float() if keys.dtype == torch.bfloat16 else keys).numpy()  # numpy has no bfloat16
+    with ExitStack() as files:
+        partial = files.enter_context(atomic_write(path))
+        if path.suffix == ".parquet":
+            from nvf.data.parquet import pa, pq  # pyarrow, which is an extra
+
+            large = ids is not None and ids.dtype == object and not isinstance(ids[0], str)  # integers above 2**63
+            named = pa.array(range(len(keys)) if ids is None else ids.tolist(), pa.uint64() if large else None)
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
+            return pq.write_table(pa.table({"id": named, "vector": lists}), partial)
+        if path.suffix == ".safetensors":
+            save_file({"keys": keys}, partial)
+        else:
+            with partial.open("wb") as file:
+                np.save(file, array)
+        if ids is not None:
+            return write_ids(ids, files.enter_context(atomic_write(beside)))
+    beside.unlink(missing_ok=True)  # of an earlier pipeline's keys
 
 
 def _write_encoder(folder: Path, pipeline: Any, name: str) -> None:

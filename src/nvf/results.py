@@ -57,7 +57,7 @@ class Fitted:
         built = self.built
         given: dict[str, Any] = {"oracle": built.source.oracle, "seen": built.seen, "hybrid": self.hybrid}
         given["references"] = getattr(built.source, "references", {}).get(split)
-        return evaluate(self.model, queries, k=built.k, title=f"evaluation ({split})", **given)
+        return evaluate(self.model, queries, k=built.config["k"], title=f"evaluation ({split})", **given)
 
     @cached_property
     def hybrid(self) -> SoftAttention | None:

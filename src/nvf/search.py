@@ -1,7 +1,6 @@
 """`python -m nvf.search`: answer a file of query vectors with a pipeline that a run saved."""
 
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,14 @@ def search(
 ) -> str:
     """Answer every query in the file, a block at a time; return the line that says how many, how fast, and where."""
     # Imported here so that --help and an option's error answer without importing torch.
+    from tqdm import tqdm
+
     from nvf.data.beside import text_lines
     from nvf.data.search_files import check_ids, check_output, open_queries, read_ids_of, write_answers
     from nvf.models.filters import Filter
     from nvf.models.memory import check_k
     from nvf.models.pipeline import Pipeline
+    from nvf.ops.products import QUERY_BLOCK
 
     check_output(output, queries, texts, allowed, candidates)
     if allowed is not None and candidates is not None:
@@ -68,24 +70,14 @@ def search(
             answer = partial(answer, allowed=given)
 
     start = time.perf_counter()
-    write_answers(output, _answers(answer, vectors, each, k), count=len(vectors), k=k)
+    blocks = zip(range(0, len(vectors), QUERY_BLOCK), vectors.blocks(QUERY_BLOCK), strict=True)
+    blocks = tqdm(blocks, total=-(-len(vectors) // QUERY_BLOCK), unit=" blocks", leave=False, delay=1)
+    parts = ((block, {name: of[at : at + QUERY_BLOCK] for name, of in each.items()}) for at, block in blocks)
+    write_answers(output, (answer(block, **own) for block, own in parts), count=len(vectors), k=k)
     seconds = time.perf_counter() - start
     rate = two_digits(len(vectors) / seconds)
     how = f"k={k}" if model.index is None else f"k={k}, index={model.index.kind}"
     return f"{len(vectors):,} queries in {two_digits(seconds)} s ({rate} queries/s, {how}); answers in {output}"
-
-
-def _answers(answer: Callable[..., Any], vectors: Any, each: dict[str, Any], k: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    from nvf.models.pipeline_search import Hits
-    from nvf.ops.products import QUERY_BLOCK
-
-    starts = range(0, len(vectors), QUERY_BLOCK)
-    blocks = zip(starts, vectors.blocks(QUERY_BLOCK), strict=True)
-    for start, block in tqdm(blocks, total=len(starts), unit=" blocks", leave=False, delay=1):
-        hits = answer(block, **{name: values[start : start + QUERY_BLOCK] for name, values in each.items()})
-        yield Hits(*(None if part is None else part[:, :k] for part in hits))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def batch_of(queries: Tensor, rows: int, *, several: bool = False, worded: bool 
 
 def dense(model: SoftAttention | Pipeline, batch: QueryBatch, oracle: Tensor, hybrid: SoftAttention) -> dict:
     """The scores of all rows by each method, (B, N)."""
-    queries, _, words, _ = batch
+    queries, _, words, *_ = batch
     memory = model.memory
     first = "exact" if memory.alignment is None else "aligned"
     scores = {first: memory.aligned_queries(F.normalize(queries, dim=-1)) @ memory.keys.float().T}

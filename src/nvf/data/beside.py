@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvf.data.splits import SPLITS
 from nvf.data.texts import read_lines, text_of
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.ids import shown
 from nvf.files.npy import NpyFile, open_vectors
 from nvf.files.vectors import check_vectors
@@ -69,15 +69,11 @@ def text_lines(path: Path, count: int) -> list[str]:
 
 def read_pairs(folder: Path, memory: VectorMemory, query_dim: int) -> tuple[Tensor, Tensor] | None:
     """Read texts embedded by the model of the rows, (P, D), and by that of the queries, (P, Dq); None without any."""
-    names = {"pairs_old.npy": memory.dim, "pairs_new.npy": query_dim}
-    given = [name for name in names if (folder / name).exists()]
-    if not given:
+    old, new = folder / "pairs_old.npy", folder / "pairs_new.npy"
+    if not (old.exists() or new.exists()):
         return None
-    parts = [read_unit(folder / name, dim) for name, dim in names.items()]
-    if len(parts[0]) != len(parts[1]):
-        sizes = " and ".join(f"{name} has {len(part)} vectors" for name, part in zip(names, parts, strict=True))
-        raise InputError(f"{folder}: {sizes}; line i of both must be the same text")
-    return parts[0], parts[1]
+    first = read_unit(old, memory.dim)
+    return first, read_unit(new, query_dim, len(first))
 
 
 def read_references(
@@ -124,11 +120,8 @@ def read_gains(path: Path, given: np.ndarray) -> np.ndarray | None:
 
 def checked_gains(values: np.ndarray | Sequence[Any], counts: np.ndarray, name: str) -> np.ndarray:
     """Return gains as float32, (t,), `counts` a query, (n,); one that is no finite number above 0 is an InputError."""
-    try:
-        with np.errstate(over="ignore"):
-            gains = np.array(values).astype(np.float32)
-    except (TypeError, ValueError) as fault:
-        raise InputError(f"{name} holds no numbers ({one_line(fault)}); give each target one") from None
+    with refused(f"{name} holds no numbers", "give each target one", TypeError, ValueError), np.errstate(over="ignore"):
+        gains = np.array(values).astype(np.float32)
     if (wrong := ~((gains > 0) & np.isfinite(gains))).any():
         first = int(wrong.argmax())
         place = f"{name}: row {np.repeat(np.arange(len(counts)), counts)[first]}"

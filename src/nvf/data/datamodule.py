@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nvf.data.queries import QueryBatch, Recorded, Source, blocks, each
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence, evenly
-from nvf.models.words import WordScores
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.ops.ranks import are_targets, criterion
 
@@ -34,16 +33,6 @@ class CandidateBatch(NamedTuple):
     gains: Tensor | None  # (B, m), as in `QueryBatch`
 
 
-class LoggedBatch(NamedTuple):
-    """Training queries with their places in the log of the evidence."""
-
-    queries: Tensor  # (B, D)
-    targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
-    words: WordScores | None  # what the queries' words match, if there are texts
-    gains: Tensor | None  # (B, m), as in `QueryBatch`
-    logged_as: Tensor  # (B,) int64
-
-
 class Fold(NamedTuple):
     """A stage 1 that has not seen some of the training queries."""
 
@@ -54,11 +43,11 @@ class Fold(NamedTuple):
 class VectorDataModule(L.LightningDataModule):
     """Training, validation and test batches over one source of queries.
 
-    Without `attention` the loaders yield `QueryBatch`, or for training `LoggedBatch` where there is `evidence`; with it
-    `CandidateBatch`. The training batch of step s of epoch e on rank r is a function of (seed, stage, e, s, r) alone,
-    so a resumed run sees what an uninterrupted one would have seen. Generated queries are fresh in every step, unless
-    `train_samples` fixes a finite set; finite sets are shuffled anew in every pass. The candidates of fixed queries are
-    computed once; a finite training set of candidates holds the valid samples alone.
+    Without `attention` the loaders yield `QueryBatch`, with it `CandidateBatch`. The training batch of step s of epoch
+    e on rank r is a function of (seed, stage, e, s, r) alone, so a resumed run sees what an uninterrupted one would
+    have seen. Generated queries are fresh in every step, unless `train_samples` fixes a finite set; finite sets are
+    shuffled anew in every pass. The candidates of fixed queries are computed once; a finite training set of candidates
+    holds the valid samples alone.
 
     Args:
         stage: what the batches train, which names their stream; if None, `attention`, or `reranker` where it is given.
@@ -109,7 +98,7 @@ class VectorDataModule(L.LightningDataModule):
         self.batch_size, self.steps_per_epoch, self.train_samples = batch_size, steps_per_epoch, train_samples
         self.samples = {"val": val_samples, "test": test_samples}
         self.steps_done: Callable[[], int] = lambda: 0  # of the epoch, if a fit resumes in the middle of one
-        self._sets: dict[str, QueryBatch | LoggedBatch | CandidateBatch] = {}
+        self._sets: dict[str, QueryBatch | CandidateBatch] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Move the frozen parts to the trainer's device."""
@@ -137,11 +126,9 @@ class VectorDataModule(L.LightningDataModule):
         """The metric that chooses between models, see `ops.ranks.criterion`; a generated query has one target."""
         return criterion(self.source.splits["val"].targets) if isinstance(self.source, Recorded) else "top1"
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Any:
         finite = isinstance(self.source, Recorded) or self.train_samples is not None
-        batches = _FiniteBatches(self, self.samples_of("train")) if finite else _FreshBatches(self)
-        sampler = _StepSampler(batches.steps, self.steps_done)
-        return DataLoader(batches, batch_size=None, sampler=sampler, generator=torch.Generator())
+        return TrainingBatches(self, self.samples_of("train") if finite else None)
 
     def val_dataloader(self, split: str = "val") -> DataLoader:
         samples, (rank, ranks) = self.samples_of(split), self.ranks
@@ -152,9 +139,7 @@ class VectorDataModule(L.LightningDataModule):
         return self.val_dataloader("test")
 
     @torch.no_grad()
-    def with_candidates(
-        self, batch: QueryBatch, attention: SoftAttention | None = None, logged_as: Tensor | None = None
-    ) -> CandidateBatch:
+    def with_candidates(self, batch: QueryBatch, attention: SoftAttention | None = None) -> CandidateBatch:
         """Return the batch with the candidates of a stage 1, by default `self.attention`, and their labels."""
         attention = attention or self.attention
         assert attention is not None
@@ -162,7 +147,7 @@ class VectorDataModule(L.LightningDataModule):
         if self.evidence is None:
             evidence = top.scores.new_empty(*top.rows.shape, 0)
         else:
-            evidence = self.evidence(attention, batch.queries, top, batch.words, logged_as=logged_as)
+            evidence = self.evidence(attention, batch.queries, top, batch.words, logged_as=batch.logged_as)
         labels = are_targets(top.rows, batch.targets)
         valid = labels.any(dim=-1)
         return CandidateBatch(batch.queries, top.rows, top.scores, labels, valid, evidence, batch.targets, batch.gains)
@@ -176,19 +161,16 @@ class VectorDataModule(L.LightningDataModule):
             return self.source.sample(self.train_samples or 0, generator)
         return self.source.sample(self.samples[split], stream(self.eval_seed, split, device=self.device))
 
-    def samples_of(self, split: str) -> QueryBatch | LoggedBatch | CandidateBatch:
+    def samples_of(self, split: str) -> QueryBatch | CandidateBatch:
         """Return the samples of a fixed set, which are made once."""
         if split not in self._sets:
-            queries, logged = self.queries(split), None
+            queries = self.queries(split)
             if self.evidence is not None and split == "train":
-                logged = self.evidence.logged.to(self.device)
-            if self.attention is not None:
-                self._sets[split] = self._all_candidates(queries, split, logged)
-            else:
-                self._sets[split] = queries if logged is None else LoggedBatch(*queries, logged)
+                queries = queries._replace(logged_as=self.evidence.logged.to(self.device))
+            self._sets[split] = queries if self.attention is None else self._all_candidates(queries, split)
         return self._sets[split]
 
-    def _all_candidates(self, queries: QueryBatch, split: str, logged: Tensor | None) -> CandidateBatch:
+    def _all_candidates(self, queries: QueryBatch, split: str) -> CandidateBatch:
         assert self.attention is not None
         folds = self.folds if split == "train" else ()
         folds = folds or [Fold(self.attention, torch.arange(len(queries.queries)))]
@@ -200,8 +182,7 @@ class VectorDataModule(L.LightningDataModule):
             if attention is not before:
                 before.release()  # the keys of one fold at a time
                 before = attention
-            part = each(queries, itemgetter(places))
-            found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
+            found.append(self.with_candidates(each(queries, itemgetter(places)), attention))
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
         batch = CandidateBatch(*joined)
         if split != "train":
@@ -212,11 +193,21 @@ class VectorDataModule(L.LightningDataModule):
         return each(batch, itemgetter(batch.valid))
 
 
-class _StepSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, step) for each remaining step of an epoch, which Lightning sets."""
+class TrainingBatches:
+    """The training batches of an epoch, whose number Lightning sets as it does a sampler's.
 
-    def __init__(self, steps: int, done: Callable[[], int]) -> None:
-        self.steps, self.done, self.epoch = steps, done, 0
+    Without samples, each is of generated queries that no other step sees. Of a finite set of samples they are slices of
+    a stream of passes over it, each pass in an order of its own; the last slice may be short. All ranks have slices of
+    one length. Together these are the batch of one process with `ranks` times the batch size, but for at most ranks - 1
+    samples a pass that are seen twice.
+    """
+
+    def __init__(self, data: VectorDataModule, samples: Any = None) -> None:
+        self.data, self.samples, self.sampler, self.epoch = data, samples, self, 0
+        self.count = 0 if samples is None else len(samples.queries)
+        self.slices = -(-self.count // (data.batch_size * data.ranks[1]))  # of a pass
+        self.steps = data.steps_per_epoch or self.slices
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # a pass, and the order of its samples
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -224,47 +215,24 @@ class _StepSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in range(self.done(), self.steps):  # `done` is known once the first step is asked for
-            yield self.epoch, step
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self.data.steps_done(), self.steps):  # known once the first step is asked for
+            yield self._fresh(step) if self.samples is None else self._slice(step)
 
-
-class _FreshBatches(Dataset):
-    """Generated queries that no other step sees."""
-
-    def __init__(self, data: VectorDataModule) -> None:
-        self.data, self.steps = data, data.steps_per_epoch or 0
-
-    def __getitem__(self, position: tuple[int, int]) -> Any:
+    def _fresh(self, step: int) -> Any:
         data = self.data
-        generator = stream(data.seed, f"train/{data.stage}", *position, data.ranks[0], device=data.device)
+        generator = stream(data.seed, f"train/{data.stage}", self.epoch, step, data.ranks[0], device=data.device)
         batch = data.source.sample(data.batch_size, generator)  # type: ignore[union-attr]
         return batch if data.attention is None else data.with_candidates(batch)
 
-
-class _FiniteBatches(Dataset):
-    """Slices of a stream of passes over a finite set, each pass in an order of its own; the last slice may be short.
-
-    All ranks have slices of one length. Together these are the batch of one process with `ranks` times the batch size,
-    but for at most ranks - 1 samples a pass that are seen twice.
-    """
-
-    def __init__(self, data: VectorDataModule, samples: Any) -> None:
-        self.samples, self.count = samples, len(samples.queries)
-        self.size, self.seed = data.batch_size, data.seed
-        self.rank, self.ranks = data.ranks
-        self.slices = -(-self.count // (self.size * self.ranks))  # of a pass
-        self.steps = data.steps_per_epoch or self.slices
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # a pass, and the order of its samples
-
-    def __getitem__(self, position: tuple[int, int]) -> Any:
-        epoch, step = position
-        number, index = divmod(epoch * self.steps + step, self.slices)
+    def _slice(self, step: int) -> Any:
+        size, (rank, ranks) = self.data.batch_size, self.data.ranks
+        number, index = divmod(self.epoch * self.steps + step, self.slices)
         if self._order[0] != number:
-            order = torch.randperm(self.count, generator=stream(self.seed, "order", number))
+            order = torch.randperm(self.count, generator=stream(self.data.seed, "order", number))
             self._order = (number, order.to(self.samples.queries.device))
-        start = index * self.size * self.ranks
-        share = min(self.size, -(-(self.count - start) // self.ranks))  # alike for all: their gradients are averaged
-        places = (start + self.rank * share + torch.arange(share)) % self.count
+        start = index * size * ranks
+        share = min(size, -(-(self.count - start) // ranks))  # alike for all: their gradients are averaged
+        places = (start + rank * share + torch.arange(share)) % self.count
         chosen = self._order[1][places.to(self._order[1].device)]
         return each(self.samples, itemgetter(chosen))

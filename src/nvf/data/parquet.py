@@ -3,13 +3,13 @@
 import math
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.mapped_rows import state_of
 from nvf.files.npy import ROWS, ArrayFile
 
@@ -36,6 +36,8 @@ class ParquetFile(ArrayFile):
             if not part.is_file():
                 holds = " and ".join(f"column {name!r}" for name in columns.values())
                 raise InputError(f"{part} is missing, or no file; it holds {holds}")
+        # All exceptions: pyarrow raises many types for a damaged file, Python's own among them.
+        self._damage_named = partial(refused, f"{path} is truncated or not a parquet file", "write it anew")
         with self._damage_named():
             self._states = [state_of(part.stat()) for part in self.parts]
             self.shape = (sum(_claimed_rows(part, columns) for part in self.parts), 0)
@@ -108,16 +110,6 @@ class ParquetFile(ArrayFile):
             return values, rows
         lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
         return self._flat(values.flatten(), column, np.repeat(rows, lengths))
-
-    @contextmanager
-    def _damage_named(self) -> Iterator[None]:
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as fault:  # pyarrow raises many types for a damaged file, Python's own among them
-            what = f"is truncated or not a parquet file ({one_line(fault)})"
-            raise InputError(f"{self.path} {what}; write it anew") from None
 
 
 def _claimed_rows(path: Path, columns: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from nvf.data.qdrant_points import check_storage
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.ids import checked_ids, plain_uuid, shown
 from nvf.files.vectors import check_vectors
 from nvf.models.memory import VectorMemory
@@ -117,12 +117,11 @@ def _add_vector(client: QdrantClient, collection: str, vector: str, shape: dict[
         if (own.size, own.distance, own.multivector_config) != (shape["size"], shape["distance"], None):
             raise InputError(f"vector {vector} of collection {collection} is {own}, not {shape}; {ELSEWHERE}")
         return False
-    try:
+    lacks = f"collection {collection} has no vector {vector}, and none can be added"
+    remedy = f"upgrade server and qdrant-client to 1.18, or {ELSEWHERE}"
+    with refused(lacks, remedy, AttributeError, UnexpectedResponse):
         dense = models.DenseVectorConfig(**shape)
         client.create_vector_name(collection, vector, models.DenseVectorNameConfig(dense=dense))
-    except (AttributeError, UnexpectedResponse) as fault:
-        lacks = f"collection {collection} has no vector {vector}, and none can be added ({one_line(fault)})"
-        raise InputError(f"{lacks}; upgrade server and qdrant-client to 1.18, or {ELSEWHERE}") from None
     return True
 
 
@@ -131,16 +130,12 @@ def _opened(path: str | Path | None, url: str | None, prefix: str = "") -> Itera
     """Give a client; a fault of the storage or of the server names the setting that leads to it."""
     if (path is None) == (url is None):
         raise InputError(f"{prefix}path={path} and {prefix}url={url}; set one: a storage's folder, or a server's URL")
-    try:
-        with closing(_open(path, url)) as client:
-            yield client
-    except InputError:
-        raise
-    except Exception as fault:  # damaged points, or an answer of another program, make the client raise many types
-        where, remedy = f"url={url}", f"check the server, and {KEY} if it asks for a key"
-        if path is not None:
-            where, remedy = f"path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
-        raise InputError(f"{prefix}{where} cannot be used ({one_line(fault)}); {remedy}") from None
+    where, remedy = f"url={url}", f"check the server, and {KEY} if it asks for a key"
+    if path is not None:
+        where, remedy = f"path={path}", "name the folder that QdrantClient(path=...) wrote, and close it elsewhere"
+    # All exceptions: damaged points, or an answer of another program, make the client raise many types.
+    with refused(f"{prefix}{where} cannot be used", remedy), closing(_open(path, url)) as client:
+        yield client
 
 
 def _open(path: str | Path | None, url: str | None) -> QdrantClient:
@@ -181,10 +176,8 @@ def _read(
             said: list[Any] = ["" if text is None else (one.payload or {}).get(text) for one in points]
             for one, given, words in zip(points, vectors, said, strict=True):
                 if not given or not isinstance(words, str):
-                    lacks = (
-                        f"{one.id} has no text in its field {text!r}" if given else f"{one.id} has no vector {vector}"
-                    )
-                    raise InputError(f"collection {collection}: point {lacks}; give it one, or remove it")
+                    lacks = f"point {one.id} has no " + (f"text in its field {text!r}" if given else f"vector {vector}")
+                    raise InputError(f"collection {collection}: {lacks}; give it one, or remove it")
             texts += said
             ids += [one.id if isinstance(one.id, int) else plain_uuid(str(one.id)) for one in points]
             pages.append(np.array(vectors, dtype=np.float32))

@@ -20,6 +20,7 @@ WARPS = ("rotation", "mlp")
 ALL_SCORES = 2**22  # scores over all rows that are held at once; 16 MB of float32
 FEWEST_QUERIES = 64  # of a block, whatever N: with fewer, reading the rows takes longer than arithmetic
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
+Pairs = tuple[Tensor, Tensor]  # queries or texts by one model, and rows or the same texts by another
 
 
 class QueryBatch(NamedTuple):
@@ -29,6 +30,7 @@ class QueryBatch(NamedTuple):
     targets: Tensor  # (B, m) int64 rows of the memory, padded with -1
     words: WordScores | None = None  # what the queries' words match, if there are texts
     gains: Tensor | None = None  # (B, m) what each target is worth, 0 where there is none; None: all are worth 1
+    logged_as: Tensor | None = None  # (B,) int64, the places of training queries in the log of the evidence
 
 
 def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -142,16 +144,14 @@ class Recorded:
 
     memory: VectorMemory
     splits: dict[str, QueryBatch]
-    duplicates: dict[str, int] = field(
-        default_factory=dict
-    )  # queries of b that are also in a, by pairs "a/b" of splits
+    duplicates: dict[str, int] = field(default_factory=dict)  # by pairs "a/b", queries of split b that are also in a
     merged: int = 0  # queries that became one with an identical query before them
     texts: list[str] | None = None  # of the rows, if they have any
     words: Words | None = None  # an index of these, and of the training queries' texts
     foreign: bool = False  # whether queries are of another model than the rows
-    pairs: tuple[Tensor, Tensor] | None = None  # texts embedded by both models then, (P, D) and (P, Dq)
+    pairs: Pairs | None = None  # texts embedded by both models then, (P, D) and (P, Dq)
     # Of each split, searches to compare with then, by name: queries and rows.
-    references: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    references: dict[str, dict[str, Pairs]] = field(default_factory=dict)
     oracle: ClassVar[None] = None
 
 

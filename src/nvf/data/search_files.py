@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.atomic import atomic_write
 from nvf.files.ids import shown
 from nvf.files.npy import ROWS, ArrayFile, NpyFile, open_vectors
@@ -47,16 +47,14 @@ def read_ids_of(path: Path) -> Any:
     """Read ids or rows: .json, a list for all queries; for each query .jsonl, a list or an answer a line, or .npy."""
     if path.suffix == ".npy":
         return NpyFile(path, "ids or rows").read()
-    try:
+    remedy = "give a JSON list in .json, a line with a list for each query in .jsonl, or .npy"
+    with refused(f"{path} is missing or damaged", remedy, OSError, ValueError, LookupError, RecursionError):
         if path.suffix not in (".json", ".jsonl"):
             raise ValueError(f"{path.suffix or 'no ending'} is not read")
         text = path.read_text(encoding="utf-8-sig")
         values = [json.loads(line) for line in ([text] if path.suffix == ".json" else text.split("\n")) if line.strip()]
         lists = [value["ids"] if isinstance(value, dict) else value for value in values]
         return lists[0] if path.suffix == ".json" else lists
-    except (OSError, ValueError, LookupError, RecursionError) as fault:
-        remedy = "give a JSON list in .json, a line with a list for each query in .jsonl, or .npy"
-        raise InputError(f"{path} is missing or damaged ({one_line(fault)}); {remedy}") from None
 
 
 def check_output(output: Path, *asked: Path | None) -> None:
@@ -74,14 +72,15 @@ def check_ids(output: Path, ids: np.ndarray | None) -> None:
 
 
 def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> None:
-    """Write the answers to `count` queries, given in blocks of (b, k), atomically."""
+    """Write the k best answers to `count` queries, given in blocks, atomically."""
     numbers = itertools.count()
     dtype = np.dtype([("rows", np.int64, (k,)), ("probabilities", np.float32, (k,))])
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     with atomic_write(output) as partial, partial.open("wb") as file:
         if output.suffix == ".npy":
             np.lib.format.write_array_header_1_0(file, header)
-        for rows, probabilities, ids in hits:
+        for found in hits:
+            rows, probabilities = found.rows[:, :k], found.probabilities[:, :k]
             if output.suffix == ".npy":
                 answers = np.full(len(rows), np.array((-1, 0), dtype))
                 answers["rows"][:, : rows.shape[1]], answers["probabilities"][:, : rows.shape[1]] = rows, probabilities
@@ -89,7 +88,7 @@ def write_answers(output: Path, hits: Iterable[Hits], *, count: int, k: int) -> 
                 continue
             trec = output.suffix == ".trec"
             shares = _descending(probabilities) if trec else probabilities
-            counts, names = (rows >= 0).sum(axis=1).tolist(), (rows if ids is None else ids).tolist()
+            counts, names = (rows >= 0).sum(axis=1).tolist(), (rows if found.ids is None else found.ids[:, :k]).tolist()
             for some, of_query, scores, query in zip(counts, names, shares.tolist(), numbers, strict=False):
                 answer = {"query": query, "ids": of_query[:some], "probabilities": scores[:some]}
                 lines = [json.dumps(answer, ensure_ascii=False)]

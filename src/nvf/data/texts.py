@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nvf.data.splits import SHARES, SPLITS
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, one_line, refused
 from nvf.files.ids import checked_ids, padded, shown
 
 SPLIT_OF = {"train": "train", "dev": "val", "test": "test"}  # by the name of a file of qrels
@@ -140,7 +140,10 @@ def _beir_answers(folder: Path) -> Answers:
     for split, path in files.items():
         right = 0
         for place, fields in read_lines(path):
-            query, gain = _field(place, fields, "query-id"), _score(place, _field(place, fields, "score"))
+            query, score = _field(place, fields, "query-id"), _field(place, fields, "score")
+            with refused(f"{place}: the score is {shown(score)}", "give a number", TypeError, ValueError):
+                if not math.isfinite(gain := float(score)):
+                    raise ValueError("it is not finite")
             if query not in texts:
                 raise InputError(f"{place}: no query has the id {shown(query)}; correct it, or add the query")
             if gain > 0:
@@ -150,26 +153,16 @@ def _beir_answers(folder: Path) -> Answers:
             raise InputError(f"{path} has no score above 0; give a line for each right document, or remove the file")
 
 
-def _score(place: str, given: Any) -> float:
-    try:
-        if math.isfinite(score := float(given)):
-            return score
-    except (TypeError, ValueError):
-        pass
-    raise InputError(f"{place}: the score is {shown(given)}; give a number")
-
-
 def _of_json(path: Path) -> tuple[Documents, Answers]:
-    try:
+    damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    remedy = "write a JSON object with queries, corpus and relevant_docs, or give a folder"
+    with refused(f"{path} cannot be read", remedy, *damage):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         json.dumps(content, ensure_ascii=False).encode()  # refuses half a character
         queries, corpus, relevant = (content[name] for name in ("queries", "corpus", "relevant_docs"))
         sizes = [len(part.items()) for part in (queries, corpus, relevant)]
         if 0 in sizes:
             raise ValueError(f"it has {sizes[0]} queries, {sizes[1]} documents and {sizes[2]} lists of answers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        remedy = "write a JSON object with queries, corpus and relevant_docs, or give a folder"
-        raise InputError(f"{path} cannot be read ({one_line(fault)}); {remedy}") from None
     documents = ((f"{path}: corpus", name, text_of(f"{path}: corpus", corpus, name, empty=True)) for name in corpus)
     return documents, _relevant(path, queries, relevant)
 

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, QueryBatch, blocks, each
+from nvf.data.queries import ALL_SCORES, FEWEST_QUERIES, Pairs, QueryBatch, blocks, each
 from nvf.models.alignment import Alignment
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import evenly
@@ -51,7 +51,7 @@ def fit_temperature(attention: SoftAttention, batch: QueryBatch) -> None:
 def align(
     memory: VectorMemory,
     log: QueryBatch,
-    pairs: tuple[Tensor, Tensor] | None,
+    pairs: Pairs | None,
     *,
     by: Sequence[str],
     shrinkage: float,
@@ -63,8 +63,7 @@ def align(
     query, and `pairs`, (P, D) and (P, Dq), texts that were embedded by both models.
     """
     query, place = (log.targets >= 0).nonzero(as_tuple=True)
-    known = {"log": (memory.take(log.targets[query, place]), log.queries[query])}
-    known |= {} if pairs is None else {"pairs": pairs}
+    known: Any = {"log": (memory.take(log.targets[query, place]), log.queries[query]), "pairs": pairs}
     given = [known[name] for name in by]
     start = Alignment.whitening_of(log.queries, memory.rows, shrinkage)
     for strength, fitted in zip(strengths, start.fit(given, strengths), strict=True):
@@ -72,12 +71,7 @@ def align(
 
 
 def fit_alignment(
-    memory: VectorMemory,
-    log: QueryBatch,
-    held_out: QueryBatch,
-    pairs: tuple[Tensor, Tensor] | None,
-    *,
-    bank: int | None = None,
+    memory: VectorMemory, log: QueryBatch, held_out: QueryBatch, pairs: Pairs | None, *, bank: int | None = None
 ) -> tuple[VectorMemory, dict[str, Any]]:
     """Return the memory of those that `align` yields that validates best, and how it was aligned.
 
@@ -144,7 +138,7 @@ def fit_words(attention: SoftAttention, held_out: QueryBatch, channels: Sequence
     zero = torch.zeros(len(CHANNELS), device=attention.log_beta.device)
     attention.word_weights = zero
     without, parts = quality(attention, held_out), []
-    for queries, targets, words, _ in blocks(held_out, QUERY_BLOCK):
+    for queries, targets, words, *_ in blocks(held_out, QUERY_BLOCK):
         assert words is not None
         with torch.no_grad():
             alone = attention.candidates(queries, min(ALONE, len(attention.memory))).rows
@@ -184,7 +178,7 @@ def fit_sharpness(pipeline: Pipeline, batch: QueryBatch) -> float:
     """
     pipeline.eval()
     scores, labels = [], []
-    for queries, targets, words, _ in blocks(batch, QUERY_BLOCK):
+    for queries, targets, words, *_ in blocks(batch, QUERY_BLOCK):
         top = pipeline.attention.candidates(queries, pipeline.k, logsumexp=True, words=words)
         scores.append(pipeline.scores_of(queries, top, words))
         labels.append(are_targets(top.rows, targets))
@@ -223,7 +217,7 @@ def quality(model: SoftAttention | Pipeline, batch: QueryBatch, by: str | None =
     model.eval()
     by, parts = by or criterion(batch.targets), list[Tensor]()
     how: dict[str, Any] = {} if isinstance(model, Pipeline) else {"logsumexp": False}  # a stage 1 does without
-    for queries, targets, words, gains in blocks(batch, QUERY_BLOCK):
+    for queries, targets, words, gains, _ in blocks(batch, QUERY_BLOCK):
         top = model.ranked(queries, targets, DEEPEST if by == "ndcg10" else 1, words, **how)[-1]
         parts.append(ndcg10(top.rows, targets, gains) if by == "ndcg10" else top.ranks == 1)
     return torch.cat(parts)

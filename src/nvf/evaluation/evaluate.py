@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nvf import statistics
 from nvf.data.queries import QueryBatch, blocks
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
@@ -18,16 +19,7 @@ from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.products import QUERY_BLOCK
 from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, recall
 from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
-from nvf.statistics import (
-    Interval,
-    gap_closed,
-    mcnemar,
-    mean_interval,
-    reciprocal_rank,
-    share_of,
-    wilson,
-    wins_and_losses,
-)
+from nvf.statistics import Interval, mean_interval, wilson
 
 METHODS = ("exact", "old", "anew", "aligned", "oracle", "words", "hybrid", "attention", "pipeline")
 BINS = 15  # of confidence, equally wide
@@ -116,7 +108,8 @@ def evaluate(
     figures["coverage"] = wilson(count, len(covered))
     figures["rerank_given_coverage"] = wilson(right, count) if reranked and count else None
     bound = {**answered, "coverage": covered}[ceiling(figures)[0]]
-    closed = gap_closed(*(of.numpy() for of in (answered["attention"], answered[last], bound))) if reranked else None
+    compared = (of.numpy() for of in (answered["attention"], answered[last], bound))
+    closed = statistics.gap_closed(*compared) if reranked else None
     figures["gap_closed"], figures["gap_closed_interval"] = closed and closed["value"], closed
     figures["calibration_error"] = {
         method: calibration_error(confidences, outcomes.share_right(method))
@@ -124,7 +117,7 @@ def evaluate(
     }
     if "anew" in outcomes.ranks:
         first_ten = [outcomes.ranks[method] <= 10 for method in (last, "anew")]
-        figures["recovery"] = share_of(*(of.numpy() for of in first_ten))
+        figures["recovery"] = statistics.share_of(*(of.numpy() for of in first_ten))
     return Evaluation(figures, against(answered[last], answered[outcomes.reference]), outcomes)
 
 
@@ -137,7 +130,7 @@ def _answer(
     hybrid: SoftAttention | None,
     references: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Outcomes:
-    queries, targets, words, worth = batch
+    queries, targets, words, worth, _ = batch
     rows, memory, depth = model.memory.rows, model.memory, max(k, DEEPEST)
     first = "exact" if memory.alignment is None else "aligned"
     searches = {first: (memory.aligned_queries(unit(queries)), memory.keys), **references}
@@ -198,7 +191,7 @@ def _figures(outcomes: Outcomes, method: str) -> dict[str, Interval] | None:
     return {
         "top1": wilson(int(counts[0]), len(ranks)),
         "top5": wilson(int(counts[:5].sum()), len(ranks)),
-        "mrr10": reciprocal_rank(counts),
+        "mrr10": statistics.reciprocal_rank(counts),
         "ndcg10": _mean(outcomes.ndcg[method]),
         "recall": _mean(outcomes.recall[method]),
     }
@@ -221,8 +214,8 @@ def _top1_of(group: Tensor, answered: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def against(answered: Tensor, reference: Tensor) -> dict[str, Any]:
     """Count the queries that only the method answers, and those that only the reference does; both (B,) bool."""
-    wins, losses = wins_and_losses(answered, reference)
-    return {"wins": wins, "losses": losses, "p": mcnemar(wins, losses)}
+    wins, losses = statistics.wins_and_losses(answered, reference)
+    return {"wins": wins, "losses": losses, "p": statistics.mcnemar(wins, losses)}
 
 
 @torch.no_grad()

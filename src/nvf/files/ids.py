@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nvf.errors import InputError
+from nvf.errors import InputError, refused
 
 IDS_FILE = "ids.json"
 REMEDY = "give each row an integer or a string of its own"
@@ -58,12 +58,10 @@ def plain_uuid(name: Any) -> Any:
 
 def read_ids(path: Path, rows: int | None, *, remedy: str = REMEDY) -> np.ndarray:
     """Read a JSON list of ids, one a row, or any number if that is None; a faulty file is an InputError."""
-    try:
+    with refused(f"{path} is missing, truncated or no JSON list", remedy, ValueError, RecursionError, OSError):
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if not isinstance(ids, list):
             raise ValueError("no list")
-    except (ValueError, RecursionError, OSError) as fault:
-        raise InputError(f"{path} is missing, truncated or no JSON list ({fault}); {remedy}") from None
     return checked_ids(ids, len(ids) if rows is None else rows, str(path), remedy=remedy)
 
 

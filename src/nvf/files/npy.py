@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy_format
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.mapped_rows import state_of
 
 HEADER = 2**16 + 16  # bytes; numpy would read a longer header before it refuses it
@@ -43,7 +43,8 @@ class NpyFile(ArrayFile):
         if not path.is_file():
             raise InputError(f"{path} is missing; it holds {what}")
         self.path = path
-        try:
+        # All exceptions: numpy, its tokenizer and Python's parser raise many types for a damaged header.
+        with refused(f"{path} is truncated or not a plain .npy array", "write it with numpy.save"):
             with path.open("rb") as file:
                 self._state = state_of(os.fstat(file.fileno()))
                 start = io.BytesIO(file.read(HEADER))
@@ -53,9 +54,6 @@ class NpyFile(ArrayFile):
             plain = self._stored.kind != "V" and not self._stored.hasobject and min(self.shape) >= 0
             if not plain or math.prod(self.shape) * self._stored.itemsize > size - self._offset:
                 raise ValueError(f"{size:,} bytes do not hold plain values, {self.shape} {self._stored}, as it claims")
-        except Exception as fault:  # numpy, its tokenizer and Python's parser raise many types for a damaged header
-            what = f"is truncated or not a plain .npy array ({one_line(fault)})"
-            raise InputError(f"{path} {what}; write it with numpy.save") from None
         self.dtype = self._stored.newbyteorder("=")
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:

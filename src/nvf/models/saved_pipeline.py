@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.atomic import atomic_write
 from nvf.files.ids import IDS_FILE, read_ids, write_ids
 from nvf.files.records import check_settings, is_unchanged, own_file, read_record, sealed, sha256
@@ -68,10 +68,8 @@ def find_device(name: torch.device | str) -> torch.device:
     """Return a device, or raise an InputError if it cannot be used; `auto` is the GPU, if any, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with refused(f"device={name} cannot be used", "cpu always can", AssertionError, RuntimeError, TypeError):
         return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError, TypeError) as fault:  # torch's, of a device that does not exist
-        raise InputError(f"device={name} cannot be used ({one_line(fault)}); cpu always can") from None
 
 
 def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, index: bool) -> Any:
@@ -82,7 +80,7 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
     if not (folder / "config.json").exists() and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     _check_own(folder / "config.json")
-    try:
+    with refused(f"{folder} is damaged", SAVE_AGAIN, *DAMAGE):
         config = read_record(folder / "config.json")
         _check_config(folder, config)
         memory, similar = _memory(folder, config)
@@ -102,10 +100,6 @@ def load(make: Callable[..., Any], folder: Path, device: torch.device | str, *, 
         pipeline.requires_grad_(False).eval()
         if index and config["index"] is not None:
             pipeline.index = read_index(folder / INDEX_FILE, config["index"], attention.keys())
-    except InputError:
-        raise
-    except DAMAGE as fault:
-        raise InputError(f"{folder} is damaged ({one_line(fault)}); {SAVE_AGAIN}") from None
     return pipeline.to(device)
 
 

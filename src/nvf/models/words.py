@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.npy import NpyFile
 from nvf.files.records import read_record
 
@@ -80,15 +80,10 @@ class Words:
         """
         masks: Any = repeat(None) if allowed is None else allowed if len(allowed) > 1 else repeat(allowed[0])
         size = 1 if masks is allowed else TEXTS_AT_ONCE  # bm25s masks all texts of a call alike
-        starts = range(0, len(texts), size)
-        given = zip(starts, masks, strict=False)
+        given = zip(range(0, len(texts), size), masks, strict=False)
         blocks = [self._block(texts[start : start + size], start if logged else None, mask) for start, mask in given]
-        width = max((block.rows.shape[1] for block in blocks), default=1)
-        rows, scores = torch.full((len(texts), width), -1), torch.zeros(len(texts), width, len(CHANNELS))
-        for start, block in zip(starts, blocks, strict=True):
-            rows[start : start + len(block.rows), : block.rows.shape[1]] = block.rows
-            scores[start : start + len(block.rows), : block.rows.shape[1]] = block.scores
-        return WordScores(rows, scores)
+        none = WordScores(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, len(CHANNELS)))
+        return WordScores(*(torch.cat(parts) for parts in zip(*(blocks or [none]), strict=True)))
 
     def _block(self, texts: Sequence[str], first: int | None, allowed: Tensor | None) -> WordScores:
         """Return what a block of texts matches, of which the first is the logged query of that number, if any."""
@@ -108,8 +103,7 @@ class Words:
                 places, scores = rows.flatten(1), scores.unsqueeze(-1).expand(rows.shape).flatten(1)
             listed = _by_row(places, scores.unsqueeze(-1))
             best, order = listed.scores.squeeze(-1).topk(min(LISTED, listed.rows.shape[1]), dim=-1)
-            both = best.new_zeros(*best.shape, len(CHANNELS))
-            both[..., CHANNELS.index(channel)] = best
+            both = best.unsqueeze(-1) * torch.eye(len(CHANNELS))[CHANNELS.index(channel)]
             found.append((listed.rows.gather(-1, order).where(best > 0, -1), both))
         rows, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return _by_row(rows, scores)
@@ -171,16 +165,12 @@ def terms(texts: Sequence[str], *, stemmer: Any = None, stopwords: Any = None) -
     Parts of words, whose ends have the mark #, do in every language what a stemmer does in one, and find words
     where there are no spaces between them. Pairs of neighbouring words tell a phrase from its words.
     """
-    try:
+    remedy = "null needs none; a language needs pip install PyStemmer"
+    with refused(f"data.words.stemmer={stemmer} cannot be used", remedy, ImportError, KeyError, AttributeError):
         stem = None if stemmer is None else import_module("Stemmer").Stemmer(stemmer)
-    except (ImportError, KeyError, AttributeError) as fault:
-        what = f"data.words.stemmer={stemmer} cannot be used ({one_line(fault)})"
-        raise InputError(f"{what}; null needs none; a language needs pip install PyStemmer") from None
     how = {"token_pattern": r"(?u)\w+", "stemmer": stem, "return_ids": False, "show_progress": False}
-    try:
+    with refused(f"data.words.stopwords={stopwords} cannot be used", "null keeps all words", ValueError, TypeError):
         found: list[list[str]] = _bm25s().tokenize(list(texts), stopwords=stopwords or [], **how)
-    except (ValueError, TypeError) as fault:
-        raise InputError(f"data.words.stopwords={stopwords}: {one_line(fault)}; null keeps all words") from None
     for words in found:
         marked, short = [f"#{word}#" for word in words], [word[:STEM] for word in words]
         words += [f"~{word[at : at + GRAM]}" for word in marked for at in range(max(1, len(word) - GRAM + 1))]
@@ -198,9 +188,7 @@ def _by_row(rows: Tensor, scores: Tensor) -> WordScores:
 
 
 def _bm25s() -> Any:
-    try:
+    with refused("words need bm25s, which cannot be imported", REMEDY, ImportError):
         bm25s = import_module("bm25s")
-    except ImportError as fault:
-        raise InputError(f"words need bm25s, which cannot be imported ({one_line(fault)}); {REMEDY}") from None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, and would say what it does
     return bm25s

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
 
 RECORD, LOCK = "run.json", ".lock"
@@ -95,7 +95,5 @@ def locked(folder: Path) -> FileLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
+    with refused(f"{path} is damaged", "start the run anew", OSError, ValueError):
         return read_record(path)
-    except (OSError, ValueError) as fault:
-        raise InputError(f"{path} is damaged ({one_line(fault)}); start the run anew") from None

@@ -50,11 +50,6 @@ class Built:
     reranker: Stage | None  # behind exact search, whose place the fitted stage 1 takes
     joint: Stage | None  # as it is before the stages are fitted
 
-    @property
-    def k(self) -> int:
-        """Candidates a query."""
-        return int(self.config["k"])
-
     def queries(self, split: str) -> QueryBatch:
         """The `val` or `test` queries, or the `train` queries where they are recorded."""
         return self.variants[0].data.queries(split)
@@ -82,7 +77,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
         evidence = None
         if config["reranker"]["kind"] == "evidence":
             assert isinstance(source, Recorded)
-            queries, targets, words, _ = source.splits["train"]
+            queries, targets, words, *_ = source.splits["train"]
             parts = {name: planned(config, name) for name in ("bank", "among")}
             evidence = Evidence.gather(source.memory, queries, targets, worded=words is not None, **parts)
         reranker = reranker_stage(config, source, exact, evidence=evidence)

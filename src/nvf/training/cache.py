@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from nvf.data.queries import Recorded, Source, fingerprint
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.runs.resume import versions
@@ -37,11 +37,9 @@ def opened(config: Mapping[str, Any], key: str) -> Iterator[Path | None]:
         yield None
         return
     root = Path(str(config["cache"]))
-    try:
+    with refused(f"cache={root} cannot be written", "give another, or cache=off", OSError):
         (root / "locks").mkdir(parents=True, exist_ok=True)
         locked = FileLock(root / "locks" / key).acquire(poll_interval=0.2)
-    except OSError as fault:
-        raise InputError(f"cache={root} cannot be written ({one_line(fault)}); give another, or cache=off") from None
     with locked:
         yield root / f"{key}.safetensors"
 
@@ -62,9 +60,8 @@ def stage_key(config: Mapping[str, Any], source: Source, variants: Sequence[Mapp
 
     The memory and a user's own queries count by content. `variants` are the settings of each stage 1 that is tried.
     """
-    queries = {name: value for name, value in config["queries"].items() if name != "source"}
-    if not isinstance(source, Recorded):
-        queries = config["queries"]
+    by_content = {"source"} if isinstance(source, Recorded) else set()
+    queries = {name: value for name, value in config["queries"].items() if name not in by_content}
     settings = {name: config[name] for name in ON_WHICH} | {"queries": queries, "variants": list(variants)}
     rests_on = {**circumstances(source), "settings": material(settings), "dtype": str(source.memory.rows.dtype)}
     return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:32]

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvf.errors import InputError, one_line
+from nvf.errors import InputError, refused
 from nvf.files.atomic import atomic_write
 from nvf.files.records import check_settings, is_unchanged, sealed
 from nvf.files.tensors import DAMAGE, fill, read_tensors
@@ -22,6 +21,7 @@ from nvf.models.pipeline import Pipeline
 
 WEIGHTS = "best.safetensors"
 STAGES = ("attention", "reranker", "joint")
+ANOTHER = "name another or fit anew"
 OTHER = "fit the stages anew, or give this run the data and settings that it was fitted with"
 
 
@@ -49,7 +49,7 @@ def load_attention(path: str | Path, memory: VectorMemory, *, kind: str = "atten
     missing, damaged, or of another stage or memory is an InputError.
     """
     about, weights = _read(path, kind, {"memory": memory.fingerprint})
-    with _refused(path, kind, "is damaged"):
+    with refused(f"{kind}_checkpoint={path} is damaged", ANOTHER, InputError, *DAMAGE):
         with torch.device("meta"):  # so that settings which claim a huge size allocate nothing
             attention = SoftAttention(memory, **about["settings"])
         fill(attention, weights if kind == "attention" else _under("attention.", weights))
@@ -63,7 +63,7 @@ def load_reranker(pipeline: Pipeline, path: str | Path) -> None:
     """
     mine = _description(pipeline)
     _, weights = _read(path, "reranker", {name: mine[name] for name in ("memory", "reranker", "k")})
-    with _refused(path, "reranker", "is damaged"):
+    with refused(f"reranker_checkpoint={path} is damaged", ANOTHER, *DAMAGE):
         fill(pipeline.reranker, _under("reranker.", weights))
     if pipeline.evidence is not None:
         log, kept = _under("evidence.", weights), pipeline.evidence.state_dict()
@@ -85,7 +85,7 @@ def _read(path: str | Path, kind: str, mine: Mapping[str, Any]) -> tuple[dict[st
     name, remedy = f"{kind}_checkpoint={path}", f"name a run's checkpoints/{kind}/{WEIGHTS}"
     if not Path(path).exists():
         raise InputError(f"{name} does not exist; {remedy}")
-    with _refused(path, kind, "is truncated or not a checkpoint of NVF"):
+    with refused(f"{name} is truncated or not a checkpoint of NVF", ANOTHER, *DAMAGE):
         weights = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["nvf"])
@@ -98,15 +98,6 @@ def _read(path: str | Path, kind: str, mine: Mapping[str, Any]) -> tuple[dict[st
         if about.get(what) != value:
             raise InputError(f"{name} has {what} {about.get(what)}, but this run has {value}; {OTHER}")
     return about, weights
-
-
-@contextmanager
-def _refused(path: str | Path, kind: str, what: str) -> Iterator[None]:
-    """Turn every exception that a damaged file can cause into an InputError."""
-    try:
-        yield
-    except DAMAGE as fault:
-        raise InputError(f"{kind}_checkpoint={path} {what} ({one_line(fault)}); name another or fit anew") from None
 
 
 def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

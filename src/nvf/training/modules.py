@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.data.datamodule import CandidateBatch, LoggedBatch
+from nvf.data.datamodule import CandidateBatch
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
@@ -174,15 +174,13 @@ class JointModule(RerankerModule):
     def on_train_start(self) -> None:
         self.steps = int(self.trainer.estimated_stepping_batches)
 
-    def loss(self, batch: QueryBatch | LoggedBatch) -> Tensor:  # type: ignore[override]
-        logged_as, relaxation = getattr(batch, "logged_as", None), self.temperature
-        given = (batch.queries, batch.targets, batch.words)
-        ours, attention = self.model.loss(*given, logged_as=logged_as, relaxation=relaxation)
+    def loss(self, batch: QueryBatch) -> Tensor:  # type: ignore[override]
+        how = {"logged_as": batch.logged_as, "relaxation": self.temperature}
+        ours, attention = self.model.loss(batch.queries, batch.targets, batch.words, **how)
         return ours + self.attention_weight * attention
 
-    def judge(self, batch: QueryBatch | LoggedBatch) -> Judged:  # type: ignore[override]
-        logged_as = getattr(batch, "logged_as", None)
-        first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=logged_as)
+    def judge(self, batch: QueryBatch) -> Judged:  # type: ignore[override]
+        first, top = self.model.ranked(*batch[:2], DEEPEST, batch.words, logged_as=batch.logged_as)
         ours, attention = (loss_of(of, batch.targets) for of in (top, first))
         covered = are_targets(first.rows[:, : self.model.k], batch.targets).any(dim=-1)
         gained = ndcg10(top.rows, batch.targets, batch.gains)

@@ -13,16 +13,8 @@ from torch import Tensor
 
 from nvf.data.datamodule import Fold
 from nvf.data.queries import QueryBatch, Recorded, each
-from nvf.evaluation.calibration import (
-    align,
-    clearly_above,
-    fit_hub_correction,
-    fit_sharpness,
-    fit_temperature,
-    fit_words,
-    move_keys,
-    quality,
-)
+from nvf.evaluation import calibration
+from nvf.evaluation.calibration import clearly_above, quality
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
@@ -114,10 +106,22 @@ def _fit_variants(variants: Sequence[Stage], built: Built, folder: Path) -> Chos
 def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bool) -> tuple[dict[str, Any], Tensor]:
     """What results.json says of a stage 1, and how well it answers each validation query, (B,).
 
-    If it `calibrates`, what `_calibrate` fits is fitted first.
+    If it `calibrates`, moved keys, the hub correction, the weights of words and the temperature are fitted first, as
+    far as the stage has them.
     """
-    settings, attention = variant.config["attention"], variant.module.attention
-    strength, share = _calibrate(variant, held_out, epochs) if calibrates else (0.0, 0.0)
+    settings, attention, strength, share = variant.config["attention"], variant.module.attention, 0.0, 0.0
+    if calibrates:
+        attention.word_weights = None  # a checkpoint's may have been fitted
+        if isinstance(variant.data.source, Recorded):
+            train, bank = variant.data.queries("train"), planned(variant.config, "bank")
+            if settings["keys"] == "moved":
+                strength = calibration.move_keys(attention, train, held_out, bank=bank)
+            if settings["hub_correction"]:
+                cautious = not (epochs or strength)
+                share = calibration.fit_hub_correction(attention, train.queries, held_out, cautious=cautious, bank=bank)
+        if held_out.words is not None:
+            calibration.fit_words(attention, held_out)
+        calibration.fit_temperature(attention, held_out)
     found = quality(attention, held_out)
     ndcg = float(found.mean()) if criterion(held_out.targets) == "ndcg10" else None
     top1 = float((found if ndcg is None else quality(attention, held_out, by="top1")).double().mean())
@@ -128,33 +132,11 @@ def _judged(variant: Stage, held_out: QueryBatch, epochs: int, *, calibrates: bo
     return {**about, "val_top1": top1, "val_ndcg10": ndcg, "chosen": True}, found
 
 
-def _calibrate(variant: Stage, held_out: QueryBatch, epochs: int) -> tuple[float, float]:
-    """Fit moved keys, the hub correction, the weights of words and the temperature, as far as a stage 1 has them.
-
-    How far keys are moved is returned, and the share of the hubness that is subtracted.
-    """
-    settings, attention, strength, share = variant.config["attention"], variant.module.attention, 0.0, 0.0
-    attention.word_weights = None  # a checkpoint's may have been fitted
-    if isinstance(variant.data.source, Recorded):
-        train, bank = variant.data.queries("train"), planned(variant.config, "bank")
-        if settings["keys"] == "moved":
-            strength = move_keys(attention, train, held_out, bank=bank)
-        if settings["hub_correction"]:
-            cautious = not (epochs or strength)
-            share = fit_hub_correction(attention, train.queries, held_out, cautious=cautious, bank=bank)
-    if held_out.words is not None:
-        fit_words(attention, held_out)
-    fit_temperature(attention, held_out)
-    return strength, share
-
-
 def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, dict[str, Any] | None]:
-    """Both stages: behind stage 1 a reranker with the weights that validate best, or one from a checkpoint.
+    """Both stages, and the gradients in training, if there was any.
 
-    The reranker's scores are scaled so that their probabilities are right on validation queries.
-
-    Returns:
-        The pipeline, and the gradients in training, if there was any.
+    The reranker has the weights that validate best, or those of a checkpoint. Its scores are scaled so that their
+    probabilities are right on validation queries.
     """
     assert built.reranker is not None
     module, data, settings, *_ = built.reranker
@@ -176,7 +158,7 @@ def fit_reranker(built: Built, chosen: Chosen, folder: Path) -> tuple[Pipeline, 
         if "reranker" in stages(built.config):
             starts_well = getattr(pipeline.reranker, "starts_at_stage_one", False)
             _, gradients = fit(module, data, settings, folder=folder, name="reranker", start_competes=starts_well)
-    fit_sharpness(pipeline, built.queries("val"))
+    calibration.fit_sharpness(pipeline, built.queries("val"))
     return pipeline, gradients
 
 
@@ -202,7 +184,7 @@ def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
     recorded = isinstance(built.source, Recorded)
     kept = epochs > 0 and (not recorded or clearly_above(quality(pipeline, held_out), before))
     if kept:
-        fit_sharpness(pipeline, held_out)
+        calibration.fit_sharpness(pipeline, held_out)
     else:
         log.info("joint training is not clearly better on validation queries: both stages stay as they were")
         pipeline.load_state_dict(start)
@@ -229,16 +211,16 @@ def cross_fit(built: Built, chosen: Chosen, folder: Path) -> list[Fold]:
         memory = source.memory
         if built.aligned is not None:
             how = {name: built.aligned[name] for name in ("by", "shrinkage")}
-            ((_, memory),) = align(memory, rest, source.pairs, **how, strengths=[built.aligned["strength"]])
+            ((_, memory),) = calibration.align(memory, rest, source.pairs, **how, strengths=[built.aligned["strength"]])
         module, data, *_ = attention_stage(variant.config, Recorded(memory, {**source.splits, "train": rest}))
         if epochs:
             fit_blindly(module, data, variant.fit, folder=folder, name=f"{FOLDS}/{number + 1}", epochs=epochs)
         if strength:
-            move_keys(module.attention, rest, held_out, strengths=(strength,), bank=bank)
+            calibration.move_keys(module.attention, rest, held_out, strengths=(strength,), bank=bank)
         if share:
-            fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,), bank=bank)
+            calibration.fit_hub_correction(module.attention, rest.queries, held_out, shares=(share,), bank=bank)
         module.attention.word_weights = chosen.attention.word_weights
-        fit_temperature(module.attention, held_out)
+        calibration.fit_temperature(module.attention, held_out)
         module.attention.release()
         folds.append(Fold(module.attention, (part == number).nonzero().squeeze(-1)))
     return folds

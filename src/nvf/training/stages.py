@@ -58,8 +58,7 @@ def all_variants(config: Settings, source: Source) -> tuple[Stage, ...]:
     found = []
     for number, (one, name) in enumerate(zip(given, plain, strict=True), start=1):
         own = name if plain.count(name) == 1 else f"{name}-{number}"
-        epochs = one["attention"]["epochs"]
-        check_number("attention.variants.epochs", epochs, minimum=0, whole=True, remedy="raise it")
+        check_number("attention.variants.epochs", one["attention"]["epochs"], minimum=0, whole=True, remedy="raise it")
         found.append(attention_stage(one, source)._replace(name=own if len(given) > 1 else ""))
     return tuple(found)
 
@@ -86,9 +85,7 @@ def reranker_stage(
     """Stage 2 behind a stage 1; `evidence` is what `reranker=evidence` weighs."""
     settings = config["reranker"]
     torch.manual_seed(stream_seed(settings["seed"], "reranker"))
-    size: dict[str, Any] = (
-        {"dim": source.memory.query_dim} if evidence is None else {"features": len(evidence.features)}
-    )
+    size: Any = {"dim": source.memory.query_dim} if evidence is None else {"features": len(evidence.features)}
     reranker = make(settings["model"], "reranker.model", **size)
     pipeline = Pipeline(attention, reranker, k=config["k"], evidence=evidence)
     given, taught_by = {"scalar_lr_ratio": settings["scalar_lr_ratio"]}, planned(config, "taught_by")
@@ -103,15 +100,9 @@ def joint_stage(config: Settings, source: Source, pipeline: Pipeline) -> Stage:
 
 
 def _stage(
-    stage: str,
-    kind: type[StageModule],
-    model: Any,
-    given: Settings,
-    config: Settings,
-    source: Source,
-    **candidates: Any,
+    stage: str, kind: type[StageModule], model: Any, given: Settings, config: Settings, source: Source, **batches: Any
 ) -> Stage:
-    """A stage whose module gets the arguments that are `given`, and its datamodule those of `candidates`."""
+    """A stage whose module gets the arguments that are `given`, and its datamodule those of `batches`."""
     settings, queries = config[stage], config["queries"]
     optimizer = make(config["optimizer"], "optimizer", called=False)
     module = kind(model, optimizer=optimizer, **{name: settings[name] for name in ("lr", "schedule", "seed")}, **given)
@@ -121,7 +112,7 @@ def _stage(
     sizes = {name: settings[name] for name in ("seed", "steps_per_epoch", "train_samples")}
     sizes |= {name: queries[name] for name in ("val_samples", "test_samples") if name in queries}
     sizes |= {"batch_size": batch_size, "k": config["k"], "eval_seed": queries["seed"]}
-    data = VectorDataModule(source, stage=stage, **sizes, **candidates)
+    data = VectorDataModule(source, stage=stage, **sizes, **batches)
     return Stage(module, data, fit_settings(config, stage), config)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nvf.data.key_files import ENDINGS, write_keys
+from nvf.export import ENDINGS, write_keys
 from nvf.files.ids import checked_ids
 
 KEYS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
