@@ -25,7 +25,6 @@ from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of
 from nvf.ops.products import inner_products
 from nvf.ops.ranks import best_target
 from nvf.ops.topk import Added, Bar, TopK, blockwise_topk, exact_scores
-from nvf.training.build import Built
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
@@ -200,8 +199,8 @@ class ShardedAttention(SoftAttention):
         return (self.total(projected, words) - right).mean()
 
 
-def share_out(built: Built) -> Built:
-    """Share the memory of a run out over the processes of the group, each with a device of its own."""
+def share_out(built: Any) -> Any:
+    """Share the memory of a run, a `Built`, out over the processes of the group, each with a device of its own."""
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     memory = ShardedMemory(built.source.memory, mesh)
