@@ -57,7 +57,7 @@ class ShardedMemory(VectorMemory):
         self.__dict__.update(whole=memory, mesh=mesh, place=own_rows(len(memory), mesh))  # the whole one never moves
         self.rows = self.held(memory.rows)
 
-    def held(self, vectors: Tensor) -> Tensor:
+    def held(self, vectors: Tensor) -> DTensor:
         if isinstance(vectors, DTensor):
             return vectors
         return self._of_own(vectors[self.place].to(self.mesh.device_type))
@@ -221,7 +221,7 @@ def whole(model: SoftAttention | Pipeline) -> Any:
     (shared,) = (part for part in model.modules() if isinstance(part, ShardedAttention))
     same = {id(part): part for part in (shared.memory.whole, getattr(model, "words", None))}
     copied = copy.deepcopy(model, {**same, id(shared.memory): shared.memory.whole})
-    (attention,) = (part for part in copied.modules() if isinstance(part, ShardedAttention))
+    attention: Any = getattr(copied, "attention", copied)
     attention.__class__ = SoftAttention
     if isinstance(shared.delta, DTensor):
         rows = shared.delta.full_tensor().detach()[shared.kept]
