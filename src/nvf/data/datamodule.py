@@ -114,8 +114,9 @@ class VectorDataModule(L.LightningDataModule):
     @property
     def ranks(self) -> tuple[int, int]:
         """The number of this process, and how many there are, of those with batches of their own."""
-        alike = self.trainer is None or self.source.memory.shared
-        return (0, 1) if alike else (self.trainer.global_rank, self.trainer.world_size)
+        if self.trainer is None or self.source.memory.shared:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return the batch, which is on the device already; Lightning's own search would cost a tenth of a step."""

@@ -26,7 +26,6 @@ from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of
 from nvf.ops.products import inner_products
 from nvf.ops.ranks import best_target
 from nvf.ops.topk import Added, Bar, TopK, blockwise_topk, exact_scores
-from nvf.training.build import Built
 
 
 def own_rows(total: int, mesh: DeviceMesh) -> slice:
@@ -59,7 +58,7 @@ class ShardedMemory(VectorMemory):
         self.__dict__.update(whole=memory, mesh=mesh, place=own_rows(len(memory), mesh))  # the whole one never moves
         self.rows = self.held(memory.rows)
 
-    def held(self, vectors: Tensor) -> Tensor:
+    def held(self, vectors: Tensor) -> DTensor:
         if isinstance(vectors, DTensor):
             return vectors
         return self._of_own(vectors[self.place].to(self.mesh.device_type))
@@ -202,8 +201,8 @@ class ShardedAttention(SoftAttention):
         return (self.total(projected, words) - right).mean()
 
 
-def share_out(built: Built) -> Built:
-    """Share the memory of a run out over the processes of the group, each with a device of its own."""
+def share_out(built: Any) -> Any:
+    """Share the memory of a run, a `Built`, out over the processes of the group, each with a device of its own."""
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     memory = ShardedMemory(built.source.memory, mesh)
@@ -224,7 +223,7 @@ def whole(model: SoftAttention | Pipeline) -> Any:
     (shared,) = (part for part in model.modules() if isinstance(part, ShardedAttention))
     same = {id(part): part for part in (shared.memory.whole, getattr(model, "words", None))}
     copied = copy.deepcopy(model, {**same, id(shared.memory): shared.memory.whole})
-    (attention,) = (part for part in copied.modules() if isinstance(part, ShardedAttention))
+    attention: Any = getattr(copied, "attention", copied)
     attention.__class__ = SoftAttention
     if isinstance(shared.delta, DTensor):
         rows = shared.delta.full_tensor().detach()[shared.kept]
