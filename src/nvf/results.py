@@ -118,7 +118,11 @@ def save(run: Fitted) -> float:
     with atomic_write(run.folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(run.folder / "results.json", results)
-    log.info("\n%s\n", table(results, len(test.answered)))
+    log.info(
+        "\n%s\n",
+        table(results, len(test.answered)),
+        extra={"on_terminal": lambda **how: table(results, len(test.answered), **how)},
+    )
     for line in remarks(results):
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, run.folder)

@@ -83,7 +83,7 @@ def _answers(answer: Callable[..., Any], vectors: Any, each: dict[str, Any], k: 
 
     starts = range(0, len(vectors), QUERY_BLOCK)
     blocks = zip(starts, vectors.blocks(QUERY_BLOCK), strict=True)
-    for start, block in tqdm(blocks, total=len(starts), unit=" blocks", leave=False, delay=1):
+    for start, block in tqdm(blocks, total=len(starts), unit=" blocks", leave=False, delay=1, disable=None):
         hits = answer(block, **{name: values[start : start + QUERY_BLOCK] for name, values in each.items()})
         yield Hits(*(None if part is None else part[:, :k] for part in hits))
 

@@ -195,7 +195,7 @@ class VectorDataModule(L.LightningDataModule):
         unseen = [(fold.attention, fold.unseen[torch.isin(fold.unseen.cpu(), taught)]) for fold in folds]
         work = [(of, some.to(self.device)) for of, places in unseen for some in places.split(EVAL_BATCH)]
         found = []
-        for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
+        for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3, disable=None):
             part = each(queries, itemgetter(places))
             found.append(self.with_candidates(part, attention, None if logged is None else logged[places]))
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -1,10 +1,11 @@
 """What a run prints: the table, and a warning with a remedy for each thing that went wrong."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvf.evaluation.evaluate import ceiling
-from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
+from nvf.statistics import METRICS, Interval, in_percent, p_text, percent, two_digits
 
 NAMES = {
     "exact": "exact search",
@@ -17,19 +18,65 @@ NAMES = {
     "attention": "stage 1",
     "pipeline": "pipeline",
 }
+IMPORTANT = ("top1", "recall", "mrr10", "top5", "ndcg10")  # as many as there is room for are shown
+MARGIN, CELL, NAMED, WIDTH = 14, 17, 26, 100  # columns: of a method's name, of a figure, of another name, of a log
+BEST, CEILING, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"  # bold green, dim
 Figures = Mapping[str, Any]
 
 
-def table(results: Figures, queries: int) -> str:
-    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name."""
-    titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
-    rows = {"": list(titles.values())}
-    for method, name in NAMES.items():
-        if (figures := results["test"].get(method)) is not None:
-            rows[name] = [in_percent(figures[metric]) for metric in METRICS]
-    lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows.items()]
-    entries = [name.ljust(26) + text for part in (_figures, _origin) for name, text in part(results)]
-    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines, *entries])
+def table(results: Figures, queries: int, *, width: int = WIDTH, colour: bool = False) -> str:
+    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name.
+
+    A `width` of less than 98 columns has room for fewer metrics. With `colour`, for terminals, the methods that reach
+    the highest Top-1 are bold and green, and the ceilings, which no method can pass, are dim.
+    """
+    figures, titles = results["test"], {**METRICS, "recall": f"Recall@{results['config']['k']}"}
+    shown = IMPORTANT[: max(1, (width - MARGIN + 1) // CELL)]
+    lines = ["".ljust(MARGIN) + "".join(titles[metric].ljust(CELL) for metric in METRICS if metric in shown).rstrip()]
+    above, best = ceilings(figures), leaders(figures)
+    for method in methods(figures):
+        cells = " ".join(_cell(figures[method][metric]) for metric in METRICS if metric in shown)
+        style = BEST if method in best else CEILING if method in above else ""
+        lines.append(_styled(NAMES[method].ljust(MARGIN) + cells, style * colour))
+    for name, text in entries(results):
+        filled = textwrap.wrap(text, max(width, WIDTH // 2) - NAMED, break_long_words=False, break_on_hyphens=False)
+        line = f"\n{'':{NAMED}}".join([name.ljust(NAMED) + filled[0].rstrip(), *filled[1:]])
+        lines.append(_styled(line, CEILING * (colour and name == "coverage")))
+    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines])
+
+
+def methods(figures: Figures) -> list[str]:
+    """Return the methods that there are figures of, in the order of the table."""
+    return [method for method in NAMES if figures.get(method) is not None]
+
+
+def ceilings(figures: Figures) -> set[str]:
+    """Return the methods that know what no search does: the oracle, and exact search where that is the oracle."""
+    informed = {"oracle", "anew"}
+    return informed | ({"exact"} if figures["exact"] is not None and figures["exact"] == figures["oracle"] else set())
+
+
+def leaders(figures: Figures) -> set[str]:
+    """Return the methods with the highest Top-1, ceilings left out."""
+    reached = {method: figures[method]["top1"]["value"] for method in methods(figures)}
+    reached = {method: share for method, share in reached.items() if method not in ceilings(figures)}
+    return {method for method, share in reached.items() if share == max(reached.values())}
+
+
+def entries(results: Figures) -> Iterator[tuple[str, str]]:
+    """Yield what the table says beside the methods' figures: names, which may be empty, and texts."""
+    yield from _figures(results)
+    yield from _origin(results)
+
+
+def _cell(interval: Interval) -> str:
+    """A figure with its interval in 16 columns: 100.0 is 100 here."""
+    value, ends = in_percent(interval).replace("100.0", "100").split()
+    return f"{value:>4} {ends}".ljust(CELL - 1)
+
+
+def _styled(text: str, style: str) -> str:
+    return f"{style}{text.rstrip()}{PLAIN}" if style else text.rstrip()
 
 
 def _figures(results: Figures) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """What a run takes, by the sizes of its data alone: samples of what is large, and how much of stage 1 is tried."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,11 +7,9 @@ from typing import Any
 
 from nvf.data.queries import Recorded, Source
 from nvf.errors import check_number
-from nvf.evaluation.report import cut_in_words
 from nvf.training.fit import FitSettings
 from nvf.training.stages import Stage
 
-log = logging.getLogger("nvf")
 SHARE = 0.65  # of the limit for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
@@ -49,9 +46,6 @@ def sized(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], di
         if value is not None and name != "sample":
             check_number(f"data.plan.{name}", value, minimum=1, whole=True, remedy="auto suits the sizes, null is all")
     attention = {**config["attention"], "sample": planned["sample"]}
-    if splits:
-        told = ", ".join(f"{name}={value or 'all'}" for name, value in planned.items())
-        log.info("plan for %s rows of %d dimensions and %s training queries: %s", f"{rows:,}", dim, f"{logged:,}", told)
     return {**config, "attention": attention, "data": {**config["data"], "plan": planned}}, planned
 
 
@@ -80,14 +74,14 @@ def plan(
     ]
     kept = {"epochs": min(epochs, max(asked)), "variants": len(left), "folds": folds}
     wished = {"epochs": max(asked), "variants": len(given), "folds": wanted}
-    return left, folds, _cut("stage 1", data, kept=kept, asked=wished)
+    return left, folds, _cut(data, kept=kept, asked=wished)
 
 
 def plan_joint(joint: Stage, data: Mapping[str, Any]) -> tuple[FitSettings, Cut | None]:
     """Joint training with as many epochs as the limit allows for, none if need be, and what was cut."""
     asked = joint.fit.epochs
     epochs = int(min(JOINT_SHARE * _affordable(data.get("work"), joint), asked))
-    cut = _cut("joint training", data, kept={"epochs": epochs}, asked={"epochs": asked})
+    cut = _cut(data, kept={"epochs": epochs}, asked={"epochs": asked})
     return replace(joint.fit, epochs=epochs), cut
 
 
@@ -97,12 +91,17 @@ def _affordable(work: float | None, stage: Stage) -> float:
         return math.inf
     memory = stage.module.attention.memory
     rows = getattr(stage.module, "sample", None) or len(memory)
-    return work / (stage.data.batch_size * len(stage.data.train_dataloader()) * rows * memory.dim)
+    return work / (stage.data.batch_size * steps_of_epoch(stage) * rows * memory.dim)
 
 
-def _cut(what: str, data: Mapping[str, Any], *, kept: dict[str, Any], asked: dict[str, Any]) -> Cut | None:
+def steps_of_epoch(stage: Stage) -> int:
+    """The steps of an epoch, were all training samples used."""
+    data, source = stage.data, stage.data.source
+    samples = len(source.splits["train"].queries) if isinstance(source, Recorded) else data.train_samples or 0
+    return data.steps_per_epoch or -(-samples // data.batch_size)
+
+
+def _cut(data: Mapping[str, Any], *, kept: dict[str, Any], asked: dict[str, Any]) -> Cut | None:
     if kept == asked:
         return None
-    cut = {"by": f"data.work={data['work']:g}", "kept": kept, "asked": asked}
-    log.info("%s is cut to %s", what, cut_in_words(cut))
-    return cut
+    return {"by": f"data.work={data['work']:g}", "kept": kept, "asked": asked}
