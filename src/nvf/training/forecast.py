@@ -9,7 +9,7 @@ from nvf.training.plan import steps_of_epoch
 from nvf.training.stages import Stage
 
 # What the runs in README.md and docs/ took on two cores.
-START, STEP, RATE = 6.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
+START, STEP, RATE = 4.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
 SEARCHES = 8  # of the test queries in an evaluation, and of the validation queries in the choice of a variant
 TIMES = [seconds * unit for unit in (1, 60, 3600) for seconds in (1, 2, 3, 5, 10, 20, 30) if seconds * unit >= 10]
 
@@ -46,13 +46,15 @@ def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
         seconds += fitted(built.joint, passes=6)
     queries = f"{logged:,} queries" if logged else "generated queries"
     sizes = f"{queries}, {len(memory):,} rows of {memory.query_dim} dimensions"
-    line = f"{', then '.join(told) or 'nothing to fit'}: {sizes}; about {in_words(seconds)} on two cores"
+    line = f"{', then '.join(told) or 'nothing to fit'}: {sizes}; {in_words(seconds)} on two cores"
     taken = [f"{name}={value:,}" for name, value in (config["data"].get("plan") or {}).items() if value is not None]
     return f"{line}\nof these a part is taken: {', '.join(taken)}" if taken else line
 
 
 def in_words(seconds: float) -> str:
     """Return a time in words, rounded to the nearest of a few: 10, 20 or 30 seconds, 1, 2, 3, 5, 10, ... minutes."""
+    if seconds < 7:
+        return "a few seconds"
     time = min(TIMES, key=lambda about: abs(math.log(about / seconds)))
     unit, name = next((unit, name) for unit, name in ((3600, "hour"), (60, "minute"), (1, "second")) if time >= unit)
-    return f"{time // unit} {name}{'s' * (time > unit)}"
+    return f"about {time // unit} {name}{'s' * (time > unit)}"
