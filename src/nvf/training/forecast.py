@@ -53,8 +53,8 @@ def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
 
 def in_words(seconds: float) -> str:
     """Return a time in words, rounded to the nearest of a few: 10, 20 or 30 seconds, 1, 2, 3, 5, 10, ... minutes."""
-    if seconds < 7:
-        return "a few seconds"
+    if not TIMES[0] / 1.5 < seconds < TIMES[-1]:
+        return "a few seconds" if seconds < TIMES[0] else "more than a day"
     time = min(TIMES, key=lambda about: abs(math.log(about / seconds)))
     unit, name = next((unit, name) for unit, name in ((3600, "hour"), (60, "minute"), (1, "second")) if time >= unit)
     return f"about {time // unit} {name}{'s' * (time > unit)}"
