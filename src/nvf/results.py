@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nvf.dashboards.examples import examples_of
 from nvf.dashboards.show import log_hparams, show
 from nvf.data.queries import QueryBatch, fingerprint
 from nvf.evaluation.calibration import fit_words
@@ -131,11 +132,13 @@ def save(run: Fitted) -> float:
 
 
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
-    """Draw what TensorBoard shows beside the curves."""
+    """Write examples.json, and draw what TensorBoard shows beside the curves."""
     config, texts = run.built.config, getattr(run.built.source, "texts", None)
     logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)
     steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
+        examples = examples_of(val, run.built.source, count=config["dashboards"]["queries"])
+        write_record(run.folder / "examples.json", examples)
         show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")
