@@ -34,7 +34,8 @@ while (walker.nextNode()) {
   const node = walker.currentNode.parentElement, box = node.getBoundingClientRect();
   if (!walker.currentNode.data.trim() || !box.width || node.closest("style")) continue;
   seen += 1;
-  const [dim, bright] = [luminance(number(getComputedStyle(node).color)), luminance(ground(node))].sort((a, b) => a - b);
+  const both = [luminance(number(getComputedStyle(node).color)), luminance(ground(node))];
+  const [dim, bright] = both.sort((a, b) => a - b);
   const large = parseFloat(getComputedStyle(node).fontSize) >= 24;
   if ((bright + 0.05) / (dim + 0.05) < (large ? 3 : 4.5)) faults.push(["contrast", node.textContent.slice(0, 40)]);
   if (parseFloat(getComputedStyle(node).fontSize) < 11) faults.push(["small", node.textContent.slice(0, 40)]);

@@ -65,7 +65,7 @@ def sweep_page(folder: Path, comparison: Comparison, unfinished: list[str]) -> s
 
 
 def curves(folder: Path) -> list[Curve]:
-    """Return Top-1 on validation over the steps of every fit that has any, from TensorBoard's files in a run's folder."""
+    """Return Top-1 on validation over the steps of every fit, from TensorBoard's files in a run's folder."""
     found = []
     for stage in STAGES:
         for place in sorted({path.parent for path in (folder / stage).rglob("events.out.tfevents.*")}):
