@@ -151,8 +151,10 @@ def test_every_colour_of_letters_is_legible_on_every_ground(made: Path) -> None:
     assert not re.search("color: *(#|rgb)|fill: *#|stroke: *#", style.split("}", 3)[3])  # there are no others
 
 
-def test_an_older_run_has_a_page_without_examples(made: Path) -> None:
-    words = Seen(run_page(made)).words
+def test_an_older_run_has_a_page_without_examples(folder: Path) -> None:
+    assert "probability of the answer" in Seen(run_page(folder)).words  # what a run leaves by itself is shown
+    (folder / "examples.json").unlink()
+    words = Seen(run_page(folder)).words
     assert "no examples.json" in words
     assert "probability of the answer" not in words
 

@@ -18,10 +18,9 @@ log = logging.getLogger("nvf")
 
 
 class Screen(logging.StreamHandler):
-    """Where a run's log is seen: a file, or a terminal, for which a text may be made anew.
+    """Where a run's log is seen. On a terminal, the text of `extra={"on_terminal": function}` is made anew.
 
-    A text that is logged with `extra={"on_terminal": function}` is replaced there by what the function returns for the
-    `width` of the terminal, in columns, and for whether `colour` is wanted; NO_COLOR says that it is not.
+    The function gets the terminal's `width` in columns, and whether `colour` is wanted; NO_COLOR says that it is not.
     """
 
     def format(self, record: logging.LogRecord) -> str:

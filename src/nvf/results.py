@@ -1,11 +1,11 @@
 """What a run finds: its figures with all they depend on, printed, shown and saved."""
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Fitted:
         given["references"] = getattr(built.source, "references", {}).get(split)
         return evaluate(self.model, queries, k=built.k, title=f"evaluation ({split})", **given)
 
-    @cached_property
+    @functools.cached_property
     def hybrid(self) -> SoftAttention | None:
         """Exact search with the words of texts, weighed on validation queries: a baseline."""
         held_out = self.built.queries("val")
@@ -119,11 +119,8 @@ def save(run: Fitted) -> float:
     with atomic_write(run.folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(run.folder / "results.json", results)
-    log.info(
-        "\n%s\n",
-        table(results, len(test.answered)),
-        extra={"on_terminal": lambda **how: table(results, len(test.answered), **how)},
-    )
+    made = functools.partial(table, results, len(test.answered))
+    log.info("\n%s\n", made(), extra={"on_terminal": made})
     for line in remarks(results):
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, run.folder)

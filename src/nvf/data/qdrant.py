@@ -172,9 +172,8 @@ def _read(
     pages: list[np.ndarray] = []
     how: Any = {"with_payload": False if text is None else [text], "with_vectors": [vector] if vector else True}
     offset = None
-    with tqdm(
-        total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3, disable=None
-    ) as bar:
+    points_in_all = client.count(collection).count
+    with tqdm(total=points_in_all, desc=f"reading {collection}", leave=False, delay=3, disable=None) as bar:
         while offset is not None or not pages:
             points, offset = client.scroll(collection, limit=PAGE, offset=offset, **how)
             if not points:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvf.evaluation.evaluate import ceiling
-from nvf.statistics import METRICS, Interval, in_percent, p_text, percent, two_digits
+from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {
     "exact": "exact search",
@@ -20,63 +20,45 @@ NAMES = {
 }
 IMPORTANT = ("top1", "recall", "mrr10", "top5", "ndcg10")  # as many as there is room for are shown
 MARGIN, CELL, NAMED, WIDTH = 14, 17, 26, 100  # columns: of a method's name, of a figure, of another name, of a log
-BEST, CEILING, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"  # bold green, dim
+STYLES = {"best": "\033[1;32m", "ceiling": "\033[2m"}  # bold green; dim
 Figures = Mapping[str, Any]
 
 
 def table(results: Figures, queries: int, *, width: int = WIDTH, colour: bool = False) -> str:
     """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name.
 
-    A `width` of less than 98 columns has room for fewer metrics. With `colour`, for terminals, the methods that reach
-    the highest Top-1 are bold and green, and the ceilings, which no method can pass, are dim.
+    A `width` of less than 98 columns has room for fewer metrics. `colour`, for terminals, marks what `standings` says.
     """
     figures, titles = results["test"], {**METRICS, "recall": f"Recall@{results['config']['k']}"}
-    shown = IMPORTANT[: max(1, (width - MARGIN + 1) // CELL)]
-    lines = ["".ljust(MARGIN) + "".join(titles[metric].ljust(CELL) for metric in METRICS if metric in shown).rstrip()]
-    above, best = ceilings(figures), leaders(figures)
-    for method in methods(figures):
-        cells = " ".join(_cell(figures[method][metric]) for metric in METRICS if metric in shown)
-        style = BEST if method in best else CEILING if method in above else ""
-        lines.append(_styled(NAMES[method].ljust(MARGIN) + cells, style * colour))
+    shown = [metric for metric in METRICS if metric in IMPORTANT[: max(1, (width - MARGIN + 1) // CELL)]]
+    lines = [("", "".ljust(MARGIN) + "".join(titles[metric].ljust(CELL) for metric in shown))]
+    for method, standing in standings(figures).items():
+        cells = [in_percent(figures[method][metric]).replace("100.0", "100").split() for metric in shown]
+        row = "".join(f"{value:>4} {ends}".ljust(CELL) for value, ends in cells)
+        lines.append((standing, NAMES[method].ljust(MARGIN) + row))
     for name, text in entries(results):
-        filled = textwrap.wrap(text, max(width, WIDTH // 2) - NAMED, break_long_words=False, break_on_hyphens=False)
-        line = f"\n{'':{NAMED}}".join([name.ljust(NAMED) + filled[0].rstrip(), *filled[1:]])
-        lines.append(_styled(line, CEILING * (colour and name == "coverage")))
-    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines])
+        parts = textwrap.wrap(text, max(width, WIDTH // 2) - NAMED, break_long_words=False, break_on_hyphens=False)
+        lines.append(("ceiling" if name == "coverage" else "", name.ljust(NAMED) + f"\n{'':{NAMED}}".join(parts)))
+    styled = [f"{STYLES[s]}{line.rstrip()}\033[0m" if colour and s else line.rstrip() for s, line in lines]
+    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *styled])
 
 
-def methods(figures: Figures) -> list[str]:
-    """Return the methods that there are figures of, in the order of the table."""
-    return [method for method in NAMES if figures.get(method) is not None]
+def standings(figures: Figures) -> dict[str, str]:
+    """Return the methods that there are, in the table's order, each with `best`, `ceiling` or nothing.
 
-
-def ceilings(figures: Figures) -> set[str]:
-    """Return the methods that know what no search does: the oracle, and exact search where that is the oracle."""
-    informed = {"oracle", "anew"}
-    return informed | ({"exact"} if figures["exact"] is not None and figures["exact"] == figures["oracle"] else set())
-
-
-def leaders(figures: Figures) -> set[str]:
-    """Return the methods with the highest Top-1, ceilings left out."""
-    reached = {method: figures[method]["top1"]["value"] for method in methods(figures)}
-    reached = {method: share for method, share in reached.items() if method not in ceilings(figures)}
-    return {method for method, share in reached.items() if share == max(reached.values())}
+    Ceilings know what no search does: the oracle, exact search where that is the oracle, a memory embedded anew. Best
+    are all others with the highest Top-1.
+    """
+    top1 = {method: figures[method]["top1"]["value"] for method in NAMES if figures.get(method) is not None}
+    ceilings = {"oracle", "anew", "exact" if figures["exact"] == figures["oracle"] else ""}
+    best = max(share for method, share in top1.items() if method not in ceilings)
+    return {m: "ceiling" if m in ceilings else "best" if share == best else "" for m, share in top1.items()}
 
 
 def entries(results: Figures) -> Iterator[tuple[str, str]]:
     """Yield what the table says beside the methods' figures: names, which may be empty, and texts."""
     yield from _figures(results)
     yield from _origin(results)
-
-
-def _cell(interval: Interval) -> str:
-    """A figure with its interval in 16 columns: 100.0 is 100 here."""
-    value, ends = in_percent(interval).replace("100.0", "100").split()
-    return f"{value:>4} {ends}".ljust(CELL - 1)
-
-
-def _styled(text: str, style: str) -> str:
-    return f"{style}{text.rstrip()}{PLAIN}" if style else text.rstrip()
 
 
 def _figures(results: Figures) -> Iterator[tuple[str, str]]:

@@ -30,38 +30,28 @@ class StageBar(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._silent: bool | None = None  # None: where stderr is no terminal
-        self._bar: Any = None
+        self._bar = tqdm(disable=True)
 
     def disable(self) -> None:
         self._silent = True
 
-    def enable(self) -> None:
-        self._silent = None
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
-        self._bar = tqdm(
-            total=None if math.isinf(steps) else int(steps),
-            initial=trainer.global_step,
-            desc=trainer.default_root_dir.rpartition("checkpoints/")[2],
-            bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
-            leave=False,
-            disable=self._silent,
-        )
+        steps, name = trainer.estimated_stepping_batches, trainer.default_root_dir.rpartition("checkpoints/")[2]
+        line = "{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+        how: Any = {"total": None if math.isinf(steps) else int(steps), "initial": trainer.global_step}
+        self._bar = tqdm(desc=name, bar_format=line, leave=False, disable=self._silent, **how)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"Top-1 {100 * float(trainer.callback_metrics['val/top1']):.1f} on validation")
+        self._bar.set_postfix_str(f"Top-1 {100 * float(trainer.callback_metrics['val/top1']):.1f} on validation")
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._bar.close()
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def on_exception(self, *_: Any) -> None:
+        self._bar.close()
 
 
 class LogGradients(Callback):

@@ -1,5 +1,6 @@
 """What a run takes, by the sizes of its data alone: samples of what is large, and how much of stage 1 is tried."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,9 +8,11 @@ from typing import Any
 
 from nvf.data.queries import Recorded, Source
 from nvf.errors import check_number
+from nvf.evaluation.report import cut_in_words
 from nvf.training.fit import FitSettings
 from nvf.training.stages import Stage
 
+log = logging.getLogger("nvf")
 SHARE = 0.65  # of the limit for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
@@ -74,14 +77,14 @@ def plan(
     ]
     kept = {"epochs": min(epochs, max(asked)), "variants": len(left), "folds": folds}
     wished = {"epochs": max(asked), "variants": len(given), "folds": wanted}
-    return left, folds, _cut(data, kept=kept, asked=wished)
+    return left, folds, _cut("stage 1", data, kept=kept, asked=wished)
 
 
 def plan_joint(joint: Stage, data: Mapping[str, Any]) -> tuple[FitSettings, Cut | None]:
     """Joint training with as many epochs as the limit allows for, none if need be, and what was cut."""
     asked = joint.fit.epochs
     epochs = int(min(JOINT_SHARE * _affordable(data.get("work"), joint), asked))
-    cut = _cut(data, kept={"epochs": epochs}, asked={"epochs": asked})
+    cut = _cut("joint training", data, kept={"epochs": epochs}, asked={"epochs": asked})
     return replace(joint.fit, epochs=epochs), cut
 
 
@@ -101,7 +104,9 @@ def steps_of_epoch(stage: Stage) -> int:
     return data.steps_per_epoch or -(-samples // data.batch_size)
 
 
-def _cut(data: Mapping[str, Any], *, kept: dict[str, Any], asked: dict[str, Any]) -> Cut | None:
+def _cut(what: str, data: Mapping[str, Any], *, kept: dict[str, Any], asked: dict[str, Any]) -> Cut | None:
     if kept == asked:
         return None
-    return {"by": f"data.work={data['work']:g}", "kept": kept, "asked": asked}
+    cut = {"by": f"data.work={data['work']:g}", "kept": kept, "asked": asked}
+    log.info("%s is cut to %s", what, cut_in_words(cut))
+    return cut

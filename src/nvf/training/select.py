@@ -23,7 +23,6 @@ from nvf.evaluation.calibration import (
     move_keys,
     quality,
 )
-from nvf.evaluation.report import cut_in_words
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker
@@ -85,8 +84,6 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
             shutil.copyfile(entry, folder / "checkpoints" / "attention" / WEIGHTS)
             return Chosen(attention, variants[number], tried[number], tried, notes["gradients"], by, folds, cut)
         log.info(forecast(built, variants, folds))
-        if cut is not None:
-            log.info("stage 1 is cut to %s", cut_in_words(cut))
         started = time.perf_counter()
         chosen = _fit_variants(variants, built, folder)
         if entry is not None and isinstance(chosen.variant.config["attention"]["transform"], str):
@@ -204,8 +201,6 @@ def fit_joint(built: Built, pipeline: Pipeline, folder: Path) -> FittedJointly:
     before = quality(pipeline, held_out)
     joint = joint_stage(built.config, built.source, pipeline)
     settings, cut = plan_joint(joint, built.config["data"])
-    if cut is not None:
-        log.info("joint training is cut to %s", cut_in_words(cut))
     epochs, gradients = fit(joint.module, joint.data, settings, folder=folder, name="joint", start_competes=True)
     recorded = isinstance(built.source, Recorded)
     kept = epochs > 0 and (not recorded or clearly_above(quality(pipeline, held_out), before))
