@@ -29,7 +29,7 @@ def test_what_is_fitted_is_named_and_costs_the_most(tmp_path: Path) -> None:
     line = forecast(built, variants, folds)
     what, sizes = line.split(": ")
     assert what == "4 variants of stage 1, then stage 2 with 3 folds"
-    assert sizes == "80 queries, 50 rows of 8 dimensions; about 5 seconds on two cores"
+    assert sizes == "80 queries, 50 rows of 8 dimensions; about 7 seconds on two cores"
     assert forecast(built, [], folds).startswith("stage 2 with 3 folds: 80")
     assert forecast(replace(built, reranker=None), [], None).startswith("nothing to fit: 80")
     assert steps_of_epoch(variants[-1]) == len(variants[-1].data.train_dataloader())

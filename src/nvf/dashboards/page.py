@@ -59,13 +59,15 @@ def sweep_page(folder: Path, comparison: Comparison, unfinished: Sequence[str]) 
 def curves(folder: Path) -> list[dict[str, Any]]:
     """Return Top-1 on validation over the steps of every fit, as TensorBoard's files in a run's folder have it.
 
-    Each has its `stage`, a key of STAGES, the `name` of a stage 1 among several, and `points`, (step, share).
+    Each has its `stage`, a key of STAGES, the `name` of a stage 1 among several, and `points`, (step, share); the steps
+    of a stage count on from the longest fit of the one before.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for stage in STAGES:
+        first = max((curve["points"][-1][0] for curve in found), default=0)
         for place in sorted({path.parent for path in (folder / stage).rglob("events.out.tfevents.*")}):
             events, name = EventAccumulator(str(place)).Reload(), str(place.relative_to(folder / stage)).lstrip(".")
             scalars = events.Scalars("val/top1") if "val/top1" in events.Tags()[SCALARS] else []
-            points = [(at.step, at.value) for at in scalars if math.isfinite(at.value)]
+            points = [(first + at.step, at.value) for at in scalars if math.isfinite(at.value)]
             found += [{"stage": stage, "name": name, "points": points}] if len(points) > 1 else []
     return found

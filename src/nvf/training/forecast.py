@@ -8,7 +8,7 @@ from nvf.training.plan import steps_of_epoch
 from nvf.training.stages import Stage
 
 # What the runs in README.md and docs/ took on two cores.
-START, STEP, RATE = 4.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
+START, STEP, RATE = 6.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
 SEARCHES = 8  # of the test queries in an evaluation, and of the validation queries in the choice of a variant
 
 UNITS = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
