@@ -159,6 +159,17 @@ def test_an_older_run_has_a_page_without_examples(folder: Path) -> None:
     assert "probability of the answer" not in words
 
 
+def test_damaged_curves_are_left_out(folder: Path) -> None:
+    def lines() -> list[str]:
+        return re.findall(r'<path class="(attention|reranker)', run_page(folder))
+
+    assert lines() == ["attention", "reranker"]
+    for file in (folder / "reranker").glob("events.out.tfevents.*"):
+        file.write_bytes(file.read_bytes()[:99])
+    (folder / "attention/events.out.tfevents.1").write_bytes(b"\x00garbage" * 99)
+    assert lines() == ["attention"]
+
+
 def spoil(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     def _spoil(folder: Path) -> None:
         path = folder / name

@@ -19,6 +19,7 @@ from nvf.runs.settings import flatten
 from nvf.statistics import METRICS, in_percent, percent
 
 STAGES = {"attention": "stage 1", "reranker": "stage 2", "joint": "both together"}
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
 # What comes from files is text, never markup.
 PAGES = Environment(loader=PackageLoader("nvf.dashboards", "."), autoescape=True, undefined=StrictUndefined)
 PAGES.filters |= {"percent": percent, "plain": plain, "shown": shown, "url": quote, "sh": shlex.quote, "repr": repr}
@@ -35,15 +36,7 @@ def run_page(folder: Path) -> str:
         given["examples"] = read_record(path) if path.is_file() else None
         given["results"] = read_record(folder / "results.json")
         return PAGES.get_template("page.html").render(folder=str(folder), **given)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TemplateError,
-        TypeError,
-        ValueError,
-    ) as fault:
+    except DAMAGE as fault:
         files = " or examples.json" * path.is_file()
         words = f"results.json{files} is damaged or of another version ({one_line(fault)}); delete it"
         raise InputError(f"{folder}: {words}") from None

@@ -10,7 +10,6 @@ from nvf.training.stages import Stage
 # What the runs in README.md and docs/ took on two cores.
 START, STEP, RATE = 6.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
 SEARCHES = 8  # of the test queries in an evaluation, and of the validation queries in the choice of a variant
-
 UNITS = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
@@ -47,7 +46,7 @@ def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
     sizes = f"{f'{logged:,}' if logged else 'generated'} queries, {len(memory):,} rows of {memory.query_dim} dimensions"
     line = f"{', then '.join(told) or 'nothing to fit'}: {sizes}; about {in_words(seconds)} on two cores"
     taken = [f"{name}={value:,}" for name, value in (config["data"].get("plan") or {}).items() if value is not None]
-    return "\nof these a part is taken: ".join([line, ", ".join(taken)][: 1 + bool(taken)])
+    return f"{line}\nof these a part is taken: {', '.join(taken)}" if taken else line
 
 
 def in_words(seconds: float) -> str:
