@@ -374,6 +374,7 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
     subprocess.run([*pip, *built], check=True)
     (wheel,) = tmp_path.glob("nvf-*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")  # which is what pip does with it
+    assert (tmp_path / "site/nvf/dashboards/page.html").is_file()
     (tmp_path / "empty").mkdir()
     code = "import sys, nvf.train; nvf.train.run(*sys.argv[1:]); print(nvf.train.CONF)"
     found = subprocess.run(

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from nvf.errors import InputError
-from nvf.options import Option, path, run
+from nvf.options import Option, folders, path, run
 from nvf.runs.comparison.table import compare
 from nvf.statistics import METRICS
 
@@ -32,8 +32,5 @@ def _show(folders: Sequence[Path], *, format: str, metric: str, output: Path | N
 
 
 if __name__ == "__main__":
-    # Folders may stand anywhere, and those that Hydra makes may have = in their names.
-    given = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in given]
-    show, summary = partial(_show, [path(word) for word in given]), (__doc__ or "").partition(": ")[2]
+    show, summary = partial(_show, folders()), (__doc__ or "").partition(": ")[2]
     run(show, program="nvf.compare FOLDER [FOLDER ...]", summary=summary, options=OPTIONS)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,12 +17,26 @@ from nvf.runs.signals import Stopped, command_to_resume
 log = logging.getLogger("nvf")
 
 
+class Screen(logging.StreamHandler):
+    """Where a run's log is seen. On a terminal, the text of `extra={"on_terminal": function}` is made anew.
+
+    The function gets the terminal's `width` in columns, and whether `colour` is wanted; NO_COLOR says that it is not.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = getattr(record, "on_terminal", None)
+        if shown is None or not self.stream.isatty():
+            return super().format(record)
+        colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return str(record.msg) % shown(width=shutil.get_terminal_size().columns, colour=colour)
+
+
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Write the log of a run to a file, and to the screen unless the program has a log of its own."""
     handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8", delay=True)]
     if not log.hasHandlers():
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(Screen(sys.stdout))
     level, before = log.level, [*log.handlers]
     log.setLevel(logging.INFO)
     log.handlers += handlers

@@ -30,6 +30,13 @@ def whole(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() and len(text) < 100 else text
 
 
+def folders() -> list[Path]:
+    """Take the folders from the words of the command line; they may stand anywhere, and have = in their names."""
+    found = [word for word in sys.argv[1:] if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in found]
+    return [path(word) for word in found]
+
+
 def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]:
     """Return the value of every option, given or default; an unknown or missing one is an InputError."""
     known = {option.name: option for option in options}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from nvf.dashboards.examples import examples_of
 from nvf.dashboards.show import log_hparams, show
 from nvf.data.queries import QueryBatch, each, fingerprint
 from nvf.evaluation.calibration import fit_words
@@ -133,7 +134,8 @@ def save(run: Fitted) -> float:
     with atomic_write(run.folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(run.folder / "results.json", results)
-    log.info("\n%s\n", table(results, len(test.answered)))
+    made = functools.partial(table, results, len(test.answered))
+    log.info("\n%s\n", made(), extra={"on_terminal": made})
     for line in remarks(results):
         log.warning(line)
     log.info("%.0f s; everything is in %s", total, run.folder)
@@ -142,11 +144,13 @@ def save(run: Fitted) -> float:
 
 
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
-    """Draw what TensorBoard shows beside the curves."""
+    """Write examples.json, and draw what TensorBoard shows beside the curves."""
     config, texts = run.built.config, getattr(run.built.source, "texts", None)
     logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)
     steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
+        examples = examples_of(val, run.built.source, count=config["dashboards"]["queries"])
+        write_record(run.folder / "examples.json", examples)
         show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts)
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

@@ -71,7 +71,7 @@ def search(
 
     start = time.perf_counter()
     blocks = zip(range(0, len(vectors), QUERY_BLOCK), vectors.blocks(QUERY_BLOCK), strict=True)
-    blocks = tqdm(blocks, total=-(-len(vectors) // QUERY_BLOCK), unit=" blocks", leave=False, delay=1)
+    blocks = tqdm(blocks, total=-(-len(vectors) // QUERY_BLOCK), unit=" blocks", leave=False, delay=1, disable=None)
     parts = ((block, {name: of[at : at + QUERY_BLOCK] for name, of in each.items()}) for at, block in blocks)
     write_answers(output, (answer(block, **own) for block, own in parts), count=len(vectors), k=k)
     seconds = time.perf_counter() - start

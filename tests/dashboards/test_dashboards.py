@@ -20,7 +20,7 @@ from nvf.dashboards import figures
 from nvf.dashboards.show import SWITCHES, check_dashboards, show
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError
-from nvf.evaluation.evaluate import Outcomes, evaluate
+from nvf.evaluation.evaluate import evaluate
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
@@ -173,17 +173,6 @@ def test_bad_settings_are_refused_with_the_remedy(settings: dict[str, Any], says
     check_dashboards(CONFIGURED)
     with pytest.raises(InputError, match=re.escape(says)):
         check_dashboards({**SHOWN, **settings})
-
-
-def test_queries_won_come_first_then_those_lost_then_the_rest() -> None:
-    before, after = torch.tensor([1, 2, 1, 2, 3, 1, 2, 1, 2, 1]), torch.tensor([1, 1, 2, 2, 1, 1, 1, 1, 1, 1])
-    none = torch.zeros(10, 1, dtype=torch.long)
-    seen = Outcomes(none, none, {"exact": after, "attention": before, "pipeline": after}, {}, {}, {}, {})
-    assert figures.exemplary(seen, 6).tolist() == [1, 4, 2, 0, 3, 5]  # one was lost, and others fill the places left
-    assert figures.exemplary(seen, 100).tolist() == [1, 4, 6, 8, 2, 0, 3, 5, 7, 9]
-    assert figures.exemplary(seen, 1).tolist() == [1]
-    del seen.ranks["pipeline"]
-    assert figures.exemplary(seen, 2).tolist() == [2, 1]  # stage 1 alone, against exact search
 
 
 def test_texts_are_shortened_to_one_line() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -322,6 +323,42 @@ def test_the_table_names_every_figure() -> None:
     assert "oracle" not in table(results(0.5, None, 0.6, 0.75, 0.9), 1000)
     assert "log" not in printed
     assert "by validation" not in printed
+
+
+def test_the_table_fits_its_width_and_keeps_its_columns() -> None:
+    found = results(1.0, 1.0, 0.5, 0.9999, 1.0)
+    found["test"]["pipeline"] = dict.fromkeys(METRICS, wilson(9999, 10000))
+    tried = {"transform": "linear", "keys": "learned", "hub_share": 0.25, "epochs": 4, "val_top1": 0.4, "chosen": True}
+    found["selection"] = [tried | {"keys": "moved", "key_strength": 0.0}, tried]
+    for width, columns in ((100, 5), (98, 5), (97, 4), (80, 3), (20, 1)):
+        lines = table(found, 1000, width=width).splitlines()
+        assert max(map(len, lines)) <= max(width, 50)
+        heading, *rows = lines[1:6]
+        assert len(heading.split()) == columns
+        starts = [14 + 17 * column for column in range(columns)]
+        assert [heading.index(title) for title in heading.split()] == starts
+        for row in rows[:2]:
+            assert [row[start : start + 16] for start in starts] == [
+                " 100 (99.6-100) "[: len(row) - start] for start in starts
+            ]
+        assert [rows[3][start : start + 16] for start in starts] == [">99.9 (99.9-100)"] * columns
+
+
+@pytest.mark.parametrize(
+    ("oracle", "best", "dim"),
+    [(0.8, "pipeline", "oracle"), (0.5, "pipeline", "exact search"), (None, "pipeline", "coverage")],
+)
+def test_a_terminal_shows_the_best_and_the_ceilings(oracle: float | None, best: str, dim: str) -> None:
+    found = results(0.5, oracle, 0.6, 0.75, 0.9)
+    plain, coloured = table(found, 1000), table(found, 1000, colour=True)
+    assert "\033" not in plain
+    assert re.sub(r"\033\[[\d;]*m", "", coloured) == plain
+    styled = {
+        line.split("m", 1)[1][:14].strip(): line.split("m")[0] for line in coloured.splitlines() if line[0] == "\033"
+    }
+    assert styled[best] == "\033[1;32"
+    assert styled[dim] == styled["coverage"] == "\033[2"
+    assert list(styled.values()).count("\033[1;32") == 1
 
 
 def test_the_table_sets_joint_training_beside_what_was_before() -> None:

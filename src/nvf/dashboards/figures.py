@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binned_statistic
 
+from nvf.dashboards.examples import exemplary
 from nvf.evaluation.evaluate import BINS, Evaluation, Outcomes
 from nvf.evaluation.report import NAMES
 
@@ -41,14 +42,6 @@ def draw(found: Evaluation, settings: Mapping[str, Any], texts: Sequence[str] | 
         yield "figures/1_candidates", _draw_candidates(found.outcomes, chosen, name)
     if settings["reliability"]:
         yield "figures/2_reliability", _draw_reliability(found)
-
-
-def exemplary(outcomes: Outcomes, count: int) -> np.ndarray:
-    """Choose at most `count` queries: up to a third that the last stage won, as many that it lost, then others."""
-    now, was = ((outcomes.ranks[method] == 1).numpy() for method in outcomes.compared)
-    third = -(-count // 3)
-    chosen = [*(now & ~was).nonzero()[0][:third], *(was & ~now).nonzero()[0][:third]]
-    return np.array([*dict.fromkeys([*chosen, *(now == was).nonzero()[0], *range(len(now))])][:count])
 
 
 def shortened(text: str, width: int = 26) -> str:

@@ -179,7 +179,7 @@ class VectorDataModule(L.LightningDataModule):
         unseen = [(fold.attention, fold.unseen[torch.isin(fold.unseen.cpu(), taught)]) for fold in folds]
         work = [(of, some.to(self.device)) for of, places in unseen for some in places.split(EVAL_BATCH)]
         found, before = [], self.attention
-        for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3):
+        for attention, places in tqdm(work, f"candidates ({split})", leave=False, delay=3, disable=None):
             if attention is not before:
                 before.release()  # the keys of one fold at a time
                 before = attention

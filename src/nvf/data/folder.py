@@ -109,16 +109,17 @@ def read_recorded(
     stem_of = {split: "queries" if one else split for split in SPLITS}
     places = {split: (stem, dealt[split][1], len(given[stem].queries)) for split, stem in stem_of.items()}
     other = _other_model(folder, memory, splits, places, foreign)
-    texts, index = texts_of_rows(folder, memory, columns), None
-    if texts is not None and words is not None:
+    texts, index, asked = texts_of_rows(folder, memory, columns), None, None
+    if texts is not None:
         lines: Any = {stem: read_texts(folder, stem, len(of.queries), columns) for stem, of in given.items()}
         if None not in lines.values():
             asked = {split: [lines[stem][place] for place in of_stem] for split, (stem, of_stem, _) in places.items()}
-            index = _index(splits["train"], texts, asked["train"], words)
+    if texts is not None and asked is not None and words is not None:
+        index = _index(splits["train"], texts, asked["train"], words)
         if index is not None:
             for split, batch in splits.items():
                 splits[split] = batch._replace(words=index.scores(asked[split], logged=split == "train"))
-    return Recorded(memory, splits, duplicates, merged, texts=texts, words=index, **other)
+    return Recorded(memory, splits, duplicates, merged, texts=texts, asked=asked, words=index, **other)
 
 
 def _other_model(

@@ -87,7 +87,7 @@ def write_vectors(
         added = not new and _add_vector(client, collection, vector, shape, ids)
         write, point = (client.upsert, models.PointStruct) if new else (client.update_vectors, models.PointVectors)
         try:
-            for at in tqdm(range(0, len(ids), BATCH), desc=f"writing {collection}", leave=False, delay=3):
+            for at in tqdm(range(0, len(ids), BATCH), desc=f"writing {collection}", leave=False, delay=3, disable=None):
                 pairs = zip(ids[at : at + BATCH], vectors[at : at + BATCH].tolist(), strict=True)
                 write(collection, [point(id=one, vector={vector: values}) for one, values in pairs])
         except BaseException:
@@ -167,7 +167,8 @@ def _read(
     pages: list[np.ndarray] = []
     how: Any = {"with_payload": False if text is None else [text], "with_vectors": [vector] if vector else True}
     offset = None
-    with tqdm(total=client.count(collection).count, desc=f"reading {collection}", leave=False, delay=3) as bar:
+    points_in_all = client.count(collection).count
+    with tqdm(total=points_in_all, desc=f"reading {collection}", leave=False, delay=3, disable=None) as bar:
         while offset is not None or not pages:
             points, offset = client.scroll(collection, limit=PAGE, offset=offset, **how)
             if not points:

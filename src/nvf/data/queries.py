@@ -147,6 +147,7 @@ class Recorded:
     duplicates: dict[str, int] = field(default_factory=dict)  # by pairs "a/b", queries of split b that are also in a
     merged: int = 0  # queries that became one with an identical query before them
     texts: list[str] | None = None  # of the rows, if they have any
+    asked: dict[str, list[str]] | None = None  # the texts of each split's queries, if these and the rows have any
     words: Words | None = None  # an index of these, and of the training queries' texts
     foreign: bool = False  # whether queries are of another model than the rows
     pairs: Pairs | None = None  # texts embedded by both models then, (P, D) and (P, Dq)

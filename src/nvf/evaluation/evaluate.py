@@ -91,7 +91,7 @@ def evaluate(
     """
     model.eval()
     start, parts = 0, []
-    for block in tqdm(blocks(batch, QUERY_BLOCK), title, leave=False, delay=3):
+    for block in tqdm(blocks(batch, QUERY_BLOCK), title, leave=False, delay=3, disable=None):
         end = start + len(block.queries)
         others = {name: (asked[start:end], rows) for name, (asked, rows) in (references or {}).items()}
         parts.append(_answer(model, block, k=k, oracle=oracle, hybrid=hybrid, references=others))

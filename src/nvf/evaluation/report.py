@@ -1,5 +1,6 @@
 """What a run prints: the table, and a warning with a remedy for each thing that went wrong."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,19 +18,47 @@ NAMES = {
     "attention": "stage 1",
     "pipeline": "pipeline",
 }
+IMPORTANT = ("top1", "recall", "mrr10", "top5", "ndcg10")  # as many as there is room for are shown
+MARGIN, CELL, NAMED, WIDTH = 14, 17, 26, 100  # columns: of a method's name, of a figure, of another name, of a log
+STYLES = {"best": "\033[1;32m", "ceiling": "\033[2m"}  # bold green; dim
 Figures = Mapping[str, Any]
 
 
-def table(results: Figures, queries: int) -> str:
-    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name."""
-    titles = {**METRICS, "recall": f"Recall@{results['config']['k']}"}
-    rows = {"": list(titles.values())}
-    for method, name in NAMES.items():
-        if (figures := results["test"].get(method)) is not None:
-            rows[name] = [in_percent(figures[metric]) for metric in METRICS]
-    lines = [name.ljust(14) + "".join(cell.ljust(20) for cell in cells).rstrip() for name, cells in rows.items()]
-    entries = [name.ljust(26) + text for part in (_figures, _origin) for name, text in part(results)]
-    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *lines, *entries])
+def table(results: Figures, queries: int, *, width: int = WIDTH, colour: bool = False) -> str:
+    """Return the run's table: a row for each method, in percent with 95% intervals, then the other figures by name.
+
+    A `width` of less than 98 columns has room for fewer metrics. `colour`, for terminals, marks what `standings` says.
+    """
+    figures, titles = results["test"], {**METRICS, "recall": f"Recall@{results['config']['k']}"}
+    shown = [metric for metric in METRICS if metric in IMPORTANT[: max(1, (width - MARGIN + 1) // CELL)]]
+    lines = [("", "".ljust(MARGIN) + "".join(titles[metric].ljust(CELL) for metric in shown))]
+    for method, standing in standings(figures).items():
+        cells = [in_percent(figures[method][metric]).replace("100.0", "100").split() for metric in shown]
+        row = "".join(f"{value:>4} {ends}".ljust(CELL) for value, ends in cells)
+        lines.append((standing, NAMES[method].ljust(MARGIN) + row))
+    for name, text in entries(results):
+        parts = textwrap.wrap(text, max(width, WIDTH // 2) - NAMED, break_long_words=False, break_on_hyphens=False)
+        lines.append(("ceiling" if name == "coverage" else "", name.ljust(NAMED) + f"\n{'':{NAMED}}".join(parts)))
+    styled = [f"{STYLES[s]}{line.rstrip()}\033[0m" if colour and s else line.rstrip() for s, line in lines]
+    return "\n".join([f"test queries: {queries:,}; percent (95% interval)", *styled])
+
+
+def standings(figures: Figures) -> dict[str, str]:
+    """Return the methods that there are, in the table's order, each with `best`, `ceiling` or nothing.
+
+    Ceilings know what no search does: the oracle, exact search where that is the oracle, a memory embedded anew. Best
+    are all others with the highest Top-1.
+    """
+    top1 = {method: figures[method]["top1"]["value"] for method in NAMES if figures.get(method) is not None}
+    ceilings = {"oracle", "anew", "exact" if figures["exact"] == figures["oracle"] else ""}
+    best = max(share for method, share in top1.items() if method not in ceilings)
+    return {m: "ceiling" if m in ceilings else "best" if share == best else "" for m, share in top1.items()}
+
+
+def entries(results: Figures) -> Iterator[tuple[str, str]]:
+    """Yield what the table says beside the methods' figures: names, which may be empty, and texts."""
+    yield from _figures(results)
+    yield from _origin(results)
 
 
 def _figures(results: Figures) -> Iterator[tuple[str, str]]:

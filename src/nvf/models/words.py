@@ -5,6 +5,7 @@ Both are BM25 scores by `bm25s`, the extra `nvf[lexical]`, which is imported on 
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -107,6 +108,18 @@ class Words:
             found.append((listed.rows.gather(-1, order).where(best > 0, -1), both))
         rows, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return _by_row(rows, scores)
+
+    def matched(self, text: str, rows: Sequence[int]) -> list[list[str]]:
+        """Return the words of a query that the text of each of some rows has, those that count most first.
+
+        Words that more than half of all texts have are left out.
+        """
+        words = [*dict.fromkeys(re.findall(r"\w+", text.lower()))]
+        term_of = {word: of[:1] for word, of in zip(words, terms(words, **self.settings), strict=True) if of}
+        scores = {word: self.indexes["text"].get_scores(term) for word, term in term_of.items()}
+        telling = {word: of for word, of in scores.items() if 2 * (of > 0).sum() <= len(of)}
+        worth = [{word: float(of[row]) for word, of in telling.items() if of[row] > 0} for row in rows]
+        return [sorted(of_row, key=of_row.__getitem__, reverse=True) for of_row in worth]
 
     def save(self, folder: Path) -> None:
         """Write the folder that `load` reads: bm25s's own files, which hold no pickle, the answers and the settings."""

@@ -65,6 +65,8 @@ def build(config: Settings, source: Source | None = None) -> Built:
         chosen = evenly(len(held_out.queries), planned(config, "chosen_by"))
         source.splits["val"] = each(held_out, itemgetter(chosen))
         of_val = source.references.get("val", {})
+        if source.asked is not None:
+            source.asked["val"] = [source.asked["val"][place] for place in chosen.tolist()]
         source.references["val"] = {name: (asked[chosen], rows) for name, (asked, rows) in of_val.items()}
     _check_numbers(config, source)
     foreign = getattr(source, "foreign", False)

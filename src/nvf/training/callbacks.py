@@ -1,4 +1,4 @@
-"""Callbacks: the norms of gradients, a stop at a loss of NaN, and checkpoints from which a fit resumes exactly."""
+"""Callbacks: progress, the norms of gradients, a stop at a loss of NaN, and checkpoints for an exact resumption."""
 
 import io
 import math
@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, distributed
+from tqdm import tqdm
 
 from nvf.errors import InputError
 from nvf.evaluation.gradients import PARTS, norms
@@ -21,6 +22,36 @@ from nvf.training.devices import largest
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 SECONDS = 20.0  # between two saves of last.ckpt, unless their number of steps is given
+
+
+class StageBar(ProgressBar):
+    """Shows in one line how far a fit has come, which is gone when the fit ends; in a file or a pipe it is silent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._silent: bool | None = None  # None: where stderr is no terminal
+        self._bar = tqdm(disable=True)
+
+    def disable(self) -> None:
+        self._silent = True
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        steps, name = trainer.estimated_stepping_batches, trainer.default_root_dir.rpartition("checkpoints/")[2]
+        line = "{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+        how: Any = {"total": None if math.isinf(steps) else int(steps), "initial": trainer.global_step}
+        self._bar = tqdm(desc=name, bar_format=line, leave=False, disable=self._silent, **how)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._bar.set_postfix_str(f"Top-1 {100 * float(trainer.callback_metrics['val/top1']):.1f} on validation")
+
+    def on_train_end(self, *_: Any) -> None:
+        self._bar.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._bar.close()
 
 
 class LogGradients(Callback):

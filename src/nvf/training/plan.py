@@ -49,9 +49,6 @@ def sized(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], di
         if value is not None and name != "sample":
             check_number(f"data.plan.{name}", value, minimum=1, whole=True, remedy="auto suits the sizes, null is all")
     attention = {**config["attention"], "sample": planned["sample"]}
-    if splits:
-        told = ", ".join(f"{name}={value or 'all'}" for name, value in planned.items())
-        log.info("plan for %s rows of %d dimensions and %s training queries: %s", f"{rows:,}", dim, f"{logged:,}", told)
     return {**config, "attention": attention, "data": {**config["data"], "plan": planned}}, planned
 
 
@@ -97,7 +94,14 @@ def _affordable(work: float | None, stage: Stage) -> float:
         return math.inf
     memory = stage.module.attention.memory
     rows = getattr(stage.module, "sample", None) or len(memory)
-    return work / (stage.data.batch_size * len(stage.data.train_dataloader()) * rows * memory.dim)
+    return work / (stage.data.batch_size * steps_of_epoch(stage) * rows * memory.dim)
+
+
+def steps_of_epoch(stage: Stage) -> int:
+    """The steps of an epoch, were all training samples used."""
+    data, source = stage.data, stage.data.source
+    samples = len(source.splits["train"].queries) if isinstance(source, Recorded) else data.train_samples or 0
+    return data.steps_per_epoch or -(-samples // data.batch_size)
 
 
 def _cut(what: str, data: Mapping[str, Any], *, kept: dict[str, Any], asked: dict[str, Any]) -> Cut | None:

@@ -25,6 +25,7 @@ from nvf.training.build import Built, stages
 from nvf.training.callbacks import LAST
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
+from nvf.training.forecast import forecast
 from nvf.training.plan import Cut, plan, plan_joint
 from nvf.training.stages import Stage, attention_stage, joint_stage, label, planned
 
@@ -54,6 +55,7 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
     """
     config, folds = built.config, built.reranker and built.config["reranker"]["folds"]
     if built.given is not None:
+        log.info(forecast(built, [], folds))
         variant, attention, epochs = built.given, built.given.module.attention, built.given.fit.epochs
         if (path := config["attention_checkpoint"] or config["reranker_checkpoint"]) is not None:
             log.info("stage 1: loaded from %s", path)
@@ -68,10 +70,12 @@ def fit_attention(built: Built, folder: Path) -> Chosen:
         if entry is not None and kept is not None:
             attention, notes = kept
             number, tried, by = notes["variant"], notes["tried"], notes["fitted_by"]
+            log.info(forecast(built, [], folds))
             log.info("stage 1: as %s fitted it", by["folder"])
             (folder / "checkpoints" / "attention").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(entry, folder / "checkpoints" / "attention" / WEIGHTS)
             return Chosen(attention, variants[number], tried[number], tried, notes["gradients"], by, folds, cut)
+        log.info(forecast(built, variants, folds))
         started = time.perf_counter()
         chosen = _fit_variants(variants, built, folder)
         if entry is not None and isinstance(chosen.variant.config["attention"]["transform"], str):
