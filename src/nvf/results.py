@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def save(run: Fitted) -> float:
     with atomic_write(run.folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(run.folder / "results.json", results)
-    made = functools.partial(table, results, len(test.answered))
+    made = partial(table, results, len(test.answered))
     log.info("\n%s\n", made(), extra={"on_terminal": made})
     for line in remarks(results):
         log.warning(line)
