@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.ops.products import can_branch_on
-from nvf.ops.topk import first_topk
+from nvf.ops.topk import descends, first_topk
 
 CLOSEST = 1e-30  # log-attentions nearer than this count as this far apart, since the logarithm of a gap needs one
 
@@ -80,7 +80,7 @@ def most_probable_first(candidates: Tensor, log_probs: Tensor) -> tuple[Tensor, 
     """Sort candidates and their log-probabilities, (B, k), the most probable first; of equals the smallest row."""
     if can_branch_on(log_probs):
         best, order = log_probs.sort(dim=-1, descending=True)
-        if not (best[:, 1:] == best[:, :-1]).any():
+        if descends(best):
             return candidates.gather(-1, order), best
     rows, order = candidates.sort(dim=-1)
     log_probs = log_probs.gather(-1, order)

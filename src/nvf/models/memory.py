@@ -22,6 +22,7 @@ from nvf.models.alignment import Alignment
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
+SHORTEST = 1e-12  # what the length of a vector counts at least where it is divided by it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -225,8 +226,9 @@ def neighbours(keys: Tensor, count: int) -> Tensor:
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
-    return F.normalize((wide / largest.masked_fill(largest == 0, 1)).to(dtype), dim=-1)
+    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
+    scaled = (wide / largest.masked_fill(largest == 0, 1)).to(dtype)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=SHORTEST)
 
 
 def row_hashes(rows: Tensor) -> np.ndarray:
