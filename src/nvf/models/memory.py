@@ -223,11 +223,16 @@ def neighbours(keys: Tensor, count: int) -> Tensor:
     return best[~itself].view(-1, count).int()
 
 
-def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero."""
+def unit(vectors: Tensor, dtype: torch.dtype = torch.float32, largest: Tensor | None = None) -> Tensor:
+    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
+
+    Their largest absolute values, (..., 1), may be given, none of them zero.
+    """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
-    scaled = (wide / largest.masked_fill(largest == 0, 1)).to(dtype)
+    if largest is None:
+        largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
+        largest = largest.masked_fill(largest == 0, 1)
+    scaled = (wide / largest).to(dtype)
     return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=SHORTEST)
 
 

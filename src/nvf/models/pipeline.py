@@ -78,9 +78,8 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
         """Return what to ask an index of `keys()` for, from queries as for `search`, as numpy or torch as they are."""
-        given, weights = pipeline_search.checked(self, queries), self.attention.log_beta
-        moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
-        return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
+        moved = self.attention.transformed(pipeline_search.checked(self, queries))
+        return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(queries.device)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError
-from nvf.files.vectors import check_vectors, from_numpy
+from nvf.files.vectors import check_largest, from_numpy, largest
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import checked_queries
 from nvf.models.distribution import most_probable_first, shared_out
@@ -70,17 +70,18 @@ def search(
         ids = ids[numbers] if (numbers >= 0).all() else np.where(numbers >= 0, ids.astype(object)[numbers], None)
     if isinstance(queries, np.ndarray):
         return Hits(numbers, probabilities.cpu().numpy(), ids)
-    return Hits(rows.to(given.device), probabilities.to(given.device), ids)
+    return Hits(rows.to(queries.device), probabilities.to(queries.device), ids)
 
 
 def checked(pipeline: Any, queries: np.ndarray | Tensor) -> Tensor:
-    """Return queries as a tensor, (B, D) floats none of which is zero; an InputError for others."""
+    """Return queries scaled to length 1, (B, D), as the weights are; an InputError unless they are finite floats."""
+    weights = pipeline.attention.log_beta
     floats = isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
     given: Any = from_numpy(np.asarray(queries)) if floats else queries
     if checked_queries(given, pipeline.attention.query_dim, "B").ndim != 2:
         raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {pipeline.attention.query_dim})")
-    check_vectors(given, "queries")
-    return given
+    check_largest(longest := largest(given), "queries")
+    return unit(given.to(weights.device), weights.dtype, longest.to(weights.device).unsqueeze(-1))
 
 
 def _evaluated(module: Any) -> Any:
@@ -125,7 +126,6 @@ def _search_block(
     pipeline: Any, queries: Tensor, k: int, words: WordScores | None, allowed: Tensor | None, reranked: bool
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities; if `reranked`, all that are allowed are candidates."""
-    queries = unit(queries.to(pipeline.memory.rows.device), pipeline.attention.log_beta.dtype)
     projected = pipeline.attention.project(queries)
     top = _best(pipeline, projected, max(k, pipeline.k), words, allowed)
     if allowed is None:
