@@ -206,7 +206,7 @@ class Pipeline(nn.Module):
         rows, best = (torch.cat([one, of[:, self.k :]], dim=-1) for one, of in ((rows, top.rows), (best, log_probs)))
         return top, TopK(best, rows, torch.zeros_like(top.logsumexp), ranks)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def search(
         self,
         queries: np.ndarray | Tensor,
@@ -237,7 +237,7 @@ class Pipeline(nn.Module):
         """
         return pipeline_search.search(self, queries, k, texts=texts, allowed=allowed)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def rerank(self, queries: np.ndarray | Tensor, candidates: Any, *, texts: Sequence[str] | None = None) -> Hits:
         """Order candidates that any engine found by the reranker's scores, with their probabilities among each other.
 

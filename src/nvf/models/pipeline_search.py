@@ -70,7 +70,8 @@ def search(
         ids = ids[numbers] if (numbers >= 0).all() else np.where(numbers >= 0, ids.astype(object)[numbers], None)
     if isinstance(queries, np.ndarray):
         return Hits(numbers, probabilities.cpu().numpy(), ids)
-    return Hits(rows.to(queries.device), probabilities.to(queries.device), ids)
+    with torch.inference_mode(False):  # so that the caller may do with them what he likes
+        return Hits(rows.clone().to(queries.device), probabilities.clone().to(queries.device), ids)
 
 
 def checked(pipeline: Any, queries: np.ndarray | Tensor) -> Tensor:

@@ -293,10 +293,11 @@ class _Sparse:
         if start > 0:
             matter = tops > self.least  # what only equals the k-th best comes after it
         else:
-            if len(tops) > self.k:  # k groups have a row of at least this
-                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1]
+            if (wide := full // GROUP) > self.k:  # k groups of groups have a row of at least this
+                coarse = tops[: wide * GROUP].view(wide, GROUP, count).amax(dim=1)
+                self.least, self.due = coarse.topk(self.k, dim=0).values[-1], 2 * width
             matter = ~(tops < self.least)  # NaN matters
-        query, group = matter.T.nonzero(as_tuple=True)
+        group, query = matter.nonzero(as_tuple=True)  # each query's groups ascend
         offset = (GROUP * group).unsqueeze(-1) + torch.arange(GROUP)  # (pairs, GROUP)
         values = scores.view(-1).take(offset.clamp(max=width - 1) * count + query.unsqueeze(-1))
         keep = ~(values < self.least[query].unsqueeze(-1)) & (offset < width)  # NaN is kept
