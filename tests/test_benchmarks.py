@@ -516,6 +516,10 @@ def test_the_latency_of_one_query_is_compared() -> None:
     assert [case["reranker"] for case in found] == [*latency.RERANKERS]
     assert all(case["same_answers"] and case["p50"].keys() == case["p99"].keys() for case in found)
     assert len(latency.report(found).splitlines()) == 4
+    (large,) = latency.latency([60], [8], ["residual"], queries=7, at_once=[2], batch=3, ways=["hnsw", "indexed"])
+    assert large["same_answers"]
+    assert [*large["p50"]] == [latency.HNSW, latency.INDEXED]
+    assert "2 x flat" not in latency.report([large])
 
 
 def test_an_approximate_search_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
 """What a run finds: its figures with all they depend on, printed, shown and saved."""
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Fitted:
         given["references"] = getattr(built.source, "references", {}).get(split)
         return evaluate(self.model, queries, k=built.config["k"], title=f"evaluation ({split})", **given)
 
-    @cached_property
+    @functools.cached_property
     def hybrid(self) -> SoftAttention | None:
         """Exact search with the words of texts, weighed on validation queries: a baseline."""
         held_out = self.built.queries("val")
@@ -70,7 +70,7 @@ class Fitted:
         fit_words(hybrid, held_out, ("text",))
         return hybrid
 
-    @cached_property
+    @functools.cached_property
     def judged(self) -> tuple[Any, ...]:
         """The queries of val, how the model answers them, the same of test, and the norms of the model's gradients."""
         val, test = (self.built.queries(split) for split in ("val", "test"))  # to draw them may be a search
@@ -134,7 +134,7 @@ def save(run: Fitted) -> float:
     with atomic_write(run.folder / "answered.npy") as partial, partial.open("wb") as file:
         np.save(file, test.answered.cpu().numpy())
     write_record(run.folder / "results.json", results)
-    made = partial(table, results, len(test.answered))
+    made = functools.partial(table, results, len(test.answered))
     log.info("\n%s\n", made(), extra={"on_terminal": made})
     for line in remarks(results):
         log.warning(line)

@@ -33,9 +33,9 @@ class Concatenated(Reranker):
     """The same function, from the (B, k, 4D) features."""
 
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """W [q, c, q - c, q * c] + b, (B, k, hidden)."""
+        """W [q, c, q - c, q * c] + b, (B k, hidden)."""
         q = queries.unsqueeze(1).expand_as(candidates)
-        return self.first(torch.cat([q, candidates, q - candidates, q * candidates], dim=-1))
+        return self.first(torch.cat([q, candidates, q - candidates, q * candidates], dim=-1).flatten(0, 1))
 
 
 def pair(kind: str, dim: int) -> tuple[Reranker, Concatenated]:

@@ -23,12 +23,18 @@ def check_vectors(vectors: Tensor, name: str, ids: np.ndarray | None = None) -> 
 
 def largest(vectors: Tensor) -> Tensor:
     """Return each row's largest absolute value, (n,), which is NaN where any value of the row is NaN."""
-    return torch.cat([part.abs().amax(dim=-1) for part in vectors.split(max(1, BLOCK // max(1, vectors.shape[1])))])
+    size = max(1, BLOCK // max(1, vectors.shape[1]))
+    if len(vectors) <= size:
+        return torch.linalg.vector_norm(vectors, math.inf, dim=-1)
+    return torch.cat([largest(part) for part in vectors.split(size)])
 
 
 def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Do what `check_vectors` does, given what `largest` returns for vectors that are never held all at once."""
-    if not len(values) or (float(values.amin()) > 0 and float(values.amax()) < math.inf):  # NaN if any is
+    if not len(values):
+        return
+    least, most = torch.aminmax(values)  # NaN if any is
+    if float(least) > 0 and float(most) < math.inf:
         return
     for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():

@@ -9,6 +9,7 @@ and every number that a search follows is checked when they are read.
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ from nvf.errors import InputError, check_number, one_line
 from nvf.files.records import own_file, sha256
 from nvf.files.tensors import DAMAGE, read_tensors
 from nvf.ops.frozen_cache import FrozenCache
+from nvf.ops.products import joined, split
 from nvf.ops.random_streams import stream
 from nvf.ops.topk import TopK, blockwise_topk
 
@@ -172,19 +174,19 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     if k >= len(sample) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
         return blockwise_topk(queries, keys, k, logsumexp=True, allowed=allowed)
     _, rows = index.search(queries, k, None if allowed is None else allowed[0])
-    if (short := (rows < 0).any(dim=-1)).any():
+    if (missing := rows < 0).any():
+        short = missing.any(dim=-1)
         rows[short] = blockwise_topk(queries[short], keys, k, allowed=allowed).rows
     rows = rows.sort(dim=-1).values  # so that of equal scores the smallest rows come first
     size = max(1, GATHERED // (k * keys.shape[1]))
-    blocks = zip(queries.split(size), rows.split(size), strict=True)
-    scores = torch.cat([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    scores, rows = scores.gather(-1, order), rows.gather(-1, order)
+    blocks = zip(split(queries, size), split(rows, size), strict=True)
+    scores = joined([(keys[r].to(q.dtype) @ q.unsqueeze(-1)).squeeze(-1) for q, r in blocks])  # (B, k)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    rows = rows.gather(-1, order)
     size, place = len(sample), torch.searchsorted(sample, rows).clamp(max=len(sample) - 1)
     drawn = sample[place] == rows  # (B, k)
     others = queries @ drawn_keys.to(queries.dtype).T  # (B, S)
-    others = torch.cat([others, others[:, :1]], dim=-1)  # with a last column for rows that were not drawn
-    others = others.scatter(-1, place.where(drawn, size), -math.inf)[:, :size]
+    others.scatter_reduce_(-1, place, torch.where(drawn, -math.inf, math.inf).to(others.dtype), "amin")
     rest = others.logsumexp(dim=-1) + ((count - k) / (size - drawn.sum(dim=-1))).log()
     return TopK(scores, rows, scores.logsumexp(dim=-1).logaddexp(rest))
 
@@ -264,7 +266,8 @@ def _array(keys: Tensor) -> Any:
 
 
 def _faiss() -> Any:
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it names the processors it was built for
+    if "faiss" not in sys.modules:
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it names the processors it was built for
     try:
         return import_module("faiss")
     except ImportError as fault:

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.ops.products import can_branch_on
-from nvf.ops.topk import first_topk
 
 CLOSEST = 1e-30  # log-attentions nearer than this count as this far apart, since the logarithm of a gap needs one
 
@@ -78,11 +76,6 @@ def relaxed(log_attention: Tensor, rows: Tensor, scores: Tensor, *, k: int, temp
 
 def most_probable_first(candidates: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Sort candidates and their log-probabilities, (B, k), the most probable first; of equals the smallest row."""
-    if can_branch_on(log_probs):
-        best, order = log_probs.sort(dim=-1, descending=True)
-        if not (best[:, 1:] == best[:, :-1]).any():
-            return candidates.gather(-1, order), best
     rows, order = candidates.sort(dim=-1)
-    log_probs = log_probs.gather(-1, order)
-    best = first_topk(log_probs, rows.shape[-1])
-    return rows.gather(-1, best), log_probs.gather(-1, best)
+    best, order = log_probs.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return rows.gather(-1, order), best

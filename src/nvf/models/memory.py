@@ -26,6 +26,7 @@ from nvf.ops.random_streams import stream
 from nvf.ops.ranks import ranked_topk
 from nvf.ops.topk import TopK, blockwise_topk
 
+SHORTEST = 1e-12  # what the length of a vector counts at least where it is divided by it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -222,11 +223,17 @@ class VectorMemory(nn.Module):
         return self.topk(unit(queries), self.rows, k)
 
 
-def unit(vectors: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero."""
+def unit(vectors: Tensor, dtype: torch.dtype = torch.float32, largest: Tensor | None = None) -> Tensor:
+    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
+
+    Their largest absolute values, (..., 1), may be given, none of them zero.
+    """
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
-    return F.normalize((wide / largest.masked_fill(largest == 0, 1)).to(dtype), dim=-1)
+    if largest is None:
+        largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
+        largest = largest.masked_fill(largest == 0, 1)
+    scaled = (wide / largest).to(dtype)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=SHORTEST)
 
 
 def _torch_type(vectors: Tensor | ArrayFile) -> torch.dtype:

@@ -79,9 +79,8 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def transform(self, queries: np.ndarray | Tensor) -> Any:
         """Return what to ask an index of `keys()` for, from queries as for `search`, as numpy or torch as they are."""
-        given, weights = pipeline_search.checked(self, queries), self.attention.log_beta
-        moved = self.attention.transformed(unit(given.to(weights.device), weights.dtype))
-        return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(given.device)
+        moved = self.attention.transformed(pipeline_search.checked(self, queries))
+        return moved.cpu().numpy() if isinstance(queries, np.ndarray) else moved.to(queries.device)
 
     def forward(
         self,
@@ -211,7 +210,7 @@ class Pipeline(nn.Module):
         rows, best = (torch.cat([one, of[:, self.k :]], dim=-1) for one, of in ((rows, top.rows), (best, log_probs)))
         return top, TopK(best, rows, torch.zeros_like(top.logsumexp), ranks, of_targets)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def search(
         self,
         queries: np.ndarray | Tensor,
@@ -242,7 +241,7 @@ class Pipeline(nn.Module):
         """
         return pipeline_search.search(self, queries, k, texts=texts, allowed=allowed)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def rerank(self, queries: np.ndarray | Tensor, candidates: Any, *, texts: Sequence[str] | None = None) -> Hits:
         """Order candidates that any engine found by the reranker's scores, with their probabilities among each other.
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvf.errors import InputError
-from nvf.files.vectors import check_vectors, from_numpy
+from nvf.files.vectors import check_largest, from_numpy, largest
 from nvf.models.ann_index import approximate_topk
 from nvf.models.distribution import most_probable_first, shared_out
 from nvf.models.filters import Filter
@@ -20,8 +19,8 @@ from nvf.models.memory import check_k, unit
 from nvf.models.query_transform import checked_queries
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
-from nvf.ops.products import QUERY_BLOCK, can_branch_on
-from nvf.ops.topk import TopK, blockwise_topk
+from nvf.ops.products import QUERY_BLOCK, can_branch_on, joined, split
+from nvf.ops.topk import TopK, blockwise_topk, descends
 
 RERANKED_AT_ONCE = 2**24  # numbers in the vectors of candidates that are held at once; 64 MB of float32
 
@@ -57,31 +56,33 @@ def search(
     _check_texts(pipeline, texts, len(given))
     words = _word_scores(pipeline, texts) if allowed is None else None
     pipeline, blocks, size = _evaluated(pipeline), [], size if only is None else min(size, only.size)
-    for start in range(0, max(1, len(given)), size):
-        block = slice(start, start + size)
+    for number, part in enumerate(split(given, size)):
+        block = slice(number * size, (number + 1) * size)
         rows, first = (None, None) if only is None or not len(given) else only.of(block)
         some = _some(words, block) if allowed is None or texts is None else _word_scores(pipeline, texts[block], rows)
-        found, probabilities = _search_block(pipeline, given[block], int(k), some, rows, candidates is not None)
+        found, probabilities = _search_block(pipeline, part, int(k), some, rows, candidates is not None)
         if first is not None:
             found = first.expand(len(found), -1).gather(1, found.clamp(min=0)).long().where(found >= 0, -1)
         blocks.append((memory.vectors_of(found) if first is None else found, probabilities))
-    rows, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    rows, probabilities = (joined(parts) for parts in zip(*blocks, strict=True))
     ids, numbers = memory.ids, rows.cpu().numpy()
     if ids is not None:
         ids = ids[numbers] if (numbers >= 0).all() else np.where(numbers >= 0, ids.astype(object)[numbers], None)
     if isinstance(queries, np.ndarray):
         return Hits(numbers, probabilities.cpu().numpy(), ids)
-    return Hits(rows.to(given.device), probabilities.to(given.device), ids)
+    with torch.inference_mode(False):  # so that the caller may do with them what he likes
+        return Hits(rows.clone().to(queries.device), probabilities.clone().to(queries.device), ids)
 
 
 def checked(pipeline: Any, queries: np.ndarray | Tensor) -> Tensor:
-    """Return queries as a tensor, (B, D) floats none of which is zero; an InputError for others."""
+    """Return queries scaled to length 1, (B, D), as the weights are; an InputError unless they are finite floats."""
+    weights = pipeline.attention.log_beta
     floats = isinstance(queries, np.ndarray) and queries.dtype.kind == "f" and queries.dtype.itemsize <= 8
     given: Any = from_numpy(np.asarray(queries)) if floats else queries
     if checked_queries(given, pipeline.attention.query_dim, "B").ndim != 2:
         raise InputError(f"queries have shape {tuple(given.shape)}; give floats, (B, {pipeline.attention.query_dim})")
-    check_vectors(given, "queries")
-    return given
+    check_largest(longest := largest(given), "queries")
+    return unit(given.to(weights.device), weights.dtype, longest.to(weights.device).unsqueeze(-1))
 
 
 def _evaluated(module: Any) -> Any:
@@ -89,12 +90,16 @@ def _evaluated(module: Any) -> Any:
 
     Its own flags stay as they are: another thread may be using it.
     """
-    parts = {name: None if part is None else _evaluated(part) for name, part in module._modules.items()}
-    if not module.training and all(map(operator.is_, parts.values(), module._modules.values())):
+    if not _trains(module):
         return module
     copied = copy.copy(module)
-    copied._modules, copied.training = parts, False
+    copied._modules = {name: None if part is None else _evaluated(part) for name, part in module._modules.items()}
+    copied.training = False
     return copied
+
+
+def _trains(module: Any) -> bool:
+    return module is not None and (module.training or any(map(_trains, module._modules.values())))
 
 
 def _check_texts(pipeline: Any, texts: Sequence[str] | None, count: int) -> None:
@@ -122,7 +127,6 @@ def _search_block(
     pipeline: Any, queries: Tensor, k: int, words: WordScores | None, allowed: Tensor | None, reranked: bool
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities; if `reranked`, all that are allowed are candidates."""
-    queries = unit(queries.to(pipeline.memory.rows.device), pipeline.attention.log_beta.dtype)
     projected = pipeline.attention.project(queries)
     top = _best(pipeline, projected, max(k, pipeline.k), words, allowed)
     if allowed is None:
@@ -151,7 +155,7 @@ def _best(pipeline: Any, projected: Tensor, k: int, words: WordScores | None, al
     if words is not None and allowed is not None:
         right = allowed.expand(len(projected), -1).gather(1, words.rows.clamp(min=0))
         words = words._replace(rows=words.rows.where(right, -1))
-    return pipeline.attention.best(top, projected, words)
+    return top if words is None else pipeline.attention.best(top, projected, words)
 
 
 def _listed(
@@ -159,27 +163,31 @@ def _listed(
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities, (B, k), from stage 1's best; if `reranked`, all of them are candidates."""
     assert top.logsumexp is not None
-    width = top.rows.shape[1] if reranked else pipeline.k
-    candidates = TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
+    every = top.rows.shape[1]
+    width = every if reranked else pipeline.k
+    candidates = top if width == every else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
     scores = _equal_scores_of_equal_rows(pipeline, pipeline.scores_of(queries, candidates, words), candidates)
     # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
     listed = top.scores.logsumexp(dim=-1)
     log_attention = top.scores - (listed if reranked else torch.maximum(top.logsumexp, listed)).unsqueeze(-1)
-    rows, log_probs = most_probable_first(candidates.rows, shared_out(log_attention[:, :width], scores))
-    if width < top.rows.shape[1]:
+    of_candidates = log_attention if width == every else log_attention[:, :width]
+    rows, log_probs = most_probable_first(candidates.rows, shared_out(of_candidates, scores))
+    if width < every:
         rows = torch.cat([rows, top.rows[:, width:]], dim=-1)
         log_probs = torch.cat([log_probs, log_attention[:, width:]], dim=-1)
-    return rows[:, :k], log_probs[:, :k].exp().clamp(max=1).float()
+    if k < every:
+        rows, log_probs = rows[:, :k], log_probs[:, :k]
+    return rows, log_probs.exp().clamp(max=1).float()
 
 
 def _equal_scores_of_equal_rows(pipeline: Any, scores: Tensor, top: TopK) -> Tensor:
     """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
     if isinstance(pipeline.reranker, EvidenceReranker) or not can_branch_on(scores):
         return scores
-    if not (equal := top.scores[:, 1:] == top.scores[:, :-1]).any():
+    if descends(top.scores):
         return scores
     vectors = pipeline.memory.take(top.rows)
-    equal &= (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1)
+    equal = (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1) & (top.scores[:, 1:] == top.scores[:, :-1])
     places = torch.arange(scores.shape[1])
     first = places.where(~F.pad(equal, (1, 0)), 0).cummax(dim=-1).values
     return scores.gather(-1, first)

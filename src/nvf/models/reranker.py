@@ -38,8 +38,9 @@ class Reranker(nn.Module):
 
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
         """Return scores, (B, k), of unit candidates, (B, k, D), with stage 1's logits, (B, k), for queries, (B, D)."""
-        queries, candidates = queries.to(self.first.weight.dtype), candidates.to(self.first.weight.dtype)
-        scores = self.rest(self.first_layer(queries, candidates)).squeeze(-1)  # (B, k)
+        dtype = self.first.weight.dtype
+        queries, candidates = queries.to(dtype), candidates.to(dtype)
+        scores = self.rest(self.first_layer(queries, candidates)).view(candidates.shape[:2])  # (B, k)
         if self.kind == "residual":
             cosine, (w_logit, w_cosine) = (queries.unsqueeze(1) * candidates).sum(dim=-1), self.evidence.unbind()
             scores = scores + w_logit * logits + w_cosine * beta * cosine
@@ -52,16 +53,16 @@ class Reranker(nn.Module):
             weight.mul_(factor)
 
     def first_layer(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Return W [q, c, q - c, q * c] + b, (B, k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b."""
-        of_query, of_candidate, of_product = self._factors(self._factored, [self.first.weight])  # (hidden, D) each
-        from_query = F.linear(queries, of_query, self.first.bias)  # (B, hidden)
-        outputs = F.linear(candidates, of_candidate) + from_query.unsqueeze(1)  # (B, k, hidden)
-        products = (queries.unsqueeze(1) * candidates).flatten(0, 1)  # (B k, D)
-        return torch.addmm(outputs.flatten(0, 1), products, of_product.T).unflatten(0, candidates.shape[:2])
+        """Return W [q, c, q - c, q * c] + b, (B k, hidden), as (W1 + W3) q + (W2 - W3) c + W4 (q * c) + b."""
+        of_query, of_candidate, of_product = self._factors(self._factored, [self.first.weight])  # (D, hidden) each
+        from_query = torch.addmm(self.first.bias, queries, of_query)  # (B, hidden)
+        outputs = (candidates @ of_candidate).add(from_query.unsqueeze(1))  # (B, k, hidden)
+        products = queries.unsqueeze(1) * candidates  # (B, k, D)
+        return torch.addmm(outputs.flatten(0, 1), products.flatten(0, 1), of_product)
 
     def _factored(self) -> tuple[Tensor, Tensor, Tensor]:
         w_query, w_candidate, w_difference, w_product = self.first.weight.chunk(4, dim=-1)
-        return w_query + w_difference, w_candidate - w_difference, w_product
+        return (w_query + w_difference).T, (w_candidate - w_difference).T, w_product.T
 
 
 class EvidenceReranker(nn.Module):

@@ -15,7 +15,7 @@ class FrozenCache:
 
     def __call__(self, compute: Callable[[], Any], sources: Sequence[Tensor]) -> Any:
         """Return the value of `compute()`, which must depend on nothing that ever changes but `sources`."""
-        if is_transformed() or torch.is_inference_mode_enabled() or any(source.requires_grad for source in sources):
+        if is_transformed() or any(source.requires_grad or source.is_inference() for source in sources):
             return compute()
         before, value = self._kept
         unchanged = len(sources) == len(before) and all(
@@ -24,7 +24,8 @@ class FrozenCache:
         )
         if value is None or not unchanged:
             value, self._kept = None, ([], None)  # large values are not held beside those that replace them
-            value = compute()
+            with torch.inference_mode(False):  # what a search computes serves a training too
+                value = compute()
             # The tensors themselves are held, since Python may give the id of a freed one to another.
             self._kept = [(source, source._version, source.device) for source in sources], value
         return value

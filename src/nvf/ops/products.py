@@ -1,6 +1,8 @@
 """Inner products of queries with many rows, computed in blocks that stay in the processor's cache."""
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +28,22 @@ def score_block(device: torch.device) -> int:
 def can_branch_on(tensor: Tensor) -> bool:
     """Whether Python may look at values: on the CPU, where it need not wait, and outside transforms and traces."""
     return _on_cpu(tensor) and not is_transformed()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their type: half the bits would find other rows."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def split(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """Return `rows.split(size)`; one query at a time, a view of all rows and a copy of one part take a while."""
+    return (rows,) if rows.shape[0] <= size else rows.split(size)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the parts that `split` made as one tensor again."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def products(rows: Tensor, queries: Tensor, *, by_query: bool = False) -> Tensor:

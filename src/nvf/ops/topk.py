@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.ops.products import QUERY_BLOCK, RunningLogSumExp, can_branch_on, inner_products, products, score_block
+from nvf.ops.products import (
+    QUERY_BLOCK,
+    RunningLogSumExp,
+    can_branch_on,
+    inner_products,
+    joined,
+    products,
+    score_block,
+    split,
+    without_autocast,
+)
 
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
 SPARSE_ROWS = 2**15  # over more rows than these with a log-sum-exp,
@@ -52,15 +62,17 @@ def blockwise_topk(
     are ahead of it, see `is_ahead`.
     """
     budget = scores_per_block or score_block(queries.device)
-    found = []
-    for start in range(0, max(1, len(queries)), QUERY_BLOCK):
-        part = slice(start, start + QUERY_BLOCK)
-        mask = allowed if allowed is None or len(allowed) == 1 else allowed[part]
-        others = (of and [each[part] for each in of] for of in (added, bar))
-        with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
+    with without_autocast(queries.device):
+        if len(queries) <= QUERY_BLOCK:
+            return _topk(queries, keys, k, logsumexp, budget, sparse_from, allowed, added, bar)
+        found = []
+        for start in range(0, len(queries), QUERY_BLOCK):
+            part = slice(start, start + QUERY_BLOCK)
+            mask = allowed if allowed is None or len(allowed) == 1 else allowed[part]
+            others = (of and [each[part] for each in of] for of in (added, bar))
             found.append(_topk(queries[part], keys, k, logsumexp, budget, sparse_from, mask, *others))
-    joined: list[Any] = [None if some[0] is None else torch.cat(some) for some in zip(*found, strict=True)]
-    return TopK(*joined)
+    every: list[Any] = [None if some[0] is None else torch.cat(some) for some in zip(*found, strict=True)]
+    return TopK(*every)
 
 
 def _topk(
@@ -87,8 +99,8 @@ def _topk(
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp() if logsumexp else None
-    start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
-    for part in (keys if some is None else some).split(max(more, budget // max(1, count))):
+    start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device) if bar else None
+    for part in split(keys if some is None else some, max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
             scores.masked_fill_(~allowed.gather(1, part.expand(count, -1)).T, lowest)
@@ -108,7 +120,7 @@ def _topk(
         lacking, pad = scores == lowest, (0, k - scores.shape[1])
         scores = F.pad(scores.masked_fill(lacking, -math.inf), pad, value=-math.inf)
         rows = F.pad(rows.masked_fill(lacking, -1), pad, value=-1)
-    return TopK(scores, rows, None if total is None else total.result(), ranks if bar else None)
+    return TopK(scores, rows, None if total is None else total.result(), ranks)
 
 
 def is_ahead(scores: Tensor, rows: Tensor, best: Tensor, first: Tensor) -> Tensor:
@@ -120,7 +132,7 @@ def _count_ahead(
     scores: Tensor, start: int, queries: Tensor, keys: Tensor, added: Added, best: Tensor, first: Tensor
 ) -> Tensor:
     """Return how many rows of a block of scores, (w, B), are ahead, (B,); near ties by their exact scores."""
-    noise = 2 * _noise(queries, added)
+    noise = 2 * _noise(queries, added).squeeze(-1)
     below = scores <= (best + noise).to(scores.dtype)
     row, query = (below & (scores >= (best - noise).to(scores.dtype))).nonzero(as_tuple=True)
     row = row + start
@@ -133,20 +145,20 @@ def exact_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, adde
     size = max(1, NEAR_TIES // queries.shape[1])
     rows, more = added or (queries[:, :0], queries[:, :0])
     parts = []
-    for q, r in zip(query.split(size), row.split(size), strict=True):
+    for q, r in zip(split(query, size), split(row, size), strict=True):
         of_pairs = ((rows[q] == r.unsqueeze(-1)) * more[q]).sum(dim=-1)
         parts.append((queries[q].double() * keys[r].double()).sum(dim=-1) + of_pairs)
-    exact = torch.cat(parts)
+    exact = joined(parts)
     return exact if can_branch_on(exact) else exact.to(queries.dtype).double()  # a GPU's sums depend on P
 
 
 def _noise(queries: Tensor, added: Added) -> Tensor:
-    """Return the size, (B,), of what rounding does to a query's products with keys about as long as 1."""
-    size = math.sqrt(queries.shape[1]) * torch.linalg.vector_norm(queries, dim=-1)
-    return torch.finfo(queries.dtype).eps * (size + added[1].abs().amax(dim=-1) if added else size)
+    """Return the size, (B, 1), of what rounding does to a query's products with keys about as long as 1."""
+    eps = torch.finfo(queries.dtype).eps
+    size = eps * math.sqrt(queries.shape[1]) * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
+    return size + eps * added[1].abs().amax(dim=-1, keepdim=True) if added else size
 
 
-@torch.no_grad()
 def resolve_near_ties(
     queries: Tensor,
     keys: Tensor,
@@ -165,7 +177,7 @@ def resolve_near_ties(
     """
     if not can_branch_on(scores):
         return scores[:, :k], rows[:, :k]
-    noise = _noise(queries, added).unsqueeze(-1)
+    noise = _noise(queries, added)
     near = scores[:, 1:] >= scores[:, :-1] - noise
     if allowed is not None:
         near &= scores[:, 1:] > torch.finfo(scores.dtype).min
@@ -230,9 +242,14 @@ def first_topk(scores: Tensor, k: int) -> Tensor:
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    if (values[:, 1:] == values[:, :-1]).any():
+    if not descends(values):
         places = scores.sort(dim=-1, descending=True, stable=True).indices
     return places[:, :k]
+
+
+def descends(scores: Tensor) -> bool:
+    """Tell whether each query's scores, (B, k) on a CPU, become less from place to place, so that none are equal."""
+    return scores.shape[-1] < 2 or not len(scores) or float(scores.diff(dim=-1).amax()) < 0  # false for NaN
 
 
 class _Dense:
@@ -277,10 +294,11 @@ class _Sparse:
         if start > 0:
             matter = tops > self.least  # what only equals the k-th best comes after it
         else:
-            if len(tops) > self.k:  # k groups have a row of at least this
-                self.least = tops.T.contiguous().topk(self.k, dim=-1).values[:, -1]
+            if (wide := full // GROUP) > self.k:  # k groups of groups have a row of at least this
+                coarse = tops[: wide * GROUP].view(wide, GROUP, count).amax(dim=1)
+                self.least, self.due = coarse.topk(self.k, dim=0).values[-1], 2 * width
             matter = ~(tops < self.least)  # NaN matters
-        query, group = matter.T.nonzero(as_tuple=True)
+        group, query = matter.nonzero(as_tuple=True)  # each query's groups ascend
         offset = (GROUP * group).unsqueeze(-1) + torch.arange(GROUP)  # (pairs, GROUP)
         values = scores.view(-1).take(offset.clamp(max=width - 1) * count + query.unsqueeze(-1))
         keep = ~(values < self.least[query].unsqueeze(-1)) & (offset < width)  # NaN is kept
