@@ -75,7 +75,7 @@ def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:
     for job in "0123":
         points = [
             (value.tag, event.step)
-            for path in (sweep / job / "reranker").glob("events.out.tfevents.*")
+            for path in (sweep / job / "curves/pipeline").glob("events.out.tfevents.*")
             for event in EventFileLoader(str(path)).Load()
             for value in event.summary.value
             if value.tag.startswith("train/")
