@@ -24,8 +24,8 @@ from nvf.evaluation.evaluate import evaluate
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
+from nvf.runs.curves import CHART
 from nvf.train import CONF
-from nvf.training.curves import CHART
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -120,8 +120,8 @@ def test_show_writes_every_figure(decisive: Pipeline, batch: QueryBatch, tmp_pat
         steps = [image.step for image in shown.Images(tag)]
         assert steps == [*range(len(steps))] != []
         for image in shown.Images(tag):
-            assert min(image.width, image.height) >= 600
-            assert 0.6 < image.width / image.height < 1.8  # as the cards that show it
+            assert min(image.width, image.height) >= 400
+            assert 1.5 < image.width / image.height < 2.5  # as the cards that show it
 
 
 def test_stage_one_alone_is_shown_too(memory: VectorMemory, batch: QueryBatch, tmp_path: Path) -> None:
@@ -165,7 +165,6 @@ def test_bad_settings_are_refused_with_the_remedy(settings: dict[str, Any], says
 def test_texts_are_shortened_to_one_line() -> None:
     assert figures.shortened("a\n b\t c") == "a b c"
     assert figures.shortened("x" * 50, 10) == "x" * 9 + "\u2026"
-    assert figures.shortened("one two three four", 9, lines=2) == "one two\nthree fo\u2026"
 
 
 @pytest.mark.parametrize("limit", [4, 40, 4000])

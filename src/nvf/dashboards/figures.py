@@ -1,6 +1,5 @@
 """The figures that TensorBoard shows among its images, drawn from the content of examples.json."""
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from nvf.evaluation.report import NAMES
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"exact": "#9a9a9a", "attention": "#0072b2", "pipeline": "#e69f00"}
 RIGHT, GREY, TICK = "#007a59", "#666666", "\u2713 "
-STYLE: Any = {  # white in TensorBoard's dark mode too; letters of 9 pixels in its smallest card, 360 pixels wide
+STYLE: Any = {  # white in TensorBoard's dark mode too
     "text.parse_math": False,  # a dollar in a user's text is no formula
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
@@ -29,8 +28,9 @@ STYLE: Any = {  # white in TensorBoard's dark mode too; letters of 9 pixels in i
     "axes.spines.right": False,
     "grid.color": "#dddddd",
 }
-WIDTH = 4.8  # inches
-ROWS, LETTERS = 5, 60  # candidates that a card has room for, and letters of a line
+WIDTH = 5.2  # inches; TensorBoard's smallest cards have 365 x 400 or 450 x 210 pixels, in which letters have 9
+ROWS, LETTERS = 5, 36  # candidates that a card has room for, and letters of a line beside the bars
+LEFT = -1.35  # where lines begin, in units of probability
 VERDICTS = {"won": "1_won", "lost": "2_lost", "same": "3_others"}
 
 
@@ -48,45 +48,44 @@ def draw(examples: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[t
         yield "figures/4_reliability", _draw_reliability(examples["reliability"]), 0
 
 
-def shortened(text: str, width: int = LETTERS, lines: int = 1) -> str:
-    """Return a text on at most so many lines of at most `width` characters."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    found = textwrap.wrap(plain, width)
-    if len(found) > lines:
-        found = [*found[: lines - 1], f"{' '.join(found[lines - 1 :])[: width - 1].rstrip()}\u2026"]
-    return "\n".join(found)
+def shortened(text: str, width: int = LETTERS) -> str:
+    """Return a text as one line of at most `width` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else f"{line[: width - 1].rstrip()}\u2026"
 
 
 def _draw_query(query: Mapping[str, Any], compared: list[str]) -> Figure:
-    """Draw a query's candidates, each with its text, its probabilities by each stage and the words that matched."""
+    """Draw a query's candidates, each with its text, the words that matched, and its probabilities by each stage."""
     shown = sorted(query["candidates"], key=lambda one: -(one["right"] + max(one["probabilities"].values())))[:ROWS]
     shown = [one for one in query["candidates"] if one in shown]
-    figure = Figure((WIDTH, 1 + 0.5 * len(shown)))
+    figure = Figure((WIDTH, 0.9 + 0.36 * len(shown)))
     axes = figure.add_subplot()
     for y, one in enumerate(shown):
         _draw_candidate(axes, y, one)
     after, before = (query["ranks"][method] for method in compared)
-    asked = f"query {query['query']}" if query["text"] is None else f"\u201c{shortened(query['text'], lines=2)}\u201d"
+    asked = f"query {query['query']}" if query["text"] is None else f"\u201c{shortened(query['text'], 60)}\u201d"
     verdict = "" if query["verdict"] == "same" else f", {query['verdict']}"
-    axes.set_title(f"{asked}\nright answer: rank {before:,} \u2192 {after:,}{verdict}", fontweight="bold")
+    title = f"{asked}\nright answer: rank {before:,} \u2192 {after:,}{verdict}"
+    axes.set_title(title, fontweight="bold", in_layout=False)
+    axes.spines.left.set_position(("data", 0))
     axes.spines.bottom.set_bounds(0, 1)
-    axes.set(xlim=(0, 1.6), ylim=(len(shown) - 0.45, -0.65), xticks=[0, 0.5, 1], yticks=[])
-    handles = [Patch(color=COLOURS[of], label=f"probability by {NAMES[of]}") for of in shown[0]["probabilities"]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, borderpad=0)
+    axes.set(xlim=(LEFT, 1.15), ylim=(len(shown) - 0.5, -0.5), yticks=[])
+    axes.set_xticks([0, 0.5, 1], ["0", "probability", "1"])
+    handles = [Patch(color=COLOURS[of], label=NAMES[of]) for of in shown[0]["probabilities"]]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, 0), ncols=2, frameon=False, borderpad=0.3)
     return figure
 
 
 def _draw_candidate(axes: Axes, y: int, one: Mapping[str, Any]) -> None:
-    colour = RIGHT if one["right"] else "black"
-    axes.text(0, y - 0.36, TICK * one["right"] + _named(one), va="center", color=colour, in_layout=False)
-    thick = 0.56 / len(one["probabilities"])
+    colour, words = RIGHT if one["right"] else "black", shortened(", ".join(one["words"]), LETTERS + 5)
+    line: Any = {"x": LEFT, "va": "center", "in_layout": False}
+    axes.text(y=y - 0.2 * bool(words), s=TICK * one["right"] + _named(one), color=colour, **line)
+    axes.text(y=y + 0.24, s=words, color=GREY, fontsize=7.5, **line)
+    thick = 0.84 / len(one["probabilities"])
     for place, (method, value) in enumerate(one["probabilities"].items()):
-        at = y - 0.16 + thick * (place + 0.5)
+        at = y - 0.42 + thick * (place + 0.5)
         axes.barh(at, value, 0.9 * thick, color=COLOURS[method])
         axes.text(value + 0.01, at, f"{value:.2f}", va="center", fontsize=7)
-    if one["words"]:
-        matched = shortened(", ".join(one["words"]), 26)
-        axes.text(1.6, y + 0.12, matched, ha="right", va="center", color=GREY, fontsize=8)
 
 
 def _named(one: Mapping[str, Any]) -> str:
@@ -102,7 +101,7 @@ def _named(one: Mapping[str, Any]) -> str:
 
 def _draw_reliability(reliability: Mapping[str, Any]) -> Figure:
     """Draw accuracy over confidence, which agree on the diagonal, and the number of queries in each bin below."""
-    figure = Figure((WIDTH, 3.6))
+    figure = Figure((WIDTH, 2.7))
     grid = figure.subplots(2, len(reliability), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (method, bins), (above, below) in zip(reliability.items(), grid.T, strict=True):
         means = np.array([bins["confidence"], bins["share_right"]], dtype=float)

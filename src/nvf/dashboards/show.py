@@ -16,9 +16,9 @@ from nvf.errors import InputError, check_number
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
+from nvf.runs.curves import CHART, FOLDER, LINES
 from nvf.runs.settings import flatten
 from nvf.statistics import METRICS
-from nvf.training.curves import CHART, FOLDER, LINES
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
 SWITCHES = ("levels", "candidates", "reliability", "projector")

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, one_line
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
+from nvf.runs.curves import FOLDER
 
 RECORD, LOCK = "run.json", ".lock"
 TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that was refused before a fit
@@ -49,7 +50,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     lock, events = locked(folder), "events.out.tfevents.*"
     if not goes_on:
         checkpoints = (folder / "checkpoints").rglob("last.ckpt")
-        for left in (*checkpoints, *folder.glob(events), *(folder / "curves").rglob(events)):
+        for left in (*checkpoints, *folder.glob(events), *(folder / FOLDER).rglob(events)):
             left.unlink()  # from an earlier run in the same folder
         write_record(folder / RECORD, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock

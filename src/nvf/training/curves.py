@@ -1,4 +1,4 @@
-"""The curves of a run's stages, as TensorBoard shows them: each stage goes on where the one before it ended."""
+"""The logger of a run's curves for TensorBoard: each stage goes on where the one before it ended."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-FOLDER = "curves"  # in a run's folder, with a folder for each line of CHART
-CHART = "Top-1 on validation queries"  # the tag of the first chart: TensorBoard sorts capital letters first
-LINES = {"attention": "stage-1", "reranker": "pipeline", "joint": "joint"}  # by stage, in the order of their fits
+from nvf.runs.curves import CHART, FOLDER, LINES
 
 
 class Curves(TensorBoardLogger):

@@ -19,9 +19,9 @@ from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.errors import InputError, one_line
+from nvf.runs.curves import LINES
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
-from nvf.training.curves import LINES
 from nvf.training.devices import SHARDED, refusal
 from nvf.training.modules import AttentionModule
 from nvf.training.stage import StageModule
