@@ -113,6 +113,15 @@ def pipeline(memory: VectorMemory) -> Pipeline:
 
 
 @pytest.fixture
+def decisive(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with a reranker that often differs with stage 1, and so wins and loses queries."""
+    with torch.no_grad():
+        pipeline.reranker.evidence.zero_()  # of what stage 1 thinks
+    pipeline.reranker.sharpen(20.0)
+    return pipeline
+
+
+@pytest.fixture
 def weighing(memory: VectorMemory) -> Pipeline:
     """A pipeline that weighs evidence, with learned keys and a bias, none of it left at zero."""
     torch.manual_seed(0)

@@ -106,7 +106,7 @@ def test_a_sweep_leaves_whole_runs_and_one_tree(tmp_path: Path) -> None:
     assert results[0]["memory"] != results[1]["memory"]
     for run in runs:
         assert list(run.glob("events.out.tfevents.*"))
-        assert list(run.glob("reranker/events.out.tfevents.*"))
+        assert list(run.glob("curves/pipeline/events.out.tfevents.*"))
         assert (run / "pipeline/config.json").is_file()
 
 

@@ -27,6 +27,7 @@ from nvf.models.pipeline import Pipeline
 from nvf.ops.ranks import criterion
 from nvf.runs.resume import versions
 from nvf.training.build import Built
+from nvf.training.fit import steps_of
 from nvf.training.select import Chosen, FittedJointly
 
 log = logging.getLogger("nvf")
@@ -146,11 +147,11 @@ def save(run: Fitted) -> float:
 def _show(run: Fitted, queries: QueryBatch, val: Evaluation) -> None:
     """Write examples.json, and draw what TensorBoard shows beside the curves."""
     config, texts = run.built.config, getattr(run.built.source, "texts", None)
-    logged = max((norms["steps"] for norms in run.gradients.values() if norms), default=0)
-    steps = logged * (config["trainer"].get("log_every_n_steps") or 1) or 1
     try:
         examples = examples_of(val, run.built.source, count=config["dashboards"]["queries"])
         write_record(run.folder / "examples.json", examples)
-        show(run.model, queries, val, config["dashboards"], run.folder, steps=steps, texts=texts)
+        show(
+            run.model, queries, val, examples, config["dashboards"], run.folder, steps=steps_of(run.folder), texts=texts
+        )
     except Exception:  # a picture is not worth a run
         log.exception("not all of what TensorBoard shows could be drawn; the figures below are complete")

@@ -99,6 +99,7 @@ def job(cfg: DictConfig) -> float:
         if sweep:
             sweeps.refuse_local_ddp(config)
             config["trainer"]["enable_progress_bar"] = False  # the bars of several jobs would run into each other
+            config["dashboards"]["levels"] = False  # the sweep's figure has them, and lines of all jobs would be many
             config["threads"] = config["threads"] or sweeps.threads(settings.launcher)
         elif again:
             config = resumed_settings(folder, settings.overrides.task)

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from conftest import command
+from nvf.dashboards.figures import STYLE, WIDTH
+from nvf.runs.curves import CHART
 
 TOOLS = {"chromium": shutil.which("chromium"), "chromedriver": shutil.which("chromedriver")}
 MISSING = [name for name, path in TOOLS.items() if path is None] + ([] if find_spec("selenium") else ["selenium"])
@@ -26,34 +28,36 @@ pytestmark = pytest.mark.skipif(
 )
 RUN = [
     *("data.rows=40", "data.dim=8", "queries.val_samples=200", "queries.test_samples=200", "trainer=debug"),
-    *("cache=off", "threads=1", "hydra.run.dir=outputs/small"),
+    *("threads=1", "hydra.run.dir=outputs/small"),
 ]
 FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1600,1200"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),  # the projector draws with WebGL
 ]
-PLUGINS = ("timeseries", "hparams", "images", "custom_scalars", "projector")
+PLUGINS = ("timeseries", "hparams", "images", "text", "projector")
 PATIENCE = 60  # seconds
 # All that is written on the page and the height of every picture, through the shadow roots that TensorBoard nests.
 SEEN = """
-const texts = [], pictures = [];
+const texts = [], pictures = [], colours = [], dark = document.body.classList.contains("dark-mode");
 const walk = node => {
   if (node.tagName === "VZ-PROJECTOR-DATA-PANEL" && (node.colorOptions || []).some(option => option.name === "kind"))
     node.selectedColorOptionName = "kind";  // as a user would choose it
   if (node.tagName === "IFRAME" && node.contentDocument && node.contentDocument.body) walk(node.contentDocument.body);
+  if (node.classList && node.classList.contains("run-color-swatch")) colours.push(node.style.background);
   if (node.nodeType === 3) { if (node.data.trim()) texts.push(node.data.trim()); return; }
   if (["STYLE", "SCRIPT", "TEMPLATE"].includes(node.tagName)) return;
   const box = node.getBoundingClientRect ? node.getBoundingClientRect() : null;
   if (["IMG", "CANVAS", "SVG", "svg"].includes(node.tagName) && box && box.height > 0)
-    pictures.push({tag: node.tagName.toLowerCase(), height: box.height, natural: node.naturalHeight || 0,
+    pictures.push({tag: node.tagName.toLowerCase(), height: box.height, width: box.width,
+                   natural: node.naturalHeight || 0,
                    label: node.alt || node.getAttribute("aria-label") || "",
                    lines: node.querySelectorAll ? node.querySelectorAll("path").length : 0});
   if (node.shadowRoot) walk(node.shadowRoot);
   for (const child of node.childNodes) walk(child);
 };
 walk(document.body);
-return {text: texts.join("\\n"), pictures};
+return {text: texts.join("\\n"), pictures, colours, dark};
 """
 
 
@@ -80,6 +84,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     ran = command(*RUN, cwd=folder)
     assert ran.returncode == 0, ran.stderr
+    swept = command("-m", *RUN, "k=2,5", "seed=0,1", "dashboards=none", "hydra.sweep.dir=outputs/swept", cwd=folder)
+    assert swept.returncode == 0, swept.stderr
     return folder / "outputs"
 
 
@@ -142,7 +148,7 @@ def look(tensorboard: str, browser: Any, tmp_path: Path) -> Look:
     def _look(name: str, page: str, shows: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         browser.get("about:blank")  # else a change behind the # loads nothing anew
         browser.get(tensorboard + page)
-        deadline, seen = time.monotonic() + PATIENCE, {"text": "", "pictures": []}
+        deadline, seen = time.monotonic() + PATIENCE, {"text": "", "pictures": [], "colours": [], "dark": False}
         while not shows(seen) and time.monotonic() < deadline:
             time.sleep(0.5)
             seen = browser.execute_script(SEEN)
@@ -160,34 +166,51 @@ def says(*words: str) -> Callable[[dict[str, Any]], bool]:
     return lambda seen: all(word in seen["text"] for word in words)
 
 
-def test_scalars_have_charts(look: Look) -> None:
-    def shows(seen: dict[str, Any]) -> bool:
-        drawn = [picture for picture in seen["pictures"] if picture["tag"] in ("svg", "canvas")]
-        titles = "".join(seen["text"].split())  # of which each may be in pieces
-        return "val/top1" in titles and "top1/coverage" in titles and len(drawn) >= 2
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_first_chart_has_each_line_in_a_colour_of_its_own(look: Look, dark: bool) -> None:
+    only = "" if "NVF_LOGDIR" in os.environ else "&runFilter=small"
+    address = f"?smoothing=0&darkMode={str(dark).lower()}{only}#timeseries"
+    seen = look(f"time-series{'-dark' * dark}", address, lambda seen: says(CHART, "1_won")(seen) and seen["colours"])
+    lines = seen["text"].splitlines()
+    assert seen["dark"] == dark
+    for run in ("stage-1", "pipeline", "exact", "coverage"):
+        assert f"curves/{run}" in seen["text"]
+    assert "cache" not in seen["text"]
+    assert "epoch" not in lines
+    assert len({*seen["colours"]}) >= 5
+    groups = [lines.index(group) for group in (CHART, "figures", "gradients", "hp", "train", "val")]
+    assert groups == sorted(groups)  # the chart, then the figures, then all else
 
-    look("scalars", "?tagFilter=val%2Ftop1%24%7Ctop1%2Fcoverage#timeseries", shows)
 
-
-def test_the_hparams_table_has_the_test_figures(look: Look) -> None:
+def test_the_hparams_table_has_a_row_for_each_run(look: Look) -> None:
     seen = look("hparams", "#hparams", says("hp/pipeline/top1", "TABLE VIEW"))
     assert re.search(r"\b0\.\d{2,}|\b1\.0", seen["text"])
+    assert "curves/" not in seen["text"]
 
 
-def test_every_figure_is_among_the_images(look: Look) -> None:
+@pytest.mark.parametrize("dark", [False, True])
+def test_letters_of_every_image_are_large_enough_to_read(look: Look, dark: bool) -> None:
     def shows(seen: dict[str, Any]) -> bool:
         loaded = [picture for picture in seen["pictures"] if picture["tag"] == "img" and picture["natural"] > 300]
-        return says("1_candidates", "2_reliability")(seen) and len(loaded) >= 2
+        return says("3_others", "4_reliability")(seen) and len(loaded) >= 2
 
-    look("images", "#images", shows)
+    seen = look(f"images{'-dark' * dark}", f"?darkMode={str(dark).lower()}#images", shows)
+    assert seen["dark"] == dark
+    points = STYLE["font.size"] / 72 / WIDTH  # the height of a letter as a share of the figure's width
+    shown = [picture for picture in seen["pictures"] if picture["tag"] == "img" and picture["natural"] > 300]
+    assert min(points * picture["width"] for picture in shown) > 7  # pixels
+    assert points * 700 > 14
 
 
-def test_the_custom_page_draws_both_stages_and_their_ceilings(look: Look) -> None:
-    def shows(seen: dict[str, Any]) -> bool:
-        charts = [picture for picture in seen["pictures"] if picture["tag"] == "svg" and picture["lines"] >= 5]
-        return says("both stages and their ceilings", "Top-1", "Top-5")(seen) and len(charts) >= 2
+def test_a_sweep_has_its_table_as_a_text(look: Look) -> None:
+    if "NVF_LOGDIR" not in os.environ:
+        look("sweep-table", "#text", says("comparison", "best on validation", "val Top-1"))
 
-    look("custom-scalars", "#custom_scalars", shows)
+
+def test_a_sweep_has_its_curves_and_its_comparison(look: Look) -> None:
+    if "NVF_LOGDIR" not in os.environ:
+        shows = says("1_curves", "2_comparison")
+        look("sweep", "?runFilter=swept%24&tagFilter=figures#timeseries", shows)
 
 
 def test_the_projector_has_the_points(look: Look) -> None:

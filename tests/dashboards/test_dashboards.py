@@ -11,24 +11,25 @@ import torch
 from google.protobuf import text_format
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from conftest import SMALL, SMALL_STEPS
 from nvf.dashboards import figures
+from nvf.dashboards.examples import examples_of
 from nvf.dashboards.show import SWITCHES, check_dashboards, show
-from nvf.data.queries import QueryBatch
+from nvf.data.queries import QueryBatch, Recorded
 from nvf.errors import InputError
 from nvf.evaluation.evaluate import evaluate
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
+from nvf.runs.curves import CHART
 from nvf.train import CONF
 
 
 def events(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder))
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0})
     accumulator.Reload()
     return accumulator
 
@@ -38,16 +39,36 @@ def finished(run: Callable[..., dict[str, Any]], tmp_path: Path) -> tuple[dict[s
     return run(*SMALL, *SMALL_STEPS, "attention=residual", "trainer.log_every_n_steps=1"), tmp_path / "run"
 
 
-def test_each_stage_has_its_curves(finished: tuple[dict[str, Any], Path]) -> None:
+def test_each_stage_goes_on_where_the_one_before_it_ended(finished: tuple[dict[str, Any], Path]) -> None:
     _, folder = finished
-    for stage in ("attention", "reranker"):
-        shown = events(folder / stage)
+    for line, first in (("stage-1", 0), ("pipeline", 6)):
+        shown = events(folder / "curves" / line)
         train = {f"train/{name}" for name in ("loss", "top1", "lr", "temperature")}
-        train |= {f"gradients/{part}" for part in ("query", "transform" if stage == "attention" else "reranker")}
-        val = {f"val/{name}" for name in ("loss", "top1", "top5", "coverage")}
-        assert train | val <= set(shown.Tags()["scalars"])
-        assert [event.step for event in shown.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]
-        assert [event.step for event in shown.Scalars("val/top1")] == [0, 2, 5]  # the untrained start, two epochs
+        train |= {f"gradients/{part}" for part in ("query", "transform" if line == "stage-1" else "reranker")}
+        val = {f"val/{name}" for name in ("loss", "top5", "coverage", "ndcg10")}
+        tags = shown.Tags()["scalars"]
+        assert train | val | {CHART} <= set(tags)
+        assert "epoch" not in tags
+        assert min(tags) == CHART  # TensorBoard sorts so, too
+        assert [event.step - first for event in shown.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]
+        assert [event.step - first for event in shown.Scalars(CHART)] == [0, 2, 5]  # the untrained start, two epochs
+
+
+def test_the_first_chart_has_both_stages_and_their_ceilings(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    off = [f"dashboards.{switch}=false" for switch in SWITCHES[1:]]
+    words = [*SMALL, *SMALL_STEPS, "dashboards=default", *off, f"cache={tmp_path / 'cache'}"]
+    for name, fits in (("run", True), ("again", False)):
+        results = run(*words, folder=tmp_path / name)["val"]
+        folder, last = tmp_path / name / "curves", 12 if fits else 6
+        levels = {line: results[line]["top1"]["value"] for line in ("exact", "oracle")}
+        levels["coverage"] = results["coverage"]["value"]
+        if not fits:  # stage 1 is the cache's
+            levels["stage-1"] = results["attention"]["top1"]["value"]
+        assert {path.name for path in folder.iterdir()} == {*levels, "stage-1", "pipeline"}
+        assert events(folder / "pipeline").Scalars(CHART)[-1].step == last - 1
+        for line, level in levels.items():
+            points = [(event.step, event.value) for event in events(folder / line).Scalars(CHART)]
+            assert points == [(0, pytest.approx(level)), (last, pytest.approx(level))]
 
 
 def test_hparams_hold_the_settings_and_the_test_figures(finished: tuple[dict[str, Any], Path]) -> None:
@@ -79,83 +100,49 @@ def batch(memory: VectorMemory) -> QueryBatch:
 
 CONFIGURED: Any = OmegaConf.to_container(OmegaConf.load(CONF / "dashboards" / "default.yaml"))
 SHOWN = {**CONFIGURED, "queries": 2}  # drawing takes its time
-FIGURES = {
-    "candidates": "figures/1_candidates",
-    "reliability": "figures/2_reliability",
-}
 
 
 def shown_events(
     model: SoftAttention | Pipeline, batch: QueryBatch, settings: dict[str, Any], folder: Path, **options: Any
 ) -> EventAccumulator:
     """What is written of a model, without an oracle."""
-    show(model, batch, evaluate(model, batch, k=4, oracle=None), settings, folder, **options)
+    found = evaluate(model, batch, k=4, oracle=None)
+    source = Recorded(model.memory, {"val": batch}, texts=options.get("texts"))
+    show(model, batch, found, examples_of(found, source, count=settings["queries"]), settings, folder, **options)
     return events(folder)
 
 
-def test_show_writes_a_page_of_scalars_and_every_figure(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path) -> None:
-    found = evaluate(pipeline, batch, k=4, oracle=pipeline.memory.rows.flip(0))
+def test_show_writes_every_figure(decisive: Pipeline, batch: QueryBatch, tmp_path: Path) -> None:
     texts = ["$a\t\u6f22\n" * 30] * 30
-    show(pipeline, batch, found, CONFIGURED, tmp_path, steps=70, texts=texts)
-    shown = events(tmp_path)
-    assert shown.Tags()["images"] == list(FIGURES.values())
-    for tag in FIGURES.values():
-        (image,) = shown.Images(tag)
-        assert min(image.width, image.height) > 400
-    for metric in ("top1", "top5"):
-        levels = {name: found.figures[name][metric]["value"] for name in ("exact", "oracle")}
-        for name, level in {**levels, "coverage": found.figures["coverage"]["value"]}.items():
-            points = [(event.step, event.value) for event in shown.Scalars(f"{metric}/{name}")]
-            assert points == [(0, pytest.approx(level)), (70, pytest.approx(level))]
-
-
-def charts(folder: Path) -> dict[str, list[str]]:
-    """The patterns of tags that each chart of the custom page shows."""
-    written = events(folder).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(written)
-    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-
-
-def test_the_custom_page_shows_the_curves_of_both_stages_and_their_ceilings(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    off = [f"dashboards.{switch}=false" for switch in SWITCHES[1:]]
-    run(*SMALL, *SMALL_STEPS, "trainer.log_every_n_steps=1", "dashboards=default", *off)
-    folder = tmp_path / "run"
-    logged = {
-        f"{place}: {tag}"
-        for place in (".", "attention", "reranker")
-        for tag in events(folder / place).Tags()["scalars"]
-    }
-    drawn = {
-        title: {tag for tag in logged if any(re.match(pattern, tag.split(": ")[1]) for pattern in patterns)}
-        for title, patterns in charts(folder).items()
-    }
-    for title, metric in (("Top-1", "top1"), ("Top-5", "top5")):
-        curves = {f"{stage}: val/{metric}" for stage in ("attention", "reranker")}
-        assert drawn[title] == curves | {f".: {metric}/{name}" for name in ("exact", "oracle", "coverage")}
-    assert events(folder).Scalars("top1/exact")[-1].step == 6  # as long as the stages
+    shown = shown_events(decisive, batch, CONFIGURED, tmp_path, texts=texts)
+    assert shown.Tags()["images"] == ["figures/1_won", "figures/2_lost", "figures/3_others", "figures/4_reliability"]
+    for tag in shown.Tags()["images"]:
+        steps = [image.step for image in shown.Images(tag)]
+        assert steps == [*range(len(steps))] != []
+        for image in shown.Images(tag):
+            assert min(image.width, image.height) >= 400
+            assert 1.5 < image.width / image.height < 2.5  # as the cards that show it
 
 
 def test_stage_one_alone_is_shown_too(memory: VectorMemory, batch: QueryBatch, tmp_path: Path) -> None:
     shown = shown_events(SoftAttention(memory), batch, SHOWN, tmp_path)
-    assert shown.Tags()["images"] == list(FIGURES.values())
-    assert {"top1/exact", "top1/coverage"} <= set(shown.Tags()["scalars"])
-    assert "top1/oracle" not in shown.Tags()["scalars"]
+    assert "figures/4_reliability" in shown.Tags()["images"]
+    assert {path.name for path in (tmp_path / "curves").iterdir()} == {"exact", "coverage", "stage-1"}
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_each_switch_turns_its_own_item_off(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path, switch: str) -> None:
-    shown = shown_events(pipeline, batch, {**SHOWN, switch: False}, tmp_path)
-    assert set(shown.Tags()["images"]) == {tag for name, tag in FIGURES.items() if name != switch}
-    assert ("custom_scalars__config__" in shown.Tags()["tensors"]) == (switch != "scalars_page")
-    assert ("top1/exact" in shown.Tags()["scalars"]) == (switch != "scalars_page")
+def test_each_switch_turns_its_own_item_off(decisive: Pipeline, batch: QueryBatch, tmp_path: Path, switch: str) -> None:
+    shown = shown_events(decisive, batch, {**SHOWN, switch: False}, tmp_path)
+    images = {tag.split("_")[1] for tag in shown.Tags()["images"]}
+    assert ("won" in images) == (switch != "candidates")
+    assert ("reliability" in images) == (switch != "reliability")
+    assert (tmp_path / "curves").exists() == (switch != "levels")
     assert (tmp_path / "projector_config.pbtxt").exists() == (switch != "projector")
 
 
 def test_nothing_is_written_where_all_is_off(pipeline: Pipeline, batch: QueryBatch, tmp_path: Path) -> None:
     found = evaluate(pipeline, batch, k=4, oracle=None)
-    show(pipeline, batch, found, {**SHOWN, **dict.fromkeys(SWITCHES, False)}, tmp_path)
+    show(pipeline, batch, found, {}, {**SHOWN, **dict.fromkeys(SWITCHES, False)}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

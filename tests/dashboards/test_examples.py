@@ -45,23 +45,19 @@ def recorded(memory: VectorMemory) -> Recorded:
 
 
 def found_by(pipeline: Pipeline, recorded: Recorded) -> Evaluation:
-    """What a pipeline reaches whose reranker often differs with stage 1."""
-    with torch.no_grad():
-        pipeline.reranker.evidence.zero_()  # of what stage 1 thinks
-    pipeline.reranker.sharpen(20.0)
     return evaluate(pipeline, recorded.splits["val"], k=4, oracle=None)
 
 
-def test_every_query_has_its_texts_ranks_and_candidates(pipeline: Pipeline, recorded: Recorded) -> None:
+def test_every_query_has_its_texts_ranks_and_candidates(decisive: Pipeline, recorded: Recorded) -> None:
     pytest.importorskip("bm25s", reason=EXTRA)
-    found, batch = found_by(pipeline, recorded), recorded.splits["val"]
+    found, batch = found_by(decisive, recorded), recorded.splits["val"]
     assert recorded.texts is not None
     assert recorded.asked is not None
     recorded.words = Words.gather(recorded.texts, [], torch.empty(0, 1, dtype=torch.long))
     examples = json.loads(json.dumps(examples_of(found, recorded, count=200), allow_nan=False))
     assert examples["compared"] == ["pipeline", "attention"]
     assert len(examples["queries"]) == 120
-    first, both = pipeline.ranked(batch.queries, batch.targets, 30)
+    first, both = decisive.ranked(batch.queries, batch.targets, 30)
     verdicts = [query["verdict"] for query in examples["queries"]]
     assert {*verdicts} == {"won", "lost", "same"}
     assert verdicts.count("won") - verdicts.count("lost") == int((both.ranks == 1).sum() - (first.ranks == 1).sum())
@@ -87,9 +83,9 @@ def test_every_query_has_its_texts_ranks_and_candidates(pipeline: Pipeline, reco
         assert last == sorted(last, reverse=True)
 
 
-def test_the_right_ones_are_among_few_of_many_candidates(pipeline: Pipeline, recorded: Recorded) -> None:
-    pipeline.k = 25
-    found = found_by(pipeline, recorded)
+def test_the_right_ones_are_among_few_of_many_candidates(decisive: Pipeline, recorded: Recorded) -> None:
+    decisive.k = 25
+    found = found_by(decisive, recorded)
     for query in examples_of(found, recorded, count=120)["queries"]:
         assert len(query["candidates"]) == CANDIDATES
         right = {one["row"] for one in query["candidates"] if one["right"]}
@@ -97,8 +93,8 @@ def test_the_right_ones_are_among_few_of_many_candidates(pipeline: Pipeline, rec
         assert right == candidates & {*recorded.splits["val"].targets[query["query"]].tolist()}
 
 
-def test_reliability_counts_each_query_in_its_bin(pipeline: Pipeline, recorded: Recorded) -> None:
-    found = found_by(pipeline, recorded)
+def test_reliability_counts_each_query_in_its_bin(decisive: Pipeline, recorded: Recorded) -> None:
+    found = found_by(decisive, recorded)
     for method, bins in examples_of(found, recorded, count=1)["reliability"].items():
         confidences, right = found.outcomes.confidences[method].numpy(), found.outcomes.share_right(method).numpy()
         assert bins["error"] == found.figures["calibration_error"][method]["value"]

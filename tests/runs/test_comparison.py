@@ -12,11 +12,13 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
 
 from conftest import command
 from nvf.errors import InputError
-from nvf.runs.comparison.figure import write
+from nvf.runs.comparison.figure import draw_curves, write
 from nvf.runs.comparison.table import compare
+from nvf.runs.curves import CHART, FOLDER
 
 
 def share(value: float) -> dict[str, float]:
@@ -274,6 +276,26 @@ def test_every_sweep_has_its_files(tmp_path: Path, sweep: str) -> None:
     with Image.open(tmp_path / "comparison.png") as image:
         assert image.size[0] >= 1000
         assert len(image.convert("RGB").resize((300, 200)).getcolors(1 << 16) or []) > 5  # not blank
+
+
+def test_each_setting_has_the_curve_of_its_seeds_in_a_band(tmp_path: Path) -> None:
+    found = {1: ([0.1, 0.5], [0.3, 0.7]), 2: ([0.2, 0.9], [0.2, 0.9])}  # of two seeds, at the steps 0 and 10
+    for k, seeds in found.items():
+        for seed, shares in enumerate(seeds):
+            folder = put(tmp_path / f"{k}{seed}", {"seed": seed, "k": k}, val=k / 4).parent
+            first = 7 * seed  # the other seed reused its stage 1
+            for line, points in (("stage-1", [0.1] * seed), ("pipeline", shares)):
+                with SummaryWriter(str(folder / FOLDER / line)) as writer:
+                    for place, share in enumerate(points):
+                        writer.add_scalar(CHART, share, first * (line == "pipeline") + 10 * place)
+    (axes,) = draw_curves(compare([tmp_path])).axes
+    lines = {str(line.get_label()): line.get_xydata() for line in axes.get_lines()}
+    assert lines["k=1"] == pytest.approx(np.array([[0, 20], [10, 60]]))
+    assert lines["k=2"] == pytest.approx(np.array([[0, 20], [10, 90]]))
+    low, high = (getattr(axes.collections[1].get_paths()[0].vertices[:, 1], end)() for end in ("min", "max"))
+    assert (low, high) == (pytest.approx(10), pytest.approx(70))  # k=1, which is not the best
+    figure = draw_curves(compare([put(tmp_path / "none" / "0", {"seed": 0}, val=0.5).parent]))
+    assert not figure.axes[0].get_lines()  # a run without curves
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config, without_time
@@ -21,7 +22,7 @@ from nvf.runs.settings import key, material
 from programs import Program, wait_for
 
 STEPS = [word for word in SMALL_STEPS if not word.startswith("reranker.epochs")]
-WORDS = [*SMALL, *STEPS, "dashboards=none"]
+WORDS = [*SMALL, *STEPS, "dashboards=none", "dashboards.levels=true"]
 SWEEP = ["-m", *WORDS, "reranker.epochs=12", "hydra/launcher=parallel"]
 FOUR = [*SWEEP, "reranker.lr=1e-3,3e-3", "reranker.seed=0,1"]
 TWO = [*SWEEP, "reranker.lr=1e-3", "reranker.seed=0,1"]  # the first two jobs of FOUR
@@ -52,6 +53,14 @@ def test_jobs_side_by_side_share_one_stage_1_and_end_on_a_table(undisturbed: Pat
     (sweep,) = undisturbed.glob("outputs/multirun/*/*")
     names = {path.name for path in sweep.iterdir() if path.name.startswith("comparison")}
     assert names == {f"comparison.{end}" for end in ("md", "csv", "png")}
+    (events,) = sweep.glob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events)).Reload()
+    assert shown.Tags()["images"] == ["figures/1_curves", "figures/2_comparison"]
+    assert shown.Images("figures/2_comparison")[0].encoded_image_string == (sweep / "comparison.png").read_bytes()
+    (text,) = shown.Tensors("comparison")
+    assert text.tensor_proto.string_val[0].decode() + "\n" == (sweep / "comparison.md").read_text()
+    lines = {path.name for path in sweep.glob("*/curves/*")}
+    assert lines == {"stage-1", "pipeline"}  # without a job's level lines, of which there would be many
 
 
 def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:
@@ -75,7 +84,7 @@ def test_a_resumed_sweep_runs_what_is_missing_alone(undisturbed: Path) -> None:
     for job in "0123":
         points = [
             (value.tag, event.step)
-            for path in (sweep / job / "reranker").glob("events.out.tfevents.*")
+            for path in (sweep / job / "curves/pipeline").glob("events.out.tfevents.*")
             for event in EventFileLoader(str(path)).Load()
             for value in event.summary.value
             if value.tag.startswith("train/")

@@ -20,8 +20,9 @@ from nvf.training.modules import AttentionModule
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
 
 
-def tensorboard(folder: Path, name: str, step: int) -> list[Logger]:
-    return [TensorBoardLogger(folder, name=name, version="", purge_step=step)]
+def tensorboard(folder: Path, name: str, before: int, done: int) -> list[Logger]:
+    assert before == 0
+    return [TensorBoardLogger(folder, name=name, version="", purge_step=done)]
 
 
 def fitted(folder: Path, trainer: dict[str, Any], **module: Any) -> tuple[tuple[int, dict[str, Any]], AttentionModule]:

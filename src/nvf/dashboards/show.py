@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,14 @@ from nvf.errors import InputError, check_number
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
+from nvf.runs.curves import CHART, FOLDER, LINES
 from nvf.runs.settings import flatten
 from nvf.statistics import METRICS
 
 SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed", "k")
-SWITCHES = ("scalars_page", "candidates", "reliability", "projector")
-CEILINGS = ("exact", "oracle", "coverage")
-PAGE = {
-    "both stages and their ceilings, on validation queries": {
-        title: ["Multiline", [f"val/{metric}$", *(f"{metric}/{name}$" for name in CEILINGS)]]
-        for metric, title in (("top1", "Top-1"), ("top5", "Top-5"))
-    }
-}
+SWITCHES = ("levels", "candidates", "reliability", "projector")
+LEVELS = {"exact": "exact", "oracle": "oracle", "coverage": "coverage"}  # lines of CHART, by what they show
+FITTED = {"attention": LINES["attention"], "pipeline": LINES["reranker"]}  # which are curves where they were fitted
 log = logging.getLogger("nvf")
 
 
@@ -65,18 +60,21 @@ def show(
     model: SoftAttention | Pipeline,
     batch: QueryBatch,
     found: Evaluation,
+    examples: Mapping[str, Any],
     settings: Mapping[str, Any],
     folder: Path,
     *,
     steps: int = 1,
     texts: Sequence[str] | None = None,
 ) -> None:
-    """Write what TensorBoard shows of a fitted model: a page of scalars, images, and the projector's points.
+    """Write what TensorBoard shows of a fitted model: level lines on its first chart, images, the projector's points.
 
-    The evaluation `found` is of the same validation queries; the settings are those of conf/dashboards. The ceilings'
-    level lines are `steps` long. Texts are of the N rows.
+    The evaluation `found`, and `examples`, see `examples_of`, are of the same validation queries; the settings are
+    those of conf/dashboards. The level lines are `steps` long. Texts are of the N rows.
     """
-    if not any(settings[name] for name in SWITCHES):
+    if settings["levels"]:
+        _add_levels(found, folder / FOLDER, max(1, steps))
+    if not any(settings[name] for name in SWITCHES[1:]):
         return
     from matplotlib import rc_context  # takes a second to import
 
@@ -84,18 +82,21 @@ def show(
 
     with SummaryWriter(str(folder)) as writer, rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font lacks
-        if settings["scalars_page"]:
-            writer.add_custom_scalars(PAGE)
-            for name, metric in product(CEILINGS, ("top1", "top5")):
-                if (level := found.figures[name]) is not None:
-                    for step in (0, steps):
-                        value = level["value"] if name == "coverage" else level[metric]["value"]
-                        writer.add_scalar(f"{metric}/{name}", value, step)
-        for tag, figure in draw(found, settings, texts):
-            writer.add_figure(tag, figure)
+        for tag, figure, step in draw(examples, settings):
+            writer.add_figure(tag, figure, step)
         if settings["projector"]:
             attention = model.attention if isinstance(model, Pipeline) else model
             _add_points(writer, attention, batch, settings["projector_points"], texts)
+
+
+def _add_levels(found: Evaluation, folder: Path, steps: int) -> None:
+    """Draw level lines on CHART, each a run of its own: ceilings, baselines, and a stage that was not fitted here."""
+    absent = {name: line for name, line in FITTED.items() if not (folder / line).exists()}
+    for name, line in (LEVELS | absent).items():
+        if (level := found.figures[name]) is not None:
+            with SummaryWriter(str(folder / line), purge_step=0) as writer:  # a resumed run writes it again
+                for step in (0, steps):
+                    writer.add_scalar(CHART, (level if name == "coverage" else level["top1"])["value"], step)
 
 
 def _add_points(

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from nvf.errors import InputError, refused
 from nvf.files.records import is_unchanged, read_record, sealed, write_record
+from nvf.runs.curves import FOLDER
 
 RECORD, LOCK = "run.json", ".lock"
 TRACES = {".hydra", "train.log", RECORD, LOCK, "checkpoints"}  # what a run leaves that was refused before a fit
@@ -46,10 +47,10 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
     The record holds JSON values: the `config`, hashes of `memory`, `queries`, `pairs`, and what else figures depend on.
     Changed data, and another process in the folder, are an InputError. The lock ends with the process.
     """
-    lock, curves = locked(folder), "events.out.tfevents.*"
+    lock, events = locked(folder), "events.out.tfevents.*"
     if not goes_on:
         checkpoints = (folder / "checkpoints").rglob("last.ckpt")
-        for left in (*checkpoints, *folder.glob(curves), *folder.glob(f"*/{curves}")):
+        for left in (*checkpoints, *folder.glob(events), *(folder / FOLDER).rglob(events)):
             left.unlink()  # from an earlier run in the same folder
         write_record(folder / RECORD, sealed({**record, "slurm_job": os.environ.get("SLURM_JOB_ID")}))
         return lock
@@ -58,7 +59,7 @@ def begin(folder: Path, record: Mapping[str, Any], *, goes_on: bool) -> FileLock
         if name in ("memory", "queries", "pairs"):
             raise InputError(f"resume={folder}: the {name} changed since the run began; restore them, or start anew")
         log.warning("%s: %s changed since the run began; its figures may differ in the last digits", folder, name)
-    for left in folder.glob(curves):  # are written again at the end of the run
+    for left in folder.glob(events):  # are written again at the end of the run
         left.unlink()
     return lock
 

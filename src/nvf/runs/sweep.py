@@ -96,7 +96,7 @@ def finish() -> None:
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return
-    from nvf.runs.comparison.figure import write  # matplotlib takes a while, and no single run needs it
+    from nvf.runs.comparison.figure import show, write  # matplotlib takes a while, and no single run needs it
     from nvf.runs.comparison.table import compare
 
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
@@ -104,6 +104,7 @@ def finish() -> None:
     if len(missing) < len(jobs):
         comparison = compare([folder])
         print(f"\n{comparison.text()}\n{write(comparison, folder)}")
+        show(comparison, folder)
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "

@@ -2,9 +2,10 @@
 
 import logging
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import distributed
 
 from nvf.data.datamodule import VectorDataModule
 from nvf.errors import InputError, one_line
+from nvf.runs.curves import LINES
 from nvf.training.callbacks import BEST, LAST, AtomicFiles, KeepBest, LogGradients, SaveLast, StopOnNaN
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.devices import SHARDED, refusal
@@ -41,8 +43,8 @@ class FitSettings:
     save_every: int | None = None  # steps between two saves of last.ckpt; None: 20 seconds
     trainer: partial[L.Trainer] = field(default_factory=lambda: partial(L.Trainer))  # with the user's arguments
     callbacks: Sequence[Callback] = ()  # of the user
-    # Makes the loggers from a run's folder, the fit's name in it, and the step at which it begins.
-    loggers: Callable[[Path, str, int], Sequence[Logger]] | None = None
+    # Makes the loggers from a run's folder, the fit's name in it, the steps before it, and those that it resumes after.
+    loggers: Callable[[Path, str, int, int], Sequence[Logger]] | None = None
 
 
 def fit(
@@ -63,7 +65,8 @@ def fit(
     callbacks: list[Callback] = [StopOnNaN(settings.stage), gradients, best]
     if settings.patience is not None:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=settings.patience, strict=False))
-    loggers = settings.loggers(folder, name, resumed or 0) if settings.loggers else []
+    before = steps_of(folder, [*takewhile(lambda stage: stage != settings.stage, LINES)])
+    loggers = settings.loggers(folder, name, before, resumed or 0) if settings.loggers else []
     trainer = _trainer(settings, data, last, callbacks, logger=loggers)
     if resumed is None:
         log.info("fitting %s", name)
@@ -119,6 +122,16 @@ def _train(
     last.signals.answer_late()
 
 
+def steps_of(folder: Path, stages: Iterable[str] = LINES) -> int:
+    """The steps that a run has taken in some stages, which are fitted: in each those of its longest fit."""
+    fits = [(folder / "checkpoints" / stage).rglob(LAST) for stage in stages]
+    return sum(max(map(_step, paths), default=0) for paths in fits)
+
+
+def _step(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def saved_step(path: Path) -> int | None:
     """The step at which a last.ckpt was saved; None if it does not exist, an InputError if it is damaged."""
     if not path.is_file():
@@ -127,7 +140,7 @@ def saved_step(path: Path) -> int | None:
         with zipfile.ZipFile(path) as archive:  # torch does not check the checksums in it
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"its {damaged} is not what was saved")
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return _step(path)
     except Exception as fault:  # torch raises many kinds for a damaged file
         raise InputError(f"{path} is damaged ({one_line(fault)}); delete it to fit this stage again") from None
 

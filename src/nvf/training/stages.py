@@ -17,6 +17,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
+from nvf.training.curves import Curves
 from nvf.training.fit import FitSettings
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 from nvf.training.stage import StageModule
@@ -125,10 +126,12 @@ def fit_settings(config: Settings, stage: str) -> FitSettings:
         given.pop("progress", None)
     loggers = [make(node, f"logger.{name}", called=False) for name, node in config["logger"].items() if node]
 
-    def started(folder: Path, name: str, step: int) -> list[Logger]:
-        """The loggers; TensorBoard then shows nothing that an interrupted process logged from this step on."""
-        purged = [{"purge_step": step} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
-        return [one(save_dir=str(folder), name=name, **own) for one, own in zip(loggers, purged, strict=True)]
+    def started(folder: Path, name: str, before: int, done: int) -> list[Logger]:
+        """The loggers; TensorBoard then shows nothing that an interrupted process logged after the steps done."""
+        first = [{"first": before} if issubclass(one.func, Curves) else {} for one in loggers]
+        purged = [{"purge_step": done} if issubclass(one.func, TensorBoardLogger) else {} for one in loggers]
+        given = {"save_dir": str(folder), "name": name}
+        return [one(**given, **own, **from_step) for one, own, from_step in zip(loggers, first, purged, strict=True)]
 
     return FitSettings(
         stage=stage,

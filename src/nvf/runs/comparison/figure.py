@@ -1,6 +1,8 @@
 """The files of a comparison: its tables, and its figure, which has a panel for each setting that differs."""
 
+import io
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,21 @@ from matplotlib.figure import Figure
 from nvf.files.atomic import atomic_write
 from nvf.runs.comparison.runs import Row
 from nvf.runs.comparison.table import Comparison, shown
+from nvf.runs.curves import LINES, read_curves
 from nvf.runs.settings import canonical, is_number
 from nvf.statistics import METRICS
 
-MOST_PANELS = 6
+MOST_PANELS, ACROSS = 6, 2  # of the figure, and side by side
+MOST_LINES = 8  # of curves
 LOG_FROM = 30  # an axis is logarithmic if its largest value is more than so many times its smallest
 BLUE, INK = "#0072b2", "#222222"
 STYLE: Any = {
-    **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 160},
+    **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 200},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
     "lines.markersize": 5,
 }
-LINES: dict[str, dict[str, Any]] = {
+LEVELS: dict[str, dict[str, Any]] = {
     "test": {"label": "mean of the settings", "color": BLUE},
     "exact": {"label": "exact search", "color": "#8a8a8a"},
     "oracle": {"label": "oracle", "color": INK, "linestyle": ":"},
@@ -44,15 +48,60 @@ def write(comparison: Comparison, folder: Path) -> str:
     return f"written to {folder}: comparison.md, .csv, .png"
 
 
+def show(comparison: Comparison, folder: Path) -> None:
+    """Show what `write` left in a folder in TensorBoard, as a run of that folder: images, and the table as a text."""
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # tensorboard is slow to import
+    from tensorboard.plugins.text.metadata import create_summary_metadata
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    for left in folder.glob("events.out.tfevents.*"):  # of the same sweep, before it was resumed
+        left.unlink()
+    with matplotlib.rc_context(STYLE):
+        draw_curves(comparison).savefig(curves := io.BytesIO(), format="png")
+    images = {"figures/1_curves": curves.getvalue(), "figures/2_comparison": (folder / "comparison.png").read_bytes()}
+    values = []
+    for tag, png in images.items():
+        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+        image = summary_pb2.Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        values.append(summary_pb2.Summary.Value(tag=tag, image=image))
+    text, how = make_tensor_proto([comparison.text()]), create_summary_metadata("", "")
+    values.append(summary_pb2.Summary.Value(tag="comparison", tensor=text, metadata=how))
+    writer = EventFileWriter(str(folder))
+    writer.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=summary_pb2.Summary(value=values)))
+    writer.close()
+
+
+def draw_curves(comparison: Comparison) -> Figure:
+    """Draw validation's Top-1 over the steps: of each of the best settings the mean of its seeds in a band."""
+    figure, rows = Figure(figsize=(5.2, 3.2), layout="constrained"), comparison.rows[:MOST_LINES]
+    axes = figure.add_subplot()
+    curves = {run.path: read_curves(run.path.parent) for row in rows for run in row.runs}
+    lines = [line for line in LINES.values() if all(line in of for of in curves.values())]  # not a reused stage 1
+    for row in rows if lines else ():
+        of_seeds = [np.concatenate([curves[run.path][line] for line in lines]).T for run in row.runs]  # (2, n) each
+        of_seeds = [np.stack([steps - steps[0], 100 * shares]) for steps, shares in of_seeds]
+        steps = np.unique(np.concatenate([steps for steps, _ in of_seeds]))
+        steps = steps[steps <= min(found[-1] for found, _ in of_seeds)]  # where all of the seeds are
+        values = np.array([np.interp(steps, *curve) for curve in of_seeds])
+        named = [f"{name}={shown(row.value(name), 24)}" for name in comparison.columns] or ["all seeds"]
+        (line,) = axes.plot(steps, values.mean(axis=0), label=", ".join(named).replace("$", r"\$"))
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, lw=0)
+    best = f"; the {len(rows)} best of {len(comparison.rows)}" * (len(rows) < len(comparison.rows))
+    axes.set(xlabel=f"steps of {' and '.join(lines)}", title=f"Validation Top-1, %: mean and range of the seeds{best}")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 def draw(comparison: Comparison) -> Figure:
     """Draw a panel for each of the first settings that differ; without any, one of the seeds."""
     rows, columns = list(comparison.rows), list(comparison.columns)
     if not columns:
         rows, columns = [Row.of([run]) for run in rows[0].runs], ["seed"]
     panels = columns[:MOST_PANELS]
-    across = min(len(panels), 3)
+    across = min(len(panels), ACROSS)
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(max(5.4 * across, 6.4), 3.7 * down + 1.1), layout="constrained")
+    figure = Figure(figsize=(max(4.4 * across, 5.2), 2.8 * down + 0.9), layout="constrained")
     axes: Any = None
     for i, column in enumerate(panels):
         axes = figure.add_subplot(down, across, i + 1, sharey=axes)
@@ -60,7 +109,7 @@ def draw(comparison: Comparison) -> Figure:
     left_out = f"; {MOST_PANELS} of {len(columns)} settings that differ" * (len(columns) > MOST_PANELS)
     figure.suptitle(f"Test {METRICS[comparison.metric]}, %, with 95% intervals{left_out}", fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -72,7 +121,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     numeric = not seeds and all(map(is_number, values))
     place = {canonical(value): float(value) if numeric else float(i) for i, value in enumerate(values)}
     x = np.array([place[canonical(row.value(column))] for row in rows])
-    for name, style in LINES.items():
+    for name, style in LEVELS.items():
         shares = 100 * np.array([row.share(name) for row in rows])
         means = np.array([shares[x == at].mean() for at in place.values()])
         if np.isnan(means).all():
