@@ -164,9 +164,9 @@ def test_damaged_curves_are_left_out(folder: Path) -> None:
         return re.findall(r'<path class="(attention|reranker)', run_page(folder))
 
     assert lines() == ["attention", "reranker"]
-    for file in (folder / "reranker").glob("events.out.tfevents.*"):
+    for file in (folder / "curves/pipeline").glob("events.out.tfevents.*"):
         file.write_bytes(file.read_bytes()[:99])
-    (folder / "attention/events.out.tfevents.1").write_bytes(b"\x00garbage" * 99)
+    (folder / "curves/stage-1/events.out.tfevents.1").write_bytes(b"\x00garbage" * 99)
     assert lines() == ["attention"]
 
 

@@ -503,7 +503,7 @@ def test_a_run_builds_measures_and_saves(
     assert found["recall"] == wilson(300, 300)  # all 300 test queries
     assert found["top1"]["value"] == results["test"]["pipeline"]["top1"]["value"]
     assert min(found["build_seconds"], *found["queries_per_second"].values()) > 0
-    line = rf"index {kind}\s+recall of the exact 5 candidates 100\.0 \(98\.7-100\.0\), pipeline Top-1 +[\d.]+ \("
+    line = rf"index {kind}\s+recall of the exact 5 candidates\s+100\.0 \(98\.7-100\.0\), pipeline\s+Top-1\s+[\d.]+\s+\("
     assert re.search(line, caplog.text)
     assert re.search(r"\n {26}[\d,.]+ queries/s, searched exactly [\d,.]+\n", caplog.text)
     loaded = Pipeline.load(tmp_path / "run/pipeline")

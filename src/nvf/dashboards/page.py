@@ -1,6 +1,5 @@
 """A run, or a comparison of runs, as one HTML file that needs neither a network nor a script."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from nvf.errors import InputError, one_line
 from nvf.evaluation.report import NAMES, entries, remarks, standings
 from nvf.files.records import read_record
 from nvf.runs.comparison.runs import plain
 from nvf.runs.comparison.table import Comparison, shown
+from nvf.runs.curves import read_curves
 from nvf.runs.settings import flatten
 from nvf.statistics import METRICS, in_percent, percent
 
@@ -30,7 +29,10 @@ PAGES.globals |= {"entries": entries, "in_percent": in_percent, "remarks": remar
 def run_page(folder: Path) -> str:
     """Return the page of the run in a folder; files of it that are damaged are an InputError."""
     pipeline, path = folder / "pipeline", folder / "examples.json"
-    given: dict[str, Any] = {"curves": curves(folder), "words": (pipeline / "words").is_dir()}
+    given: dict[str, Any] = {
+        "curves": [curve for curve in read_curves(folder) if len(curve.points) > 1],
+        "words": (pipeline / "words").is_dir(),
+    }
     given["pipeline"] = str(pipeline) if pipeline.is_dir() else None
     try:
         given["examples"] = read_record(path) if path.is_file() else None
@@ -47,20 +49,3 @@ def sweep_page(folder: Path, comparison: Comparison, unfinished: Sequence[str]) 
     places = {run.path: str(run.path.parent.relative_to(folder)) for row in comparison.rows for run in row.runs}
     given: dict[str, Any] = {"comparison": comparison, "places": places, "unfinished": unfinished}
     return PAGES.get_template("page.html").render(folder=str(folder), **given)
-
-
-def curves(folder: Path) -> list[dict[str, Any]]:
-    """Return Top-1 on validation over the steps of every fit, as TensorBoard's files in a run's folder have it.
-
-    Each has its `stage`, a key of STAGES, the `name` of a stage 1 among several, and `points`, (step, share); the steps
-    of a stage count on from the longest fit of the one before.
-    """
-    found: list[dict[str, Any]] = []
-    for stage in STAGES:
-        first = max((curve["points"][-1][0] for curve in found), default=0)
-        for place in sorted({path.parent for path in (folder / stage).rglob("events.out.tfevents.*")}):
-            events, name = EventAccumulator(str(place)).Reload(), str(place.relative_to(folder / stage)).lstrip(".")
-            scalars = events.Scalars("val/top1") if "val/top1" in events.Tags()[SCALARS] else []
-            points = [(first + at.step, at.value) for at in scalars if math.isfinite(at.value)]
-            found += [{"stage": stage, "name": name, "points": points}] if len(points) > 1 else []
-    return found

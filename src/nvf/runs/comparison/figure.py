@@ -76,10 +76,11 @@ def draw_curves(comparison: Comparison) -> Figure:
     """Draw validation's Top-1 over the steps: of each of the best settings the mean of its seeds in a band."""
     figure, rows = Figure(figsize=(5.2, 3.2), layout="constrained"), comparison.rows[:MOST_LINES]
     axes = figure.add_subplot()
-    curves = {run.path: read_curves(run.path.parent) for row in rows for run in row.runs}
-    lines = [line for line in LINES.values() if all(line in of for of in curves.values())]  # not a reused stage 1
-    for row in rows if lines else ():
-        of_seeds = [np.concatenate([curves[run.path][line] for line in lines]).T for run in row.runs]  # (2, n) each
+    runs = [run.path for row in rows for run in row.runs]
+    curves = {run: {curve.stage: curve.points for curve in read_curves(run.parent) if not curve.name} for run in runs}
+    stages = [stage for stage in LINES if all(stage in of for of in curves.values())]  # not a reused stage 1
+    for row in rows if stages else ():
+        of_seeds = [np.concatenate([curves[run.path][stage] for stage in stages]).T for run in row.runs]  # (2, n) each
         of_seeds = [np.stack([steps - steps[0], 100 * shares]) for steps, shares in of_seeds]
         steps = np.unique(np.concatenate([steps for steps, _ in of_seeds]))
         steps = steps[steps <= min(found[-1] for found, _ in of_seeds)]  # where all of the seeds are
@@ -88,7 +89,10 @@ def draw_curves(comparison: Comparison) -> Figure:
         (line,) = axes.plot(steps, values.mean(axis=0), label=", ".join(named).replace("$", r"\$"))
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, lw=0)
     best = f"; the {len(rows)} best of {len(comparison.rows)}" * (len(rows) < len(comparison.rows))
-    axes.set(xlabel=f"steps of {' and '.join(lines)}", title=f"Validation Top-1, %: mean and range of the seeds{best}")
+    axes.set(
+        xlabel=f"steps of {' and '.join(LINES[stage] for stage in stages)}",
+        title=f"Validation Top-1, %: mean and range of the seeds{best}",
+    )
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
