@@ -18,4 +18,4 @@ def read_curves(run: Path) -> dict[str, np.ndarray]:
     folders = {line: run / FOLDER / line for line in LINES.values() if (run / FOLDER / line).is_dir()}
     shown = {line: EventAccumulator(str(folder), {"scalars": 0}).Reload() for line, folder in folders.items()}
     drawn = {line: of.Scalars(CHART) for line, of in shown.items() if CHART in of.Tags()["scalars"]}
-    return {line: np.array([(point.step, point.value) for point in of]) for line, of in drawn.items()}
+    return {line: np.array(sorted((point.step, point.value) for point in of)) for line, of in drawn.items()}

@@ -65,7 +65,8 @@ def show(comparison: Comparison, folder: Path) -> None:
         width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
         image = summary_pb2.Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         values.append(summary_pb2.Summary.Value(tag=tag, image=image))
-    text, how = make_tensor_proto([comparison.text()]), create_summary_metadata("", "")
+    table = comparison.text().replace(r"\<", "&lt;")  # TensorBoard's Markdown has no such escape
+    text, how = make_tensor_proto([table]), create_summary_metadata("", "")
     values.append(summary_pb2.Summary.Value(tag="comparison", tensor=text, metadata=how))
     writer = EventFileWriter(str(folder))
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=summary_pb2.Summary(value=values)))
