@@ -90,7 +90,8 @@ def draw_curves(comparison: Comparison) -> Figure:
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, lw=0)
     best = f"; the {len(rows)} best of {len(comparison.rows)}" * (len(rows) < len(comparison.rows))
     axes.set(xlabel=f"steps of {' and '.join(lines)}", title=f"Validation Top-1, %: mean and range of the seeds{best}")
-    figure.legend(loc="outside lower center", ncols=2)
+    if axes.get_lines():
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
