@@ -22,11 +22,9 @@ class Curves(TensorBoardLogger):
         root = str(Path(save_dir, FOLDER, LINES[stage]))
         super().__init__(root, name=variant, purge_step=first + purge_step if purge_step else None, **settings)
         self.first = first
-        if (
-            not purge_step and getattr(rank_zero_only, "rank", 0) == 0
-        ):  # TensorBoard may read the files of one second in any order
+        if not purge_step and getattr(rank_zero_only, "rank", 0) == 0:
             for left in Path(self.log_dir).glob("events.out.tfevents.*"):
-                left.unlink()
+                left.unlink()  # not purged: TensorBoard may read the files of one second in any order
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         shown = {CHART if tag == "val/top1" else tag: value for tag, value in metrics.items() if tag != "epoch"}
