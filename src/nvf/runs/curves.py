@@ -31,7 +31,7 @@ def read_curves(run: Path) -> list[Curve]:
         for place in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
             shown = EventAccumulator(str(place), {"scalars": 0}).Reload()
             drawn = shown.Scalars(CHART) if CHART in shown.Tags()["scalars"] else []
-            points = np.array([(point.step, point.value) for point in drawn if math.isfinite(point.value)])
+            points = np.array(sorted((point.step, point.value) for point in drawn if math.isfinite(point.value)))
             if len(points):
                 found.append(Curve(stage, "/".join(place.relative_to(folder).parts), points))
     return found

@@ -65,7 +65,8 @@ def show(comparison: Comparison, folder: Path) -> None:
         width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
         image = summary_pb2.Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         values.append(summary_pb2.Summary.Value(tag=tag, image=image))
-    text, how = make_tensor_proto([comparison.text()]), create_summary_metadata("", "")
+    table = comparison.text().replace(r"\<", "&lt;")  # TensorBoard's Markdown has no such escape
+    text, how = make_tensor_proto([table]), create_summary_metadata("", "")
     values.append(summary_pb2.Summary.Value(tag="comparison", tensor=text, metadata=how))
     writer = EventFileWriter(str(folder))
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=summary_pb2.Summary(value=values)))
@@ -89,11 +90,10 @@ def draw_curves(comparison: Comparison) -> Figure:
         (line,) = axes.plot(steps, values.mean(axis=0), label=", ".join(named).replace("$", r"\$"))
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, lw=0)
     best = f"; the {len(rows)} best of {len(comparison.rows)}" * (len(rows) < len(comparison.rows))
-    axes.set(
-        xlabel=f"steps of {' and '.join(LINES[stage] for stage in stages)}",
-        title=f"Validation Top-1, %: mean and range of the seeds{best}",
-    )
-    figure.legend(loc="outside lower center", ncols=2)
+    steps_of = f"steps of {' and '.join(LINES[stage] for stage in stages)}"
+    axes.set(xlabel=steps_of, title=f"Validation Top-1, %: mean and range of the seeds{best}")
+    if axes.get_lines():
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
