@@ -95,7 +95,7 @@ def searched(run: Path, results: dict[str, Any]) -> list[Searched]:
         raise InputError(f"{folder} has no texts beside its vectors, or bm25s is missing; make it by nvf.embed")
     queries, targets = source.splits["test"].queries, source.splits["test"].targets
     exact = source.memory.search(queries, len(source.memory)).rows
-    nvf = pipeline.search(queries, HITS, texts=asked["test"]).rows
+    nvf = pipeline.search(queries, HITS, texts=None if pipeline.words is None else asked["test"]).rows
     titles, found = [text.partition(":")[0] for text in source.texts], []
     for text, before, after, right in zip(asked["test"], exact.tolist(), nvf.tolist(), targets.tolist(), strict=True):
         if before[0] not in right and after[0] in right:
@@ -109,7 +109,10 @@ def searched(run: Path, results: dict[str, Any]) -> list[Searched]:
 
 def figures(run: Path, results: dict[str, Any]) -> str:
     """The run's figures of all test queries, the lost ones included."""
-    asked, (wins, losses) = len(np.load(run / "answered.npy")), (results["against_exact"][of] for of in ("wins", "losses"))
+    asked, (wins, losses) = (
+        len(np.load(run / "answered.npy")),
+        (results["against_exact"][of] for of in ("wins", "losses")),
+    )
     top1 = (in_percent(results["test"][name]["top1"]).strip().replace(" ", "% ") for name in ("exact", "pipeline"))
     return "Top-1 of {} queries: exact search {}, NVF {}; {} won, {} lost".format(asked, *top1, wins, losses)
 
