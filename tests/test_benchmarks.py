@@ -2,6 +2,7 @@
 
 import json
 import sys
+import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import latency
 import lexical
 import loops
 import performance
+import picture
 import recipes
 import roofline
 import scale
@@ -32,6 +34,7 @@ from nvf.data.queries import Recorded
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
+from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker, reranker_loss
 from nvf.ops.random_streams import stream
 from nvf.statistics import wilson
@@ -689,3 +692,58 @@ def test_large_sets_have_what_real_logs_have(tmp_path: Path) -> None:
     assert counts.max() > 5 * counts[counts > 0].mean()
     exact = (asked.astype(float) @ rows.T.astype(float)).argmax(axis=1) == targets
     assert large.oracle(tmp_path, rotation, seed=0) > 1.2 * exact.mean()
+
+
+def test_texts_are_made_of_the_manual(tmp_path: Path) -> None:
+    examples = "Illustrative Examples:\r\n\r\nRice farms (i.e., \r\nwet ones)\r\nPaddies\r\n\r\n"
+    industry = f"It grows rice.\r\n\r\n{examples}Cross-References."
+    manual = {"11": "Farms.", "111160": industry, "111150": "It grows corn.\r\n\r\nCross-References."}
+    records = {code: {"Title": f"Title {code} ", "Description": text} for code, text in manual.items()}
+    (tmp_path / "manual.json").write_text(json.dumps(records))
+    picture.main([f"manual={tmp_path / 'manual.json'}", f"texts={tmp_path / 'new/texts'}"])
+    made = {name: (tmp_path / f"new/texts/{name}.jsonl").read_text().splitlines() for name in ("documents", "queries")}
+    assert list(map(json.loads, made["documents"])) == [{"id": "111160", "text": "Title 111160: It grows rice."}]
+    asked = ["Rice farms (i.e., wet ones)", "Paddies"]
+    assert list(map(json.loads, made["queries"])) == [{"query": query, "id": "111160"} for query in asked]
+    with pytest.raises(InputError, match="texts"):
+        picture.main([])
+
+
+def test_the_first_queries_that_were_won_are_drawn(folder: Path, texts: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("bm25s")
+    slant = 0.3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    turn = torch.matrix_exp(slant - slant.T)
+    np.save(folder / "queries.npy", np.load(folder / "queries.npy") @ turn.numpy())
+    source = adapters.read(folder, seed=0)
+    attention = SoftAttention(source.memory, transform="linear")
+    attention.transform.network.weight.data.copy_(turn)  # which turns them back
+    pipeline, test = Pipeline(attention, Reranker(8, kind="residual"), k=5).eval(), source.splits["test"]
+    pipeline.save(tmp_path / "run/pipeline")
+    after, right = pipeline.search(test.queries, 1).rows[:, 0], test.targets[:, 0]
+    ranks = np.array(loop_ranks(source.memory.rows.numpy(), tuned_search.Asked(*test)))
+    hit = (after == right).numpy()
+    won, lost = np.flatnonzero((ranks > 1) & hit), int(((ranks == 1) & ~hit).sum())
+    assert len(won) > picture.QUERIES
+    share = {"top1": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    results = {
+        "config": {"data": {"dir": str(folder), "words": None}, "seed": 0},
+        "against_exact": {"wins": len(won), "losses": lost},
+        "test": {"exact": share, "pipeline": share},
+    }
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    np.save(tmp_path / "run/answered.npy", hit)
+    picture.main([f"run={tmp_path / 'run'}", f"picture={tmp_path / 'search.svg'}"])
+    said = [
+        str(text.text) for text in ET.parse(tmp_path / "search.svg").getroot().iter("{http://www.w3.org/2000/svg}text")
+    ]
+    asked = lexical.asked(folder, source)
+    assert asked is not None
+    shown = [*won[: picture.QUERIES]]
+    assert [text[1:-1] for text in said if text.startswith("\u201c")] == [asked["test"][query] for query in shown]
+    assert said.count("\u2713") == len(shown)
+    places = [f"the right one at place {ranks[query]}" for query in shown if ranks[query] > picture.HITS]
+    assert [text for text in said if text.startswith("the right one")] == places
+    assert said[-1].endswith(f"exact search 50.0% (40.0-60.0), NVF 50.0% (40.0-60.0); {len(won)} won, {lost} lost")
+    (tmp_path / "run/results.json").write_text(json.dumps({**results, "against_exact": {"wins": 99, "losses": lost}}))
+    with pytest.raises(InputError, match="99"):
+        picture.main([f"run={tmp_path / 'run'}", f"picture={tmp_path / 'search.svg'}"])
