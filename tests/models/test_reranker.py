@@ -32,7 +32,10 @@ def test_the_factored_layer_equals_the_concatenation_in_value_and_gradient() -> 
     queries, candidates, *_ = (value.clone().requires_grad_() for value in inputs())
     wanted = [queries, candidates, *model.first.parameters()]
     upstream = torch.randn(6, 4, 16, dtype=torch.float64)
-    factored, plain = model.first_layer(queries, candidates).unflatten(0, (6, 4)), concatenated(model, queries, candidates)
+    factored, plain = (
+        model.first_layer(queries, candidates).unflatten(0, (6, 4)),
+        concatenated(model, queries, candidates),
+    )
     torch.testing.assert_close(factored, plain)
     torch.testing.assert_close(
         torch.autograd.grad((factored * upstream).sum(), wanted), torch.autograd.grad((plain * upstream).sum(), wanted)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 CLOSEST = 1e-30  # log-attentions nearer than this count as this far apart, since the logarithm of a gap needs one
 
 
