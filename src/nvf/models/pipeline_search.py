@@ -163,15 +163,14 @@ def _listed(
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities, (B, k), from stage 1's best; if `reranked`, all of them are candidates."""
     assert top.logsumexp is not None
-    every = top.rows.shape[1]
-    width = every if reranked else pipeline.k
-    candidates = top if width == every else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
+    width = top.rows.shape[1] if reranked else pipeline.k
+    candidates = top if width == top.rows.shape[1] else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
     scores = _equal_scores_of_equal_rows(pipeline, pipeline.scores_of(queries, candidates, words), candidates)
     # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
     listed = top.scores.logsumexp(dim=-1)
     log_attention = top.scores - (listed if reranked else torch.maximum(top.logsumexp, listed)).unsqueeze(-1)
     rows, log_probs = most_probable_first(candidates.rows, shared_out(log_attention[:, :width], scores))
-    if width < every:
+    if width < top.rows.shape[1]:
         rows = torch.cat([rows, top.rows[:, width:]], dim=-1)
         log_probs = torch.cat([log_probs, log_attention[:, width:]], dim=-1)
     return rows[:, :k], log_probs[:, :k].exp().clamp(max=1).float()
