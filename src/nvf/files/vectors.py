@@ -31,10 +31,7 @@ def largest(vectors: Tensor) -> Tensor:
 
 def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> None:
     """Do what `check_vectors` does, given what `largest` returns for vectors that are never held all at once."""
-    if not len(values):
-        return
-    least, most = torch.aminmax(values)  # NaN if any is
-    if float(least) > 0 and float(most) < math.inf:
+    if not len(values) or all(0 < float(extreme) < math.inf for extreme in torch.aminmax(values)):  # NaN if any is
         return
     for fault, wrong in (("holds NaN or infinite values", ~values.isfinite()), ("is zero", values == 0)):
         if wrong.any():

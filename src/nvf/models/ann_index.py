@@ -174,8 +174,7 @@ def approximate_topk(index: Index, queries: Tensor, keys: Tensor, k: int, allowe
     if k >= len(sample) or (allowed is not None and (len(allowed) > 1 or count <= FILTERED * len(keys))):
         return blockwise_topk(queries, keys, k, logsumexp=True, allowed=allowed)
     _, rows = index.search(queries, k, None if allowed is None else allowed[0])
-    if (missing := rows < 0).any():
-        short = missing.any(dim=-1)
+    if (short := (rows < 0).any(dim=-1)).any():
         rows[short] = blockwise_topk(queries[short], keys, k, allowed=allowed).rows
     rows = rows.sort(dim=-1).values  # so that of equal scores the smallest rows come first
     size = max(1, GATHERED // (k * keys.shape[1]))

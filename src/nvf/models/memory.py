@@ -225,10 +225,7 @@ class VectorMemory(nn.Module):
 
 
 def unit(vectors: Tensor, dtype: torch.dtype = torch.float32, largest: Tensor | None = None) -> Tensor:
-    """Scale vectors of any length in the float range to length 1, (..., D), differentiably; zero stays zero.
-
-    Their largest absolute values, (..., 1), may be given, none of them zero.
-    """
+    """Scale vectors, whose `largest` are not zero if given, to length 1, (..., D), differentiably; zero stays zero."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     if largest is None:
         largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)

@@ -20,7 +20,7 @@ from nvf.models.query_transform import checked_queries
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK, can_branch_on, joined, split
-from nvf.ops.topk import TopK, blockwise_topk, descends
+from nvf.ops.topk import TopK, blockwise_topk
 
 RERANKED_AT_ONCE = 2**24  # numbers in the vectors of candidates that are held at once; 64 MB of float32
 
@@ -163,28 +163,24 @@ def _listed(
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities, (B, k), from stage 1's best; if `reranked`, all of them are candidates."""
     assert top.logsumexp is not None
-    every = top.rows.shape[1]
-    width = every if reranked else pipeline.k
-    candidates = top if width == every else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
+    width = top.rows.shape[1] if reranked else pipeline.k
+    candidates = top if width == top.rows.shape[1] else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
     scores = _equal_scores_of_equal_rows(pipeline, pipeline.scores_of(queries, candidates, words), candidates)
     # Scores of near ties may round above those that were summed; the maximum keeps every probability below one.
     listed = top.scores.logsumexp(dim=-1)
     log_attention = top.scores - (listed if reranked else torch.maximum(top.logsumexp, listed)).unsqueeze(-1)
-    of_candidates = log_attention if width == every else log_attention[:, :width]
-    rows, log_probs = most_probable_first(candidates.rows, shared_out(of_candidates, scores))
-    if width < every:
+    rows, log_probs = most_probable_first(candidates.rows, shared_out(log_attention[:, :width], scores))
+    if width < top.rows.shape[1]:
         rows = torch.cat([rows, top.rows[:, width:]], dim=-1)
         log_probs = torch.cat([log_probs, log_attention[:, width:]], dim=-1)
-    if k < every:
-        rows, log_probs = rows[:, :k], log_probs[:, :k]
-    return rows, log_probs.exp().clamp(max=1).float()
+    return rows[:, :k], log_probs[:, :k].exp().clamp(max=1).float()
 
 
 def _equal_scores_of_equal_rows(pipeline: Any, scores: Tensor, top: TopK) -> Tensor:
     """Give equal candidates the score of the first; otherwise the last bits of their scores would differ."""
     if isinstance(pipeline.reranker, EvidenceReranker) or not can_branch_on(scores):
         return scores
-    if descends(top.scores):
+    if (top.scores.diff(dim=-1) < 0).all():
         return scores
     vectors = pipeline.memory.take(top.rows)
     equal = (vectors[:, 1:] == vectors[:, :-1]).all(dim=-1) & (top.scores[:, 1:] == top.scores[:, :-1])

@@ -37,8 +37,7 @@ class Reranker(nn.Module):
 
     def forward(self, queries: Tensor, candidates: Tensor, logits: Tensor, beta: Tensor) -> Tensor:
         """Return scores, (B, k), of unit candidates, (B, k, D), with stage 1's logits, (B, k), for queries, (B, D)."""
-        dtype = self.first.weight.dtype
-        queries, candidates = queries.to(dtype), candidates.to(dtype)
+        queries, candidates = (vectors.to(self.first.weight.dtype) for vectors in (queries, candidates))
         scores = self.rest(self.first_layer(queries, candidates)).view(candidates.shape[:2])  # (B, k)
         if self.kind == "residual":
             cosine, (w_logit, w_cosine) = (queries.unsqueeze(1) * candidates).sum(dim=-1), self.evidence.unbind()

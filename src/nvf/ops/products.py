@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +27,6 @@ def score_block(device: torch.device) -> int:
 def can_branch_on(tensor: Tensor) -> bool:
     """Whether Python may look at values: on the CPU, where it need not wait, and outside transforms and traces."""
     return _on_cpu(tensor) and not is_transformed()
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products keep their type: half the bits would find other rows."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def split(rows: Tensor, size: int) -> Sequence[Tensor]:

@@ -8,17 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvf.ops.products import (
-    QUERY_BLOCK,
-    RunningLogSumExp,
-    can_branch_on,
-    inner_products,
-    joined,
-    products,
-    score_block,
-    split,
-    without_autocast,
-)
+from nvf.ops.products import QUERY_BLOCK, RunningLogSumExp, can_branch_on, inner_products, products, score_block, split
 
 SPARSE_FROM = 16  # queries from which `_Sparse` is faster than `_Dense`,
 SPARSE_ROWS = 2**15  # over more rows than these with a log-sum-exp,
@@ -62,12 +52,11 @@ def blockwise_topk(
     are ahead of it, see `is_ahead`.
     """
     budget = scores_per_block or score_block(queries.device)
-    with without_autocast(queries.device):
+    with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
         if len(queries) <= QUERY_BLOCK:
             return _topk(queries, keys, k, logsumexp, budget, sparse_from, allowed, added, bar)
         found = []
-        for start in range(0, len(queries), QUERY_BLOCK):
-            part = slice(start, start + QUERY_BLOCK)
+        for part in (slice(start, start + QUERY_BLOCK) for start in range(0, len(queries), QUERY_BLOCK)):
             mask = allowed if allowed is None or len(allowed) == 1 else allowed[part]
             others = (of and [each[part] for each in of] for of in (added, bar))
             found.append(_topk(queries[part], keys, k, logsumexp, budget, sparse_from, mask, *others))
@@ -99,7 +88,7 @@ def _topk(
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp() if logsumexp else None
-    start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device) if bar else None
+    start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
     for part in split(keys if some is None else some, max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
@@ -120,7 +109,7 @@ def _topk(
         lacking, pad = scores == lowest, (0, k - scores.shape[1])
         scores = F.pad(scores.masked_fill(lacking, -math.inf), pad, value=-math.inf)
         rows = F.pad(rows.masked_fill(lacking, -1), pad, value=-1)
-    return TopK(scores, rows, None if total is None else total.result(), ranks)
+    return TopK(scores, rows, None if total is None else total.result(), ranks if bar else None)
 
 
 def is_ahead(scores: Tensor, rows: Tensor, best: Tensor, first: Tensor) -> Tensor:
@@ -145,18 +134,17 @@ def exact_scores(queries: Tensor, keys: Tensor, query: Tensor, row: Tensor, adde
     size = max(1, NEAR_TIES // queries.shape[1])
     rows, more = added or (queries[:, :0], queries[:, :0])
     parts = []
-    for q, r in zip(split(query, size), split(row, size), strict=True):
+    for q, r in zip(query.split(size), row.split(size), strict=True):
         of_pairs = ((rows[q] == r.unsqueeze(-1)) * more[q]).sum(dim=-1)
         parts.append((queries[q].double() * keys[r].double()).sum(dim=-1) + of_pairs)
-    exact = joined(parts)
+    exact = torch.cat(parts)
     return exact if can_branch_on(exact) else exact.to(queries.dtype).double()  # a GPU's sums depend on P
 
 
 def _noise(queries: Tensor, added: Added) -> Tensor:
     """Return the size, (B, 1), of what rounding does to a query's products with keys about as long as 1."""
-    eps = torch.finfo(queries.dtype).eps
-    size = eps * math.sqrt(queries.shape[1]) * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
-    return size + eps * added[1].abs().amax(dim=-1, keepdim=True) if added else size
+    size = math.sqrt(queries.shape[1]) * torch.linalg.vector_norm(queries, dim=-1, keepdim=True)
+    return torch.finfo(queries.dtype).eps * (size + added[1].abs().amax(dim=-1, keepdim=True) if added else size)
 
 
 def resolve_near_ties(
@@ -242,14 +230,9 @@ def first_topk(scores: Tensor, k: int) -> Tensor:
     if not can_branch_on(scores):
         return scores.topk(k, dim=-1).indices
     values, places = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    if not descends(values):
+    if (values[:, 1:] == values[:, :-1]).any():
         places = scores.sort(dim=-1, descending=True, stable=True).indices
     return places[:, :k]
-
-
-def descends(scores: Tensor) -> bool:
-    """Tell whether each query's scores, (B, k) on a CPU, become less from place to place, so that none are equal."""
-    return scores.shape[-1] < 2 or not len(scores) or float(scores.diff(dim=-1).amax()) < 0  # false for NaN
 
 
 class _Dense:
