@@ -38,8 +38,6 @@ CHOICES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.gl
 def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) -> None:
     group, name = choice.split("/")
     overrides = [f"{group}={name}", *(["stage=joint"] if group == "joint" else [])]
-    if choice == "trainer/sharded":
-        overrides += ["stage=attention"]
     if choice == "trainer/gpu":
         compose_config(*overrides)  # what it asks for may not be there
         return
@@ -57,8 +55,8 @@ def test_every_config_runs(run: Run, choice: str, tmp_path: Path, folder: Path) 
     results = run(*overrides, *shortened)
     assert results["config"][group if group not in ("experiment", "recipe") else "seed"] is not None
     saved = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"results.json", "checkpoints", "attention"} <= saved
-    assert ("pipeline" in saved) == (choice not in ("stage/attention", "trainer/sharded"))
+    assert {"results.json", "examples.json", "checkpoints", "curves"} <= saved
+    assert ("pipeline" in saved) == (choice != "stage/attention")
 
 
 def test_results_keep_their_contract(run: Run) -> None:

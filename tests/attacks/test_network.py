@@ -215,7 +215,7 @@ def test_every_command_works_without_a_network(name: str, seen: dict[str, Any]) 
     assert found["status"] == 0, found["said"]
     if name == "tensorboard":
         assert "<tb-webapp" in found["answers"][""]
-        assert {"run", "run/attention", "run/reranker"} <= {
+        assert {"run", "run/curves/stage-1", "run/curves/pipeline"} <= {
             run.removeprefix("./") for run in json.loads(found["answers"]["data/runs"])
         }
 

@@ -97,7 +97,7 @@ def test_a_run_aligns_and_says_what_it_reaches(run: Run, tmp_path: Path, with_pa
     assert float((hits[:, 0] == targets).mean()) > 0.5
     with pytest.raises(InputError, match="24"):
         ask(tmp_path / "run/pipeline", folder / "reference_old_queries.npy", tmp_path / "none.jsonl")
-    assert (tmp_path / "run/attention").is_dir()
+    assert (tmp_path / "run/curves/stage-1").is_dir()
     compared = compare([tmp_path / "run"])
     (line,) = csv.DictReader(io.StringIO(compared.csv()))
     assert {name for name, value in line.items() if not value} >= {"exact_value", "oracle_value"}
