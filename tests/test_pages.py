@@ -59,6 +59,7 @@ STAND_INS = {
 FIT = ["attention.epochs=2", "reranker.epochs=2", "reranker.folds=2"]
 QUICK = ["dashboards=none", "threads=1", "trainer.enable_progress_bar=false"]
 SMALLER = {  # what a command that names one of these words is run with besides
+    "attention.sample=4096": ["attention.sample=16"],
     "experiment=noise_sweep": ["queries.sigma=0.1,0.2", "seed=0"],
     "experiment=k_sweep": ["k=1,2", "seed=0"],
     "experiment=ablation": ["queries=nearest,noisy", "attention=mlp", "reranker=mlp"],
@@ -315,6 +316,8 @@ def test_every_command_runs(place: Path, line: str) -> None:
         options = {option.name for option in getattr(importlib.import_module(module), "OPTIONS", ())}
         common = [word for word in ("threads=1", "folder=figures") if word.partition("=")[0] in options]
         given, more = given[1:], [*BENCHMARKS[module], *common]
-    done = command(*before, *given, *more, module=module, cwd=place)
+    several = [word for word in given if word == "-m"]  # Hydra takes it before all settings, or behind all
+    given = [word for word in given if word != "-m"]
+    done = command(*several, *before, *given, *more, module=module, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
