@@ -42,11 +42,14 @@ NOT_RUN = {  # a command, or with a space behind it, all that begin so
     "pip install ": "would change the environment of the tests; the extras are looked up here",
     ". .venv/bin/activate": "enters an environment",
     "pytest tests/browser": "is a part of this suite",
+    "tensorboard --logdir outputs/multirun/<date>/<time>": "serves until it is stopped, as that of all outputs",
     "tensorboard --logdir outputs": "serves until it is stopped; tests/browser starts it",
     "PYTHONPATH=tests:tests/attacks python tests/attacks/fuzz_folder.py corpus.npy": "needs atheris, which is no extra",
     "python tests/attacks/fuzz_pipeline.py pipeline": "needs atheris, which is no extra",
     "QDRANT_API_KEY=... ": "needs a Qdrant server",
     "python -m nvf.train trainer=ddp": "needs several GPUs",
+    "python -m nvf.train trainer=sharded": "needs several GPUs",
+    "torchrun ": "needs two machines; tests/training/test_devices.py starts what two would",
 }
 STAND_INS = {
     "data.dir=...": "data.dir=my-folder",
@@ -90,6 +93,7 @@ NEEDS["hydra/launcher=parallel"] = "hydra_plugins.hydra_joblib_launcher"
 
 def commands_of(text: str) -> list[str]:
     """The commands of a page, in blocks and in sentences, without remarks."""
+    text = re.sub(r"\\\n\s*", "", text)  # lines that go on
     fenced = [block for language, block in FENCED.findall(text) if language in SHELLS]
     text = FENCED.sub("", text)
     blocks = [*fenced, *re.findall(r"^ {4}.*$", text, re.MULTILINE)]
