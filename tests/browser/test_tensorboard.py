@@ -35,7 +35,8 @@ FLAGS = [
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1600,1200"),
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),  # the projector draws with WebGL
 ]
-PLUGINS = ("timeseries", "hparams", "images", "text", "projector")
+PLUGINS = ["timeseries", "hparams", "images", "projector"]
+PLUGINS += [] if "NVF_LOGDIR" in os.environ else ["text"]  # which a sweep alone has
 PATIENCE = 60  # seconds
 # All that is written on the page and the height of every picture, through the shadow roots that TensorBoard nests.
 SEEN = """
