@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_bars_show_the_steps_on_a_terminal_and_leave_nothing_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose_config("cache=off", "dashboards=none", *SMALL, *SMALL_STEPS)
+    for name, value in {"COLUMNS": "60", "LINES": "40"}.items():
+        monkeypatch.setenv(name, value)
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)
         folder = tmp_path / type(stream).__name__
@@ -58,5 +61,5 @@ def test_bars_show_the_steps_on_a_terminal_and_leave_nothing_there(
         assert "\n" not in said
         assert "attention:" in said
         assert "/6 steps" in said
-        assert "Top-1" in said
+        assert re.search(r", val Top-1 \d+\.\d\r", said)  # complete, where a wide bar would have been cut
         assert [frame.strip() for frame in said.split("\r")[-2:]] == ["", ""]
