@@ -89,7 +89,14 @@ def test_a_run_leaves_a_page_of_its_figures_and_how_to_use_it(folder: Path) -> N
     seen = Seen((folder / "report.html").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text())
     top1 = results["test"]["pipeline"]["top1"]["value"]
-    for words in (f"{100 * top1:.1f}% of test queries", "Recall@5", "where is <it>?", "rank 1,234 → 1", "off by 3.1"):
+    for words in (
+        f"{100 * top1:.1f}% of test queries",
+        "Recall@5",
+        "where is <it>?",
+        "rank 1,234 → 1",
+        "off by 3.1",
+        "12 steps in all",
+    ):
         assert words in seen.words
     assert f"'pipeline={folder}/pipeline'".replace("run's", "run'\"'\"'s") in seen.words  # as a shell reads it
     assert f'Pipeline.load("{folder}/pipeline")' in seen.words  # as Python does
@@ -181,7 +188,7 @@ def spoil(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "results.json").unlink(), "not finished"),
+        (lambda folder: (folder / "results.json").unlink(), "to finish it: python"),
         (lambda folder: (folder / "results.json").write_text("{"), "results.json"),
         (spoil("results.json", lambda found: {**found, "test": {}}), "results.json"),
         (spoil("results.json", lambda found: {**found, "config": []}), "results.json"),
