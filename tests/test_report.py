@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config
 from nvf.dashboards.page import run_page
 from nvf.errors import InputError
 from nvf.report import report
+from nvf.runs.curves import CHART
 from nvf.train import train
 
 HOSTILE = (
@@ -164,6 +166,17 @@ def test_an_older_run_has_a_page_without_examples(folder: Path) -> None:
     words = Seen(run_page(folder)).words
     assert "no examples.json" in words
     assert "probability of the answer" not in words
+
+
+def test_a_stage_that_was_not_fitted_takes_no_room_beside_those_that_were(folder: Path) -> None:
+    shutil.rmtree(folder / "curves/stage-1")
+    with SummaryWriter(str(folder / "curves/stage-1")) as writer:
+        for step in (0, 12):
+            writer.add_scalar(CHART, 0.5, step)
+    page = run_page(folder)
+    assert re.findall(r'<span style="width:([-\d.]+)%">(stage \d)', page) == [("100.00", "stage 2")]
+    (line,) = re.findall(r'<path class="attention" d="M0.00 ([\d.]+)L100.00 ([\d.]+)"', page)
+    assert line[0] == line[1]
 
 
 def test_damaged_curves_are_left_out(folder: Path) -> None:
