@@ -15,6 +15,7 @@ from conftest import SMALL, SMALL_STEPS, command, compose_config
 from nvf.dashboards.page import run_page
 from nvf.errors import InputError
 from nvf.report import report
+from nvf.runs.comparison.table import TESTS
 from nvf.runs.curves import CHART
 from nvf.train import train
 
@@ -203,7 +204,7 @@ def spoil(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     [
         (lambda folder: (folder / "results.json").unlink(), "to finish it: python"),
         (lambda folder: (folder / "results.json").write_text("{"), "results.json"),
-        (spoil("results.json", lambda found: {**found, "test": {}}), "results.json"),
+        (spoil("results.json", lambda found: {**found, "test": {}}), "results.json.*; make the run again"),
         (spoil("results.json", lambda found: {**found, "config": []}), "results.json"),
         (lambda folder: (folder / "examples.json").write_text("[]"), "examples.json"),
         (spoil("examples.json", lambda found: {**found, "queries": [{}]}), "examples.json"),
@@ -248,3 +249,18 @@ def test_a_sweep_has_a_page_that_leads_to_its_runs(made: Path, tmp_path: Path) -
     assert "Without results" in seen.words
     assert "2 settings compared" in seen.words
     assert seen.words.index("75.0") < seen.words.index("50.0")
+
+
+def test_runs_of_many_settings_are_told_apart_by_their_folders_and_tested(made: Path, tmp_path: Path) -> None:
+    results, names = json.loads((made / "results.json").read_text()), [f"s{i}" for i in range(5)]
+    for run in ("one", "other"):
+        (tmp_path / run).mkdir()
+        shutil.copy(made / "answered.npy", tmp_path / run)
+        own = {**results, "config": {"seed": 0, **dict.fromkeys(names, run)}, "memory": "m", "queries": "q"}
+        (tmp_path / run / "results.json").write_text(json.dumps(own))
+    page = Path(report([tmp_path])).read_text(encoding="utf-8")
+    assert sorted(re.findall(r'<div class="bar wide(?: top)?"><span>(\w+)</span>', page)) == ["one", "other"]
+    assert "s0 = " not in page
+    assert TESTS in page
+    (tmp_path / "one/answered.npy").unlink()
+    assert TESTS not in Path(report([tmp_path])).read_text(encoding="utf-8")
