@@ -2,6 +2,9 @@
 
 import io
 import logging
+import os
+import re
+import termios
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,9 @@ def test_bars_show_the_steps_on_a_terminal_and_leave_nothing_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose_config("cache=off", "dashboards=none", *SMALL, *SMALL_STEPS)
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (40, 60))
+    monkeypatch.setattr(Terminal, "fileno", lambda _: terminal)
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)
         folder = tmp_path / type(stream).__name__
@@ -58,5 +64,7 @@ def test_bars_show_the_steps_on_a_terminal_and_leave_nothing_there(
         assert "\n" not in said
         assert "attention:" in said
         assert "/6 steps" in said
-        assert "Top-1" in said
+        assert re.search(r", val Top-1 \d+\.\d\r", said)  # complete, where a wide bar would have been cut
         assert [frame.strip() for frame in said.split("\r")[-2:]] == ["", ""]
+    for descriptor in (master, terminal):
+        os.close(descriptor)

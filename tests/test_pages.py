@@ -224,6 +224,11 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert not heading or heading in anchors, target
 
 
+def test_the_start_page_leads_to_every_page() -> None:
+    start = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - set(re.findall(r"\]\((\w[\w.-]+)\)", start)) == {"README.md"}
+
+
 def write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from conftest import SMALL, SMALL_STEPS, command, compose_config
 from nvf.dashboards.page import run_page
 from nvf.errors import InputError
 from nvf.report import report
+from nvf.runs.comparison.table import TESTS
+from nvf.runs.curves import CHART
 from nvf.train import train
 
 HOSTILE = (
@@ -89,7 +92,14 @@ def test_a_run_leaves_a_page_of_its_figures_and_how_to_use_it(folder: Path) -> N
     seen = Seen((folder / "report.html").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text())
     top1 = results["test"]["pipeline"]["top1"]["value"]
-    for words in (f"{100 * top1:.1f}% of test queries", "Recall@5", "where is <it>?", "rank 1,234 → 1", "off by 3.1"):
+    for words in (
+        f"{100 * top1:.1f}% of test queries",
+        "Recall@5",
+        "where is <it>?",
+        "rank 1,234 → 1",
+        "off by 3.1",
+        "12 steps in all",
+    ):
         assert words in seen.words
     assert f"'pipeline={folder}/pipeline'".replace("run's", "run'\"'\"'s") in seen.words  # as a shell reads it
     assert f'Pipeline.load("{folder}/pipeline")' in seen.words  # as Python does
@@ -159,6 +169,17 @@ def test_an_older_run_has_a_page_without_examples(folder: Path) -> None:
     assert "probability of the answer" not in words
 
 
+def test_a_stage_that_was_not_fitted_takes_no_room_beside_those_that_were(folder: Path) -> None:
+    shutil.rmtree(folder / "curves/stage-1")
+    with SummaryWriter(str(folder / "curves/stage-1")) as writer:
+        for step in (0, 12):
+            writer.add_scalar(CHART, 0.5, step)
+    page = run_page(folder)
+    assert re.findall(r'<span style="width:([-\d.]+)%">(stage \d)', page) == [("100.00", "stage 2")]
+    (line,) = re.findall(r'<path class="attention" d="M0.00 ([\d.]+)L100.00 ([\d.]+)"', page)
+    assert line[0] == line[1]
+
+
 def test_damaged_curves_are_left_out(folder: Path) -> None:
     def lines() -> list[str]:
         return re.findall(r'<path class="(attention|reranker)', run_page(folder))
@@ -181,9 +202,9 @@ def spoil(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "results.json").unlink(), "not finished"),
+        (lambda folder: (folder / "results.json").unlink(), "to finish it: python"),
         (lambda folder: (folder / "results.json").write_text("{"), "results.json"),
-        (spoil("results.json", lambda found: {**found, "test": {}}), "results.json"),
+        (spoil("results.json", lambda found: {**found, "test": {}}), "results.json.*; make the run again"),
         (spoil("results.json", lambda found: {**found, "config": []}), "results.json"),
         (lambda folder: (folder / "examples.json").write_text("[]"), "examples.json"),
         (spoil("examples.json", lambda found: {**found, "queries": [{}]}), "examples.json"),
@@ -228,3 +249,18 @@ def test_a_sweep_has_a_page_that_leads_to_its_runs(made: Path, tmp_path: Path) -
     assert "Without results" in seen.words
     assert "2 settings compared" in seen.words
     assert seen.words.index("75.0") < seen.words.index("50.0")
+
+
+def test_runs_of_many_settings_are_told_apart_by_their_folders_and_tested(made: Path, tmp_path: Path) -> None:
+    results, names = json.loads((made / "results.json").read_text()), [f"s{i}" for i in range(5)]
+    for run in ("one", "other"):
+        (tmp_path / run).mkdir()
+        shutil.copy(made / "answered.npy", tmp_path / run)
+        own = {**results, "config": {"seed": 0, **dict.fromkeys(names, run)}, "memory": "m", "queries": "q"}
+        (tmp_path / run / "results.json").write_text(json.dumps(own))
+    page = Path(report([tmp_path])).read_text(encoding="utf-8")
+    assert sorted(re.findall(r'<div class="bar wide(?: top)?"><span>(\w+)</span>', page)) == ["one", "other"]
+    assert "s0 = " not in page
+    assert TESTS in page
+    (tmp_path / "one/answered.npy").unlink()
+    assert TESTS not in Path(report([tmp_path])).read_text(encoding="utf-8")

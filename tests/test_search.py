@@ -440,6 +440,11 @@ def test_bad_options_are_refused(words: list[str], message: str) -> None:
         parse(words, SMALL)
 
 
+def test_a_command_without_options_says_so() -> None:
+    with pytest.raises(InputError, match="the names are none"):
+        parse(["k=5"], ())
+
+
 def test_usage_shows_every_option_with_its_default() -> None:
     assert usage("nvf.x", "do it", SMALL).splitlines() == [
         "python -m nvf.x file=...",

@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str], options: Sequence[Option]) -> dict[str, Any]
     for argument in arguments:
         name, _, text = argument.partition("=")
         if name not in known or "=" not in argument:
-            raise InputError(f"{argument!r} is not name=value; the names are {', '.join(known)}")
+            raise InputError(f"{argument!r} is not name=value; the names are {', '.join(known) or 'none'}")
         values[name] = None if text == "null" else known[name].read(text) if text else REQUIRED
     for name, option in known.items():
         if values[name] is REQUIRED or (option.default is not None and values[name] is None):

@@ -22,7 +22,7 @@ def report(folders: Sequence[Path]) -> str:
 
         text = run_page(folder)
     elif (folder / "run.json").is_file():
-        raise InputError(f"{folder}: its run is not finished, and has no results.json; {command_to_resume(folder)}")
+        raise InputError(f"{folder}: its run has no results yet; to finish it: {command_to_resume(folder)}")
     else:
         comparison = compare([folder])
         from nvf.dashboards.page import sweep_page

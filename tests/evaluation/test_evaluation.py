@@ -379,13 +379,13 @@ def test_the_table_says_what_was_chosen_and_for_whom_it_works() -> None:
         m: {"queries": 1200, "top1": wilson(n, 12)} for m, n in (("exact", 3), ("pipeline", 6))
     }
     found["test"]["unseen_rows"] = {"exact": None}
-    tried = {"transform": "linear", "keys": "learned", "hub_share": 0.0, "epochs": 4, "val_top1": 0.412, "chosen": True}
+    tried = {"transform": "linear", "keys": "learned", "hub_share": 0.0, "epochs": 1, "val_top1": 0.412, "chosen": True}
     exact = {**tried, "epochs": 0, "hub_share": 0.25, "val_top1": 0.25, "chosen": False}
     printed = table({**found, "selection": [exact, tried]}, 1000)
     assert "items in the log          Top-1 of exact search 25.0, pipeline 50.0 (1,200 queries)" in printed
     assert "items not in the log" not in printed
     first, second = printed.splitlines()[-2:]
-    assert first.split(maxsplit=4)[-1] == "41.2  linear transform, learned keys, 4 epochs"
+    assert first.split(maxsplit=4)[-1] == "41.2  linear transform, learned keys, 1 epoch"
     assert second.strip() == "25.0  exact search, 0.25 of the hubness subtracted"
 
 

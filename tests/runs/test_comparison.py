@@ -341,6 +341,20 @@ def test_what_a_setting_holds_does_not_reach_the_terminal(tmp_path: Path) -> Non
         assert not {"\x1b", "\u202e"} & set(text)
 
 
+def test_only_what_a_file_holds_is_escaped_so_that_a_terminal_shows_the_rest_as_it_is(tmp_path: Path) -> None:
+    right = np.ones(20, bool)
+    put(tmp_path / "a", {"seed": 0, "k": "<b>`[x]"}, val=0.9, answered=right)
+    put(tmp_path / "b", {"seed": 0, "k": "<!--"}, val=0.8, answered=~right)
+    (tmp_path / "<i>*").mkdir()
+    (tmp_path / "<i>*" / "results.json").write_text("{")
+    text = compare([tmp_path]).text()
+    for escaped in (r"\<b>\`\[x]", r"\<!--", r"\<i>\*"):
+        assert escaped in text
+        text = text.replace(escaped, "")
+    assert " <0.001 |" in text
+    assert "\\" not in text
+
+
 @pytest.mark.parametrize("depth", [25, 900, 10**6])
 def test_deep_settings_are_compared_or_left_out(tmp_path: Path, depth: int) -> None:
     put(tmp_path / "good", {"seed": 0, "k": 1}, val=0.5)

@@ -12,7 +12,7 @@ from nvf.errors import InputError, one_line
 from nvf.evaluation.report import NAMES, entries, remarks, standings
 from nvf.files.records import read_record
 from nvf.runs.comparison.runs import plain
-from nvf.runs.comparison.table import Comparison, shown
+from nvf.runs.comparison.table import TESTS, Comparison, shown
 from nvf.runs.curves import read_curves
 from nvf.runs.settings import flatten
 from nvf.statistics import METRICS, in_percent, percent
@@ -22,7 +22,7 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, Template
 # What comes from files is text, never markup.
 PAGES = Environment(loader=PackageLoader("nvf.dashboards", "."), autoescape=True, undefined=StrictUndefined)
 PAGES.filters |= {"percent": percent, "plain": plain, "shown": shown, "url": quote, "sh": shlex.quote, "repr": repr}
-PAGES.globals |= {"NAMES": NAMES, "METRICS": METRICS, "STAGES": STAGES, "flatten": flatten}
+PAGES.globals |= {"NAMES": NAMES, "METRICS": METRICS, "STAGES": STAGES, "TESTS": TESTS, "flatten": flatten}
 PAGES.globals |= {"entries": entries, "in_percent": in_percent, "remarks": remarks, "standings": standings}
 
 
@@ -40,7 +40,7 @@ def run_page(folder: Path) -> str:
         return PAGES.get_template("page.html").render(folder=str(folder), **given)
     except DAMAGE as fault:
         files = " or examples.json" * path.is_file()
-        words = f"results.json{files} is damaged or of another version ({one_line(fault)}); delete it"
+        words = f"results.json{files} is damaged or of another version ({one_line(fault)}); make the run again"
         raise InputError(f"{folder}: {words}") from None
 
 

@@ -95,7 +95,8 @@ def _add_levels(found: Evaluation, folder: Path, steps: int) -> None:
     for name, line in (LEVELS | absent).items():
         if (level := found.figures[name]) is not None:
             with SummaryWriter(str(folder / line), purge_step=0) as writer:  # a resumed run writes it again
-                for step in (0, steps):
+                # Not two points alone: of a chart's values, TensorBoard leaves the outer tenth out of sight.
+                for step in np.unique(np.linspace(0, steps, 50, dtype=int)).tolist():
                     writer.add_scalar(CHART, (level if name == "coverage" else level["top1"])["value"], step)
 
 

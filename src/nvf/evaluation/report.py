@@ -109,9 +109,10 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
     tried = results.get("selection", [])
     for variant in sorted(tried, key=lambda variant: not variant["chosen"]) if len(tried) > 1 else []:
         score = variant["val_top1"] if variant.get("val_ndcg10") is None else variant["val_ndcg10"]
-        told = f"{variant['transform']} transform, {variant['keys']} keys, {variant['epochs']} epochs"
-        search = "exact search" if results.get("aligned") is None else "aligned search"
-        told = told if variant["epochs"] else search
+        told = "exact search" if results.get("aligned") is None else "aligned search"
+        if epochs := variant["epochs"]:
+            several = "s" * (epochs > 1)
+            told = f"{variant['transform']} transform, {variant['keys']} keys, {epochs} epoch{several}"
         if variant["keys"] == "moved":
             told += (
                 f", keys moved by {variant['key_strength']:g}" if variant["key_strength"] else ", no move of keys helps"

@@ -37,7 +37,7 @@ class StageBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         steps, name = trainer.estimated_stepping_batches, trainer.default_root_dir.rpartition("checkpoints/")[2]
-        line = "{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+        line = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
         how: Any = {"total": None if math.isinf(steps) else int(steps), "initial": trainer.global_step}
         self._bar = tqdm(desc=name, bar_format=line, leave=False, disable=self._silent, **how)
 
@@ -45,7 +45,7 @@ class StageBar(ProgressBar):
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._bar.set_postfix_str(f"Top-1 {100 * float(trainer.callback_metrics['val/top1']):.1f} on validation")
+        self._bar.set_postfix_str(f"val Top-1 {100 * float(trainer.callback_metrics['val/top1']):.1f}")
 
     def on_train_end(self, *_: Any) -> None:
         self._bar.close()

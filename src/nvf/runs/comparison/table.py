@@ -30,7 +30,7 @@ class Comparison:
 
     def text(self) -> str:
         """Return a Markdown table, in percent, and the lines that explain it; texts are escaped."""
-        cells = [[re.sub(r"([\\|<\[`])", r"\\\1", cell) for cell in row] for row in self._cells()]
+        cells = [[re.sub(r"([\\|\[`]|<(?=\D))", r"\\\1", cell) for cell in row] for row in self._cells()]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         texts = len(self.columns) + 1  # columns; the others are numbers
         cells.insert(1, ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
@@ -40,11 +40,10 @@ class Comparison:
         lines = [
             f"percent; test {METRICS[self.metric]} is of the model fitted last, with its 95% interval over seeds, or "
             "over test queries where one seed ran or all agree; coverage and the oracle are ceilings",
-            "* the best on validation, by which the rows are sorted; the test figures chose nothing",
+            "the row with * is the best on validation, by which all are sorted; the test figures chose nothing",
             *([TESTS] if any(row.p is not None for row in self.rows) else []),
-            *self.notes,
+            *(re.sub(r"([*<\[`])", r"\\\1", note) for note in self.notes),
         ]
-        lines = [re.sub(r"([*<\[`])", r"\\\1", line) for line in lines]
         return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *(f"- {line}" for line in lines)])
 
     def csv(self) -> str:
