@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Adam, Optimizer, SparseAdam
 
 from nvf.data.datamodule import CandidateBatch
 from nvf.data.queries import QueryBatch
@@ -18,7 +19,6 @@ from nvf.ops.cross_entropy import mean_of, stratified
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg10
 from nvf.ops.topk import TopK, first_topk
-from nvf.training.sparse_keys import AdamOfRows, is_plain_adam
 from nvf.training.stage import Groups, Judged, StageModule
 
 
@@ -79,7 +79,7 @@ class AttentionModule(StageModule):
             hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
         return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard, sparse=self.sparse)
 
-    def make_optimizer(self, groups: Groups) -> torch.optim.Optimizer:
+    def make_optimizer(self, groups: Groups) -> Optimizer:
         """The optimizer; where that can be, a sampled step changes those learned keys alone that it sees."""
         trainer: Any = self.trainer
         # Torch adds up and clips dense gradients alone, and a GPU would wait for the number of different rows.
@@ -92,12 +92,48 @@ class AttentionModule(StageModule):
         apart = [parameter for group in groups for parameter in group["params"] if parameter is not self.model.delta]
         dense: Any = self.optimizer([{"params": apart, "lr": self.lr}])
         given = {name: dense.defaults[name] for name in ("betas", "eps")}
-        return AdamOfRows(dense, torch.optim.SparseAdam([self.model.delta], lr=self.lr, **given))
+        return AdamOfRows(dense, SparseAdam([self.model.delta], lr=self.lr, **given))
 
     def judge(self, batch: QueryBatch) -> Judged:
         (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
         return Judged(loss_of(top, batch.targets), top.ranks, top.ranks <= self.k, gained)
+
+
+class AdamOfRows(Optimizer):
+    """Adam whose last groups are of parameters with sparse gradients, (S, D), of which it steps the rows of the batch.
+
+    A row's moments stay as they are in the steps that do not see it, as in torch.optim.SparseAdam, which does this
+    part; `dense` is the Adam of the others.
+    """
+
+    def __init__(self, dense: Adam, sparse: SparseAdam) -> None:
+        self.parts: tuple[Optimizer, ...] = (dense, sparse)
+        super().__init__([*dense.param_groups, *sparse.param_groups], dense.defaults)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """Evaluate the closure, if any, and make one step of all groups."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts see the groups and the state that are saved, loaded and scheduled."""
+        dense, sparse = self.parts
+        count = len(dense.param_groups)
+        dense.param_groups, sparse.param_groups = self.param_groups[:count], self.param_groups[count:]
+        dense.state = sparse.state = self.state
+
+
+def is_plain_adam(optimizer: Any) -> bool:
+    """Tell whether an optimizer is torch's Adam with no more settings than SparseAdam has, which can then stand in."""
+    return getattr(optimizer, "func", None) is Adam and optimizer.keywords.keys() <= {"fused", "betas", "eps"}
 
 
 class RerankerModule(StageModule):

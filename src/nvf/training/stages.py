@@ -17,7 +17,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.evidence import Evidence
 from nvf.models.pipeline import Pipeline
 from nvf.ops.random_streams import stream_seed
-from nvf.training.curves import Curves
+from nvf.training.callbacks import Curves
 from nvf.training.fit import FitSettings
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 from nvf.training.stage import StageModule
