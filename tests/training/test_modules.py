@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import ndcg_of
 from nvf.data.datamodule import VectorDataModule
 from nvf.data.queries import Noisy, QueryBatch, Recorded, Warped
 from nvf.errors import InputError
@@ -19,7 +20,6 @@ from nvf.models.keys import neighbours
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
-from nvf.ops.ranks import ndcg_of
 from nvf.training.callbacks import LogGradients
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
 from nvf.training.stage import StageModule

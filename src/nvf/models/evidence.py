@@ -149,7 +149,6 @@ class Evidence(nn.Module):
             k: how many of them, the first, are the candidates; all if None.
             logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
-        assert top.logsumexp is not None
         memory = attention.memory  # of which the alignment may be another's than that of `self.memory`
         rows = memory.take_keys(top.rows)  # (B, w, D)
         rows = rows.to(torch.promote_types(rows.dtype, queries.dtype))

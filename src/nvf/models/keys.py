@@ -45,9 +45,7 @@ def _of_block(
 @torch.no_grad()
 def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
     """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta (arXiv 2112.12777)."""
-    total = blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp
-    assert total is not None
-    return (total - math.log(len(queries))) / beta
+    return (blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp - math.log(len(queries))) / beta
 
 
 @torch.no_grad()

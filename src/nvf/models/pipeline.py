@@ -195,7 +195,6 @@ class Pipeline(nn.Module):
         """
         queries = unit(queries, self.attention.log_beta.dtype)
         (top,) = self.attention.ranked(queries, targets, max(k, self.k), words)
-        assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self.scores_of(queries, candidates, words, logged_as).to(top.scores.dtype)
         log_probs = top.scores - top.logsumexp.unsqueeze(-1)

@@ -228,5 +228,4 @@ class JointModule(RerankerModule):
 
 def loss_of(top: TopK, targets: Tensor) -> Tensor:
     """The loss that `attention_loss` is of all scores, from their log-sum-exp and the targets' scores."""
-    assert top.logsumexp is not None
     return (top.logsumexp - mean_of(top.of_targets, targets >= 0)).mean()
