@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nvf import statistics
 from nvf.data.queries import QueryBatch, blocks
-from nvf.evaluation.report import ceiling
+from nvf.evaluation.report import NAMES, ceiling
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
@@ -22,7 +22,7 @@ from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, recall
 from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
 from nvf.statistics import Interval, mean_interval, wilson
 
-METHODS = ("exact", "old", "anew", "aligned", "oracle", "words", "hybrid", "attention", "pipeline")
+METHODS = tuple(NAMES)
 BINS = 15  # of confidence, equally wide
 ROUNDING = 1e-5  # cosines that differ by less count as equal
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.models.keys import composed
 from nvf.models.memory import VectorMemory, check_k, unit
-from nvf.models.query_transform import QueryTransform, checked_queries
+from nvf.models.queries_and_keys import QueryTransform, checked_queries, composed
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory
+from nvf.models.queries_and_keys import hubness
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import SCORE_BLOCK

@@ -19,7 +19,7 @@ from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
 from nvf.files.npy import ROWS, ArrayFile
 from nvf.files.vectors import BLOCK, check_largest, check_vectors, factorize, largest, row_hashes
 from nvf.models.alignment import Alignment
-from nvf.models.keys import hubness
+from nvf.models.queries_and_keys import hubness
 from nvf.ops.cross_entropy import logsumexp
 from nvf.ops.products import inner_products
 from nvf.ops.random_streams import stream

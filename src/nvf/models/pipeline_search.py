@@ -16,7 +16,7 @@ from nvf.models.ann_index import approximate_topk
 from nvf.models.distribution import most_probable_first, shared_out
 from nvf.models.filters import Filter
 from nvf.models.memory import check_k, unit
-from nvf.models.query_transform import checked_queries
+from nvf.models.queries_and_keys import checked_queries
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK, can_branch_on, joined, split

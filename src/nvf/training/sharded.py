@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
+from nvf.models.queries_and_keys import hubness
 from nvf.models.words import WordScores
 from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of
 from nvf.ops.products import inner_products
