@@ -26,8 +26,8 @@ def report(folders: Sequence[Path]) -> str:
         jobs = sorted(path.parent for path in folder.glob("*/.hydra"))
         unfinished = [job.name for job in jobs if not (job / "results.json").is_file()]
         text = sweep_page(folder, compare([folder]), unfinished)
-    with atomic_write(folder / "report.html") as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    with atomic_write(folder / "report.html") as partial:
+        partial.write_text(text, encoding="utf-8")
     return str(folder / "report.html")
 
 

@@ -123,10 +123,10 @@ def main() -> None:
         code: Any = None
     except SystemExit as stop:
         code = stop.code
-    if code not in (130, 143) and (comparison := sweeps.finish()) is not None:
+    if code not in (130, 143) and (table := sweeps.finish()) is not None:
         from nvf.dashboards.show import show_sweep
 
-        show_sweep(comparison, sweeps.Sweep.folder)
+        show_sweep(*table)
     if code:
         sys.exit(code)
 

@@ -92,7 +92,7 @@ def refuse_local_ddp(config: Mapping[str, Any]) -> None:
 
 
 def finish() -> Any:
-    """Print the table of the sweep that this process ran, and which jobs have no results; return what was compared."""
+    """Print the table of the sweep that this process ran, and which jobs have no results; return it, and the folder."""
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
         return None
@@ -100,14 +100,15 @@ def finish() -> Any:
     from nvf.runs.comparison.table import compare
 
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
-    missing, comparison = sorted(path.name for path in jobs if not (path / "results.json").is_file()), None
+    missing, table = sorted(path.name for path in jobs if not (path / "results.json").is_file()), None
     if len(missing) < len(jobs):
         comparison = compare([folder])
         print(f"\n{comparison.text()}\n{write(comparison, folder)}")
+        table = comparison, folder
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "
             f"{folder} say why. To run what is missing: {command_to_resume(folder)}",
             file=sys.stderr,
         )
-    return comparison
+    return table
