@@ -20,6 +20,8 @@ from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory, unit
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import EvidenceReranker, Reranker
+from nvf.ops.ranks import DEEPEST, ndcg10
+from nvf.ops.topk import first_topk
 from nvf.train import CONF, train
 from programs import command
 
@@ -184,3 +186,8 @@ def to_collection(
 def attempts() -> Callable[[int, int], int]:
     """How many attempts an attack makes: attempts(few, all); `make attack` makes all of them, `make test` a few."""
     return lambda few, all_of_them: all_of_them if os.environ.get("NVF_ATTACK") == "full" else few
+
+
+def ndcg_of(scores: torch.Tensor, targets: torch.Tensor, gains: torch.Tensor | None = None) -> torch.Tensor:
+    """nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
+    return ndcg10(first_topk(scores, min(DEEPEST, scores.shape[1])), targets, gains)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from nvf.dashboards.page import run_page, sweep_page
 from nvf.errors import InputError
 from nvf.files.atomic import atomic_write
 from nvf.options import folders, run
@@ -18,19 +19,15 @@ def report(folders: Sequence[Path]) -> str:
         raise InputError(f"{named} is not one folder; give that of a run or of a sweep, such as outputs/<date>/<time>")
     folder = folders[0].absolute()
     if (folder / "results.json").is_file():
-        from nvf.dashboards.page import run_page  # torch is slow to import, and bad input is said at once
-
         text = run_page(folder)
     elif (folder / "run.json").is_file():
         raise InputError(f"{folder}: its run has no results yet; to finish it: {command_to_resume(folder)}")
     else:
-        comparison = compare([folder])
-        from nvf.dashboards.page import sweep_page
-
         jobs = sorted(path.parent for path in folder.glob("*/.hydra"))
-        text = sweep_page(folder, comparison, [job.name for job in jobs if not (job / "results.json").is_file()])
-    with atomic_write(folder / "report.html") as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished = [job.name for job in jobs if not (job / "results.json").is_file()]
+        text = sweep_page(folder, compare([folder]), unfinished)
+    with atomic_write(folder / "report.html") as partial:
+        partial.write_text(text, encoding="utf-8")
     return str(folder / "report.html")
 
 

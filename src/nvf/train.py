@@ -120,11 +120,15 @@ def main() -> None:
         sys.exit(f"error: {error}")
     try:
         job()
+        code: Any = None
     except SystemExit as stop:
-        if stop.code not in (130, 143):
-            sweeps.finish()
-        raise
-    sweeps.finish()
+        code = stop.code
+    if code not in (130, 143) and (table := sweeps.finish()) is not None:
+        from nvf.dashboards.show import show_sweep
+
+        show_sweep(*table)
+    if code:
+        sys.exit(code)
 
 
 def run(*words: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nvf.evaluation.calibration import fit_temperature
 from nvf.evaluation.evaluate import against
 from nvf.files.ids import checked_ids
 from nvf.models.distribution import exact, relaxed
-from nvf.models.query_transform import TRANSFORMS
+from nvf.models.queries_and_keys import TRANSFORMS
 from nvf.ops.cross_entropy import check_targets, cross_entropy, stratified
 from nvf.ops.random_streams import stream_seed
 from nvf.ops.ranks import target_ranks

@@ -17,7 +17,7 @@ from lexical import LEXICONS
 from nvf import Reranker
 from nvf.data.queries import blocks
 from nvf.models.attention import attention_loss
-from nvf.models.keys import hubness
+from nvf.models.queries_and_keys import hubness
 from nvf.models.reranker import reranker_loss
 from nvf.ops.random_streams import stream, stream_seed
 from nvf.ops.ranks import are_targets

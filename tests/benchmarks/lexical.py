@@ -12,7 +12,7 @@ from nvf.data.beside import read_texts
 from nvf.data.queries import Recorded
 from nvf.data.splits import SPLITS
 from nvf.files.npy import open_vectors
-from nvf.files.row_hashes import row_hashes
+from nvf.files.vectors import row_hashes
 from nvf.models.memory import unit
 from nvf.models.words import K1, B, WordScores, terms
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lexical import dense
 from nvf.data.queries import blocks, each
 from nvf.models.words import WordScores
-from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg, ndcg_of, recall, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, criterion, gains_of, ndcg, ndcg10, recall, target_ranks
 from nvf.ops.topk import first_topk
 
 DEPTH = 20  # of recall
@@ -108,7 +108,8 @@ def figures(score: Callable[[Asked], Tensor], batch: Asked) -> Figures:
     for part in blocks(batch, AT_ONCE):
         scores = score(part)
         ranks = target_ranks(scores, part.targets).double()
-        firsts.append(ndcg_of(scores, part.targets, part.gains) if by_gain else ranks == 1)
+        best = first_topk(scores, min(DEEPEST, scores.shape[1]))
+        firsts.append(ndcg10(best, part.targets, part.gains) if by_gain else ranks == 1)
         nears.append((1 / ranks).where(ranks <= DEEPEST, 0.0))
     return Figures(*(float(torch.cat(of_parts).double().mean()) for of_parts in (firsts, nears)))
 

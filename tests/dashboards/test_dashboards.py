@@ -177,18 +177,16 @@ def test_the_projector_has_a_name_for_every_point(
     (embedding,) = config.embeddings
     vectors = np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t")
     lines = [line.split("\t") for line in (tmp_path / embedding.metadata_path).read_text().splitlines()]
-    assert lines[0] == ["kind", "row", "text", "query"]
+    assert lines[0] == ["kind", "row", "text"]
     assert len(vectors) == len(lines) - 1 <= limit
     assert len({line[0] for line in lines[1:]}) == 3
-    for vector, (kind, row, text, query) in zip(vectors, lines[1:], strict=True):
+    known = {"row": pipeline.memory.rows, "query": batch.queries}
+    known["transformed query"] = pipeline.attention.moved(batch.queries).detach()
+    for vector, (kind, row, text) in zip(vectors, lines[1:], strict=True):
         assert text == f"text {row}"
-        if kind == "row":
-            expected = pipeline.memory.rows[int(row)]
-        else:
-            assert int(row) == batch.targets[int(query), 0]
-            expected = batch.queries[int(query)]
-            expected = pipeline.attention.moved(expected) if kind == "transformed query" else expected
-        assert vector == pytest.approx(expected.detach().numpy(), abs=1e-6)
+        near = (known[kind] - torch.tensor(vector)).abs().amax(dim=-1)
+        assert near.min() < 1e-6
+        assert int(row) == near.argmin() if kind == "row" else int(row) in batch.targets[near.argmin()]
     if limit == 40:  # the rows shown are the queries' targets first
         rows = {line[1] for line in lines[1:] if line[0] == "row"}
         assert {line[1] for line in lines[1:] if line[0] == "query"} <= rows

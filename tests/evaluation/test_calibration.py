@@ -22,9 +22,9 @@ from nvf.evaluation.calibration import (
 )
 from nvf.evaluation.gradients import audit_gradients
 from nvf.models.attention import SoftAttention, attention_loss
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline, Retrieval
+from nvf.models.queries_and_keys import hubness
 from nvf.models.reranker import Reranker, reranker_loss
 from nvf.ops.random_streams import stream
 

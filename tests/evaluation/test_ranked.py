@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import ndcg_of
 from nvf.data.queries import QueryBatch
 from nvf.evaluation.calibration import quality
 from nvf.evaluation.evaluate import evaluate
@@ -17,7 +18,7 @@ from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import Reranker
 from nvf.models.words import WordScores
-from nvf.ops.ranks import DEEPEST, are_targets, ndcg_of, ranked_topk, recall, target_ranks
+from nvf.ops.ranks import DEEPEST, are_targets, ranked_topk, recall, target_ranks
 from nvf.ops.topk import first_topk
 
 ROWS, QUERIES = 60, 90

@@ -11,7 +11,7 @@ from nvf.errors import InputError
 from nvf.evaluation.calibration import fit_temperature
 from nvf.models.attention import SoftAttention, attention_loss
 from nvf.models.memory import VectorMemory
-from nvf.models.query_transform import TRANSFORMS
+from nvf.models.queries_and_keys import TRANSFORMS
 from nvf.ops.random_streams import stream
 
 

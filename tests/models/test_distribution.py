@@ -14,7 +14,7 @@ from nvf.models.distribution import exact, relaxed
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
-from nvf.models.query_transform import TRANSFORMS
+from nvf.models.queries_and_keys import TRANSFORMS
 from nvf.models.reranker import EvidenceReranker, Reranker
 
 

@@ -176,7 +176,7 @@ def test_blocks_of_queries_and_rows_change_nothing(memory: VectorMemory, monkeyp
     monkeypatch.setattr(filters, "MASKED_AT_ONCE", 100 * ROWS)
     monkeypatch.setattr(
         "nvf.models.memory.blockwise_topk.__kwdefaults__",
-        {"logsumexp": False, "scores_per_block": 700, "sparse_from": 16, "allowed": None},
+        {"logsumexp": False, "scores_per_block": 700, "allowed": None},
     )
     for hits, given in zip(whole, (each, each[5]), strict=True):
         same(pipeline.search(asked, 6, allowed=given), (hits.rows.tolist(), hits.probabilities))

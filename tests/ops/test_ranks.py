@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvf.ops.ranks import MISS, are_targets, candidate_ranks, gains_of, ndcg, ndcg_of, recall, target_ranks
+from conftest import ndcg_of
+from nvf.ops.ranks import MISS, are_targets, candidate_ranks, gains_of, ndcg, recall, target_ranks
 
 
 @given(

@@ -8,8 +8,7 @@ import pytest
 
 from conftest import compose_config, write_folder
 from nvf.training.build import build
-from nvf.training.forecast import forecast, in_words
-from nvf.training.plan import plan, steps_of_epoch
+from nvf.training.plan import forecast, in_words, plan, steps_of_epoch
 
 
 @pytest.mark.parametrize(("words", "seconds"), [((), (10, 30)), (("stage=joint",), (20, 60))])

@@ -11,8 +11,8 @@ from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import NEIGHBOURS, SHARPNESS, Evidence, evenly, similar_to
 from nvf.models.memory import VectorMemory
-from nvf.training import plan
-from nvf.training.build import build
+from nvf.training import build as module
+from nvf.training.build import build, sized
 
 
 def recorded(rows: int, dim: int, queries: int) -> Recorded:
@@ -32,17 +32,18 @@ def config(*words: str) -> dict:
 
 
 def test_small_data_are_taken_whole() -> None:
-    settings, planned = plan.sized(config(), recorded(300, 8, 400))
+    settings = sized(config(), recorded(300, 8, 400))
+    planned = settings["data"]["plan"]
     assert set(planned) == {"sample", "chosen_by", "taught_by", "bank", "among"}
     assert set(planned.values()) == {None}
     assert settings["attention"]["sample"] is None
 
 
 def test_the_larger_the_data_the_less_of_them_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "FEWEST", 3)
+    monkeypatch.setattr(module, "FEWEST", 3)
     for name, size in (("ONCE", 3e5), ("OFTEN", 1e5), ("EXACT", 1e6), ("SAMPLED", 50)):
-        monkeypatch.setattr(plan, name, size)
-    small, large = (plan.sized(config(), recorded(rows, 8, 400))[1] for rows in (100, 400))
+        monkeypatch.setattr(module, name, size)
+    small, large = (sized(config(), recorded(rows, 8, 400))["data"]["plan"] for rows in (100, 400))
     assert large["sample"] == 50
     assert small["sample"] is None  # 100 x 8 x 400 multiply-adds an epoch
     assert (small["among"], large["among"]) == (None, 93)
@@ -77,7 +78,7 @@ def test_every_part_can_be_set_and_is_done() -> None:
 @pytest.mark.parametrize("value", ["0", "2.5", "many"])
 def test_a_bad_size_is_named(name: str, value: str) -> None:
     with pytest.raises(InputError, match=rf"data\.plan\.{name}"):
-        plan.sized(config(f"data.plan.{name}={value}"), recorded(60, 8, 40))
+        sized(config(f"data.plan.{name}={value}"), recorded(60, 8, 40))
 
 
 @pytest.mark.parametrize("among", [4, 25, 60])

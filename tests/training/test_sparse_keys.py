@@ -14,8 +14,7 @@ from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.ops.cross_entropy import stratified
 from nvf.ops.random_streams import stream
-from nvf.training.modules import AttentionModule
-from nvf.training.sparse_keys import AdamOfRows
+from nvf.training.modules import AdamOfRows, AttentionModule
 
 GIVEN = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
 

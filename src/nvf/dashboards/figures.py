@@ -11,23 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 from nvf.evaluation.evaluate import BINS
 from nvf.evaluation.report import NAMES
+from nvf.runs.comparison.figure import STYLE as PLAIN
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"exact": "#9a9a9a", "attention": "#0072b2", "pipeline": "#e69f00"}
 RIGHT, GREY, TICK = "#007a59", "#666666", "\u2713 "
-STYLE: Any = {  # white in TensorBoard's dark mode too
-    "text.parse_math": False,  # a dollar in a user's text is no formula
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 200,
-    "font.size": 9,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#dddddd",
-}
+STYLE: Any = {**PLAIN, "axes.grid.axis": "both"}
 WIDTH = 5.2  # inches; TensorBoard's smallest cards have 365 x 400 or 450 x 210 pixels, in which letters have 9
 ROWS, LETTERS = 5, 36  # candidates that a card has room for, and letters of a line beside the bars
 LEFT = -1.35  # where lines begin, in units of probability
@@ -58,7 +47,7 @@ def _draw_query(query: Mapping[str, Any], compared: list[str]) -> Figure:
     """Draw a query's candidates, each with its text, the words that matched, and its probabilities by each stage."""
     shown = sorted(query["candidates"], key=lambda one: -(one["right"] + max(one["probabilities"].values())))[:ROWS]
     shown = [one for one in query["candidates"] if one in shown]
-    figure = Figure((WIDTH, 0.9 + 0.36 * len(shown)))
+    figure = Figure((WIDTH, 0.9 + 0.36 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     for y, one in enumerate(shown):
         _draw_candidate(axes, y, one)
@@ -72,7 +61,7 @@ def _draw_query(query: Mapping[str, Any], compared: list[str]) -> Figure:
     axes.set(xlim=(LEFT, 1.15), ylim=(len(shown) - 0.5, -0.5), yticks=[])
     axes.set_xticks([0, 0.5, 1], ["0", "probability", "1"])
     handles = [Patch(color=COLOURS[of], label=NAMES[of]) for of in shown[0]["probabilities"]]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, 0), ncols=2, frameon=False, borderpad=0.3)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, 0), ncols=2, borderpad=0.3)
     return figure
 
 
@@ -101,7 +90,7 @@ def _named(one: Mapping[str, Any]) -> str:
 
 def _draw_reliability(reliability: Mapping[str, Any]) -> Figure:
     """Draw accuracy over confidence, which agree on the diagonal, and the number of queries in each bin below."""
-    figure = Figure((WIDTH, 2.7))
+    figure = Figure((WIDTH, 2.7), layout="constrained")
     grid = figure.subplots(2, len(reliability), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (method, bins), (above, below) in zip(reliability.items(), grid.T, strict=True):
         means = np.array([bins["confidence"], bins["share_right"]], dtype=float)

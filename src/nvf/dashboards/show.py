@@ -1,12 +1,10 @@
 """What TensorBoard shows beside the curves that are logged while training."""
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +13,9 @@ from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
 from nvf.evaluation.evaluate import METHODS, Evaluation
 from nvf.models.attention import SoftAttention
+from nvf.models.evidence import evenly
 from nvf.models.pipeline import Pipeline
+from nvf.runs.comparison.table import Comparison
 from nvf.runs.curves import CHART, FOLDER, LINES
 from nvf.runs.settings import flatten
 from nvf.statistics import METRICS
@@ -24,7 +24,6 @@ SETTINGS = ("stage", "data", "queries", "attention", "reranker", "joint", "seed"
 SWITCHES = ("levels", "candidates", "reliability", "projector")
 LEVELS = {"exact": "exact", "oracle": "oracle", "coverage": "coverage"}  # lines of CHART, by what they show
 FITTED = {"attention": LINES["attention"], "pipeline": LINES["reranker"]}  # which are curves where they were fitted
-log = logging.getLogger("nvf")
 
 
 def log_hparams(results: Mapping[str, Any], folder: Path) -> None:
@@ -89,6 +88,20 @@ def show(
             _add_points(writer, attention, batch, settings["projector_points"], texts)
 
 
+def show_sweep(comparison: Comparison, folder: Path) -> None:
+    """Show a comparison in TensorBoard as a run of the sweep's folder: two images, and the table as a text."""
+    from matplotlib import rc_context
+
+    from nvf.runs.comparison.figure import STYLE, draw, draw_curves
+
+    for left in folder.glob("events.out.tfevents.*"):  # of the same sweep, before it was resumed
+        left.unlink()
+    with SummaryWriter(str(folder)) as writer, rc_context(STYLE):
+        writer.add_figure("figures/1_curves", draw_curves(comparison))
+        writer.add_figure("figures/2_comparison", draw(comparison))
+        writer.add_text("comparison", comparison.text().replace(r"\<", "&lt;"))  # its Markdown has no such escape
+
+
 def _add_levels(found: Evaluation, folder: Path, steps: int) -> None:
     """Draw level lines on CHART, each a run of its own: ceilings, baselines, and a stage that was not fitted here."""
     absent = {name: line for name, line in FITTED.items() if not (folder / line).exists()}
@@ -105,24 +118,17 @@ def _add_points(
 ) -> None:
     """Write at most `limit` points, at least 4, each with its kind and the row that it is or is answered by.
 
-    A quarter are queries, evenly spaced, a quarter the same queries transformed, and the rest are rows: the queries'
-    targets if there is room, then others, evenly spaced.
+    A quarter are queries, a quarter the same queries transformed, and the rest are their answers and other rows.
     """
-    first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)  # a query's first target; others may be padding
-    targets = batch.targets.gather(-1, first).squeeze(-1).cpu().numpy()
-    queries = np.unique(np.linspace(0, len(targets) - 1, limit // 4, dtype=int))
-    room, memory = limit - 2 * len(queries), attention.memory
-    others = np.linspace(0, len(memory) - 1, room, dtype=int)
-    rows = np.sort([*dict.fromkeys([*targets[queries], *others])][:room])
-    raw = batch.queries[torch.from_numpy(queries).to(batch.queries.device)]
-    shown, raw_seen = memory.take_keys(torch.from_numpy(rows).to(raw.device)), memory.aligned_queries(raw)
-    vectors = [shown, raw_seen, F.normalize(attention.moved(raw), dim=-1)]
-    of = [*rows.tolist(), *targets[queries].tolist() * 2]  # the row that each point is, or is answered by
-    kinds = ["row"] * len(rows) + ["query"] * len(queries) + ["transformed query"] * len(queries)
-    columns: dict[str, Sequence[object]] = {"kind": kinds, "row": of}  # the first column colours and names the points
+    memory, places = attention.memory, evenly(len(batch.queries), limit // 4)
+    raw, answers = batch.queries[places], batch.targets[places].amax(dim=-1)  # -1 is padding
+    rows = torch.cat([answers, evenly(len(memory), limit - 3 * len(places)).to(answers.device)]).unique()
+    transformed = F.normalize(attention.moved(raw), dim=-1)
+    points = torch.cat([memory.take_keys(rows), memory.aligned_queries(raw), transformed])
+    kinds = ["row"] * len(rows) + ["query"] * len(raw) + ["transformed query"] * len(raw)
+    lines: list[list[Any]] = [*map(list, zip(kinds, [*rows.tolist(), *answers.tolist() * 2], strict=True))]
     if texts is not None:
-        columns["text"] = [" ".join(texts[row][:100].split()) for row in of]  # without tabs, which separate columns
-    columns["query"] = [""] * len(rows) + queries.tolist() * 2
-    points = torch.cat(vectors).double().cpu().numpy().round(6)  # the file is text, of fewer digits
-    lines = [list(line) for line in zip(*columns.values(), strict=True)]
-    writer.add_embedding(points, lines, metadata_header=list(columns), tag="rows and queries", global_step=0)
+        lines = [[*line, " ".join(texts[line[1]][:100].split())] for line in lines]  # a tab would separate columns
+    header = ["kind", "row", "text"][: len(lines[0])]  # the first colours and names the points
+    numbers = points.double().cpu().numpy().round(6)  # the file is text, of fewer digits
+    writer.add_embedding(numbers, lines, metadata_header=header, tag="rows and queries", global_step=0)

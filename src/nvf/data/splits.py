@@ -11,7 +11,7 @@ import torch
 from nvf.data.queries import QueryBatch, each
 from nvf.errors import InputError
 from nvf.files.ids import padded
-from nvf.files.row_hashes import factorize, row_hashes
+from nvf.files.vectors import factorize, row_hashes
 from nvf.ops.random_streams import stream_seed
 
 SPLITS = ("train", "val", "test")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nvf import statistics
 from nvf.data.queries import QueryBatch, blocks
+from nvf.evaluation.report import NAMES, ceiling
 from nvf.models.ann_index import approximate_topk
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import unit
@@ -21,7 +22,7 @@ from nvf.ops.ranks import DEEPEST, are_targets, best_target, ndcg10, recall
 from nvf.ops.topk import TopK, blockwise_topk, first_topk, is_ahead
 from nvf.statistics import Interval, mean_interval, wilson
 
-METHODS = ("exact", "old", "anew", "aligned", "oracle", "words", "hybrid", "attention", "pipeline")
+METHODS = tuple(NAMES)
 BINS = 15  # of confidence, equally wide
 ROUNDING = 1e-5  # cosines that differ by less count as equal
 
@@ -271,11 +272,3 @@ def calibration_error(confidences: Tensor, right: Tensor) -> Interval:
     draws = [torch.randint(len(right), (len(right),), generator=generator) for _ in range(200)]
     spread = float(torch.stack([error(drawn) for drawn in draws]).std())
     return mean_interval(float(error(torch.arange(len(right)))), spread, count=len(right))
-
-
-def ceiling(figures: Mapping[str, Any]) -> tuple[str, float]:
-    """Return the name and value of what bounds the pipeline's Top-1: coverage, or the oracle's Top-1 if lower."""
-    coverage, oracle = figures["coverage"]["value"], figures["oracle"]
-    if oracle is not None and oracle["top1"]["value"] < coverage:
-        return "oracle", oracle["top1"]["value"]
-    return "coverage", coverage

@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nvf.evaluation.evaluate import ceiling
 from nvf.statistics import METRICS, in_percent, p_text, percent, two_digits
 
 NAMES = {
@@ -119,6 +118,14 @@ def _origin(results: Figures) -> Iterator[tuple[str, str]]:
             )
         told += f", {variant['hub_share']:g} of the hubness subtracted" if variant["hub_share"] else ""
         yield "stage 1, by validation" if variant["chosen"] else "", f"{percent(score):>5}  {told}"
+
+
+def ceiling(figures: Figures) -> tuple[str, float]:
+    """Return the name and value of what bounds the pipeline's Top-1: coverage, or the oracle's Top-1 if lower."""
+    coverage, oracle = figures["coverage"]["value"], figures["oracle"]
+    if oracle is not None and oracle["top1"]["value"] < coverage:
+        return "oracle", oracle["top1"]["value"]
+    return "coverage", coverage
 
 
 def remarks(results: Figures) -> list[str]:

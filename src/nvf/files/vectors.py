@@ -1,5 +1,6 @@
-"""Checks of vectors from files or callers, before the memory, a search or a training run uses them."""
+"""Vectors from files or callers: the checks before anything uses them, and which are equal in every bit."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvf.errors import InputError
+from nvf.files.mapped_rows import as_bytes
 
 BLOCK = 2**22  # numbers held at a time; 16 MB of float32
 
@@ -38,3 +40,17 @@ def check_largest(values: Tensor, name: str, ids: np.ndarray | None = None) -> N
             row = int(wrong.nonzero()[0])
             known = "" if ids is None else f" (id {ids[row]})"
             raise InputError(f"{name}: row {row}{known} {fault} ({int(wrong.sum())} such rows); remove or repair them")
+
+
+def row_hashes(rows: Tensor) -> np.ndarray:
+    """Return 16 bytes for each row, (n,), which are equal for rows that are equal in every bit; -0 counts as 0."""
+    data = as_bytes(rows + 0.0)
+    size = len(data) // max(1, len(rows))
+    hashes = (hashlib.blake2b(data[at : at + size], digest_size=16).digest() for at in range(0, len(data), size))
+    return np.frombuffer(b"".join(hashes), "V16")
+
+
+def factorize(values: np.ndarray) -> np.ndarray:
+    """Number the different values in the order of their first appearance, (n,) int64, as `pandas.factorize` does."""
+    _, first, group = np.unique(values, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[group]

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvf.errors import InputError, check_number
-from nvf.models.keys import composed
 from nvf.models.memory import VectorMemory, check_k, unit
-from nvf.models.query_transform import QueryTransform, checked_queries
+from nvf.models.queries_and_keys import QueryTransform, checked_queries, composed
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.cross_entropy import check_targets, cross_entropy, mean_of, sampled_cross_entropy, scores_of
 from nvf.ops.frozen_cache import FrozenCache
@@ -217,15 +216,13 @@ class SoftAttention(nn.Module):
         right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
         return (self.total(projected, words) - right).mean()
 
-    def sampled_loss(
-        self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None, sparse: bool = False
-    ) -> Tensor:
-        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`.
+    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, sparse: bool = False) -> Tensor:
+        """Estimate the loss from the targets and a sample of the rows alone, see `sampled_cross_entropy`.
 
         If `sparse`, the gradient of learned keys is a sparse tensor, of the rows that are looked at.
         """
         projected, count, keys = self.project(queries), len(self.memory), partial(self.keys_of, sparse=sparse)
-        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample, hard=hard)
+        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False, words: WordScores | None = None) -> TopK:
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""

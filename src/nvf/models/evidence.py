@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory
+from nvf.models.queries_and_keys import hubness
 from nvf.models.words import CHANNELS, WordScores
 from nvf.ops.frozen_cache import FrozenCache
 from nvf.ops.products import SCORE_BLOCK
@@ -149,7 +149,6 @@ class Evidence(nn.Module):
             k: how many of them, the first, are the candidates; all if None.
             logged_as: the place of each query in the log, (B,), or -1; features are as if it had not been logged.
         """
-        assert top.logsumexp is not None
         memory = attention.memory  # of which the alignment may be another's than that of `self.memory`
         rows = memory.take_keys(top.rows)  # (B, w, D)
         rows = rows.to(torch.promote_types(rows.dtype, queries.dtype))

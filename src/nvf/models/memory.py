@@ -17,10 +17,9 @@ from nvf.errors import InputError, check_number, one_line
 from nvf.files.ids import checked_ids
 from nvf.files.mapped_rows import State, as_bytes, mapped_rows, state_of
 from nvf.files.npy import ROWS, ArrayFile
-from nvf.files.row_hashes import factorize, row_hashes
-from nvf.files.vectors import BLOCK, check_largest, check_vectors, largest
+from nvf.files.vectors import BLOCK, check_largest, check_vectors, factorize, largest, row_hashes
 from nvf.models.alignment import Alignment
-from nvf.models.keys import hubness
+from nvf.models.queries_and_keys import hubness
 from nvf.ops.cross_entropy import logsumexp
 from nvf.ops.products import inner_products
 from nvf.ops.random_streams import stream
@@ -216,7 +215,7 @@ class VectorMemory(nn.Module):
 
     def take_keys(self, rows: Tensor) -> Tensor:
         """Return the keys of some rows, (...) -> (..., Dq), as `take` returns their vectors."""
-        return self.keys[rows].to(torch.promote_types(self.keys.dtype, torch.float32))
+        return self.take(rows, self.keys)
 
     def search(self, queries: Tensor, k: int) -> TopK:
         """Return the k rows of highest cosine similarity, exactly; an InputError if k is not in 1..N."""

@@ -16,7 +16,7 @@ from nvf.models.distribution import Retrieval, joint, most_probable_first, share
 from nvf.models.evidence import Evidence
 from nvf.models.memory import VectorMemory, check_k, unit
 from nvf.models.pipeline_search import Hits
-from nvf.models.query_transform import checked_queries
+from nvf.models.queries_and_keys import checked_queries
 from nvf.models.reranker import EvidenceReranker, Reranker
 from nvf.models.words import Words, WordScores
 from nvf.ops.cross_entropy import check_targets, mean_of
@@ -195,7 +195,6 @@ class Pipeline(nn.Module):
         """
         queries = unit(queries, self.attention.log_beta.dtype)
         (top,) = self.attention.ranked(queries, targets, max(k, self.k), words)
-        assert top.logsumexp is not None
         candidates = TopK(top.scores[:, : self.k], top.rows[:, : self.k], top.logsumexp)
         scores = self.scores_of(queries, candidates, words, logged_as).to(top.scores.dtype)
         log_probs = top.scores - top.logsumexp.unsqueeze(-1)

@@ -16,7 +16,7 @@ from nvf.models.ann_index import approximate_topk
 from nvf.models.distribution import most_probable_first, shared_out
 from nvf.models.filters import Filter
 from nvf.models.memory import check_k, unit
-from nvf.models.query_transform import checked_queries
+from nvf.models.queries_and_keys import checked_queries
 from nvf.models.reranker import EvidenceReranker
 from nvf.models.words import WordScores
 from nvf.ops.products import QUERY_BLOCK, can_branch_on, joined, split
@@ -133,7 +133,6 @@ def _search_block(
         return _listed(pipeline, queries, top, words, k)
     if reranked and pipeline.evidence is not None:
         top = top._replace(logsumexp=_best(pipeline, projected, 1, words).logsumexp)
-    assert top.logsumexp is not None
     counts = (top.scores != -math.inf).sum(dim=-1)
     rows, probabilities = torch.full_like(top.rows, -1), torch.zeros_like(top.scores, dtype=torch.float32)
     for count in counts.unique().tolist():  # queries with as many rows are answered together, without padding
@@ -162,7 +161,6 @@ def _listed(
     pipeline: Any, queries: Tensor, top: TopK, words: WordScores | None, k: int, reranked: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return k rows and their probabilities, (B, k), from stage 1's best; if `reranked`, all of them are candidates."""
-    assert top.logsumexp is not None
     width = top.rows.shape[1] if reranked else pipeline.k
     candidates = top if width == top.rows.shape[1] else TopK(top.scores[:, :width], top.rows[:, :width], top.logsumexp)
     scores = _equal_scores_of_equal_rows(pipeline, pipeline.scores_of(queries, candidates, words), candidates)

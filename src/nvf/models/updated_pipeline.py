@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from nvf.errors import InputError
 from nvf.files.ids import checked_ids, padded, shown, target_rows
 from nvf.files.mapped_rows import as_bytes
-from nvf.files.row_hashes import factorize, row_hashes
-from nvf.files.vectors import check_vectors, from_numpy
+from nvf.files.vectors import check_vectors, factorize, from_numpy, row_hashes
 from nvf.models.ann_index import build_index
 from nvf.models.evidence import FEATURES, NEIGHBOURS, SHARPNESS, Evidence, evenly, similar_to
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory, check_dim, unit
 from nvf.models.pipeline_search import checked
+from nvf.models.queries_and_keys import hubness
 from nvf.models.words import Words
 from nvf.ops.topk import blockwise_topk
 

@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from nvf.ops.topk import Added, TopK, blockwise_topk, exact_scores, first_topk, is_ahead
+from nvf.ops.topk import Added, TopK, blockwise_topk, exact_scores, is_ahead
 
 MISS = 2**31 - 1  # the rank of a target that was not retrieved
 DEEPEST = 10  # ranks below this one count alike
@@ -75,11 +75,6 @@ def ndcg(found: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
 def ndcg10(rows: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
     """Return nDCG@10, (B,), of lists of rows, (B, k), best first; k is at least 10, or all rows."""
     return ndcg(gains_of(rows[:, :DEEPEST], targets, gains), targets, gains)
-
-
-def ndcg_of(scores: Tensor, targets: Tensor, gains: Tensor | None = None) -> Tensor:
-    """Return nDCG@10, (B,), of the rows in the order of their scores, (B, N); equal scores rank by row."""
-    return ndcg10(first_topk(scores, min(DEEPEST, scores.shape[1])), targets, gains)
 
 
 def criterion(targets: Tensor) -> str:

@@ -25,7 +25,7 @@ class TopK(NamedTuple):
 
     scores: Tensor  # (B, k)
     rows: Tensor  # (B, k) int64
-    logsumexp: Tensor | None = None  # (B,) over the scores of all N rows, or those allowed, where it was asked for
+    logsumexp: Any = None  # (B,) over the scores of all N rows, or those allowed, where it was asked for
     ranks: Any = None  # (B,) int64, from 1, of the bar or of the best target, where there is one
     of_targets: Any = None  # (B, m) scores of the targets, where there are some
 
@@ -38,7 +38,6 @@ def blockwise_topk(
     *,
     logsumexp: bool = False,
     scores_per_block: int | None = None,
-    sparse_from: int = SPARSE_FROM,
     allowed: Tensor | None = None,
     added: Added = None,
     bar: Bar = None,
@@ -54,12 +53,12 @@ def blockwise_topk(
     budget = scores_per_block or score_block(queries.device)
     with torch.autocast(queries.device.type, enabled=False):  # half the bits would find other rows
         if len(queries) <= QUERY_BLOCK:
-            return _topk(queries, keys, k, logsumexp, budget, sparse_from, allowed, added, bar)
+            return _topk(queries, keys, k, logsumexp, budget, allowed, added, bar)
         found = []
         for part in (slice(start, start + QUERY_BLOCK) for start in range(0, len(queries), QUERY_BLOCK)):
             mask = allowed if allowed is None or len(allowed) == 1 else allowed[part]
             others = (of and [each[part] for each in of] for of in (added, bar))
-            found.append(_topk(queries[part], keys, k, logsumexp, budget, sparse_from, mask, *others))
+            found.append(_topk(queries[part], keys, k, logsumexp, budget, mask, *others))
     every: list[Any] = [None if some[0] is None else torch.cat(some) for some in zip(*found, strict=True)]
     return TopK(*every)
 
@@ -70,7 +69,6 @@ def _topk(
     k: int,
     logsumexp: bool,
     budget: int,
-    sparse_from: int,
     allowed: Tensor | None,
     added: Added,
     bar: Bar,
@@ -82,7 +80,7 @@ def _topk(
     some = None if allowed is None else allowed.view(torch.uint8).amax(dim=0).nonzero().squeeze(-1)
     size = len(keys) if some is None else len(some)
     alike = allowed is None or len(allowed) == 1
-    enough = count >= sparse_from and size > (SPARSE_ROWS if logsumexp else SPARSE_ROWS_ALONE)
+    enough = count >= SPARSE_FROM and size > (SPARSE_ROWS if logsumexp else SPARSE_ROWS_ALONE)
     sparse = can_branch_on(queries) and enough and alike
     budget *= SPARSE_BLOCK if sparse and not logsumexp else 1
     more = min(k + 1, size)  # one more than wanted shows whether the k-th is a near tie

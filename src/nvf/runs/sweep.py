@@ -91,23 +91,24 @@ def refuse_local_ddp(config: Mapping[str, Any]) -> None:
         raise InputError(f"{what}; give trainer.devices=1 trainer.num_nodes=1, or sweep with hydra/launcher=slurm")
 
 
-def finish() -> None:
-    """Print the table of the sweep that this process ran, if any, and which jobs have no results."""
+def finish() -> Any:
+    """Print the table of the sweep that this process ran, and which jobs have no results; return it, and the folder."""
     folder = Sweep.folder
     if folder is None or not folder.is_dir():
-        return
-    from nvf.runs.comparison.figure import show, write  # matplotlib takes a while, and no single run needs it
+        return None
+    from nvf.runs.comparison.figure import write  # matplotlib takes a while, and no single run needs it
     from nvf.runs.comparison.table import compare
 
     jobs = [path for path in folder.iterdir() if (path / ".hydra").is_dir()]
-    missing = sorted(path.name for path in jobs if not (path / "results.json").is_file())
+    missing, table = sorted(path.name for path in jobs if not (path / "results.json").is_file()), None
     if len(missing) < len(jobs):
         comparison = compare([folder])
         print(f"\n{comparison.text()}\n{write(comparison, folder)}")
-        show(comparison, folder)
+        table = comparison, folder
     if missing:
         print(
             f"\n{len(missing)} of {len(jobs)} jobs that began have no results ({', '.join(missing)}); their folders in "
             f"{folder} say why. To run what is missing: {command_to_resume(folder)}",
             file=sys.stderr,
         )
+    return table

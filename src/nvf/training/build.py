@@ -18,7 +18,6 @@ from nvf.runs.settings import on_one_device
 from nvf.training.checkpoints import OTHER, load_attention, load_reranker
 from nvf.training.devices import SHARDED
 from nvf.training.fit import check_trainer
-from nvf.training.plan import sized
 from nvf.training.stages import (
     Settings,
     Stage,
@@ -32,6 +31,11 @@ from nvf.training.stages import (
 )
 
 ALIGNED_BY = 65_536  # generated queries, where these are of another space than the rows
+AUTO = "auto"  # a setting that the sizes decide
+EXACT = 2e11  # multiply-adds of an epoch up to which the loss is exact
+SAMPLED = 8192  # rows a step that estimate it otherwise
+ONCE, OFTEN = 1e12, 1e11  # multiply-adds of what is computed once, and of what each variant computes several times
+FEWEST = 2048  # queries or rows that are left of more
 logger = logging.getLogger("nvf")
 
 
@@ -59,7 +63,7 @@ def build(config: Settings, source: Source | None = None) -> Built:
     """Turn a run's settings, with a `source` of one's own if it is given, into objects, or raise an InputError."""
     check_trainer(config["trainer"])
     source = build_source(config) if source is None else source
-    asked, config = config, sized(config, source)[0]
+    asked, config = config, sized(config, source)
     if isinstance(source, Recorded):
         held_out = source.splits["val"]
         chosen = evenly(len(held_out.queries), planned(config, "chosen_by"))
@@ -89,6 +93,28 @@ def build(config: Settings, source: Source | None = None) -> Built:
         assert reranker is not None
         joint = joint_stage(config, source, reranker.module.model)
     return Built(asked, config, source, seen_rows(source), aligned, exact, tried, given, reranker, joint)
+
+
+def sized(config: Settings, source: Source) -> Settings:
+    """The settings with a number, or null for all, in the place of each `auto`: a function of the sizes of the data."""
+    splits = source.splits if isinstance(source, Recorded) else {}
+    logged, held_out = (len(splits[name].queries) if splits else 0 for name in ("train", "val"))
+    rows, dim = len(source.memory), source.memory.query_dim
+
+    def of(most: float, count: int) -> int | None:
+        wanted = max(FEWEST, int(most / (rows * dim)))
+        return wanted if wanted < count else None
+
+    large = logged * rows * dim > EXACT and rows > SAMPLED
+    auto = {"among": of(ONCE, rows), "bank": of(OFTEN, logged), "sample": SAMPLED if large else None}
+    auto |= {"taught_by": of(4 * ONCE, logged), "chosen_by": of(OFTEN, held_out)}
+    given = {"sample": config["attention"]["sample"], **config["data"].get("plan", {})}
+    planned = {name: auto[name] if value == AUTO else value for name, value in given.items()}
+    for name, value in planned.items():
+        if value is not None and name != "sample":
+            check_number(f"data.plan.{name}", value, minimum=1, whole=True, remedy="auto suits the sizes, null is all")
+    attention = {**config["attention"], "sample": planned["sample"]}
+    return {**config, "attention": attention, "data": {**config["data"], "plan": planned}}
 
 
 def build_source(config: Settings) -> Source:
@@ -124,13 +150,13 @@ def check_sharded(config: Settings, *, foreign: bool = False) -> None:
     if foreign:
         raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     settings = [variant["attention"] for variant in variants(config)]
-    moved = any(one["keys"] == "moved" or one["hard"] for one in settings)
+    moved = any(one["keys"] == "moved" for one in settings)
     if (clip := config["trainer"].get("gradient_clip_val")) and any(one["keys"] == "learned" for one in settings):
         raise InputError(f"trainer.gradient_clip_val={clip} is not supported by trainer=sharded with learned keys")
     fits = config["stage"]["fit"]
     if "joint" in fits or moved or ("reranker" in fits and config["reranker"]["folds"] is not None):
-        remedy = "stage=reranker or attention, attention.keys=frozen or learned, attention.hard=0, reranker.folds=null"
-        raise InputError(f"trainer=sharded has no joint training, moved keys, hard negatives or folds: set {remedy}")
+        remedy = "stage=reranker or attention, attention.keys=frozen or learned, reranker.folds=null"
+        raise InputError(f"trainer=sharded has no joint training, moved keys or folds: set {remedy}")
 
 
 def stages(config: Settings) -> list[str]:

@@ -6,19 +6,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Adam, Optimizer, SparseAdam
 
 from nvf.data.datamodule import CandidateBatch
 from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
-from nvf.models.keys import neighbours
 from nvf.models.pipeline import Pipeline
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import mean_of, stratified
 from nvf.ops.random_streams import stream
 from nvf.ops.ranks import DEEPEST, are_targets, candidate_ranks, gains_of, ndcg, ndcg10
 from nvf.ops.topk import TopK, first_topk
-from nvf.training.sparse_keys import AdamOfRows, is_plain_adam
 from nvf.training.stage import Groups, Judged, StageModule
 
 
@@ -28,58 +27,24 @@ class AttentionModule(StageModule):
     Args:
         k: the number of candidates; validation says whether a target is among them.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
-        hard: how many rows, the nearest to a query's target, are added to the sample.
     """
 
-    def __init__(
-        self,
-        attention: SoftAttention,
-        *,
-        k: int = 5,
-        sample: int | None = None,
-        hard: int = 0,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, attention: SoftAttention, *, k: int = 5, sample: int | None = None, **settings: Any) -> None:
         super().__init__(attention, **settings)
-        rows = len(attention.memory)
         if sample is not None:
-            check_number("attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all")
-        check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
-        if hard and sample is None:
-            raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
-        self.k, self.sample, self.hard = k, sample, hard
-        self.neighbours: Tensor | None = None  # of each row, (N, h)
+            most = len(attention.memory) + 1
+            check_number("attention.sample", sample, minimum=1, below=most, whole=True, remedy="null takes all")
+        self.k, self.sample = k, sample
         self.sparse = False  # whether the gradient of learned keys is, in training
-
-    def on_train_start(self) -> None:
-        if self.hard and self.neighbours is None:
-            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        if self.hard and self.current_epoch and self.model.delta is not None:  # learned keys move
-            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.model.delta is not None:  # of frozen keys they are computed again
-            checkpoint["neighbours"] = self.neighbours  # as they were when the epoch began
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if (saved := checkpoint.get("neighbours")) is not None:
-            self.neighbours = saved.to(self.model.memory.rows.device)
 
     def loss(self, batch: QueryBatch) -> Tensor:
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets, batch.words)
         generator = stream(self.seed, "sample", self.global_step, self.own_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
-        hard = None
-        if self.neighbours is not None:
-            first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
-            hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
-        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard, sparse=self.sparse)
+        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, sparse=self.sparse)
 
-    def make_optimizer(self, groups: Groups) -> torch.optim.Optimizer:
+    def make_optimizer(self, groups: Groups) -> Optimizer:
         """The optimizer; where that can be, a sampled step changes those learned keys alone that it sees."""
         trainer: Any = self.trainer
         # Torch adds up and clips dense gradients alone, and a GPU would wait for the number of different rows.
@@ -92,12 +57,48 @@ class AttentionModule(StageModule):
         apart = [parameter for group in groups for parameter in group["params"] if parameter is not self.model.delta]
         dense: Any = self.optimizer([{"params": apart, "lr": self.lr}])
         given = {name: dense.defaults[name] for name in ("betas", "eps")}
-        return AdamOfRows(dense, torch.optim.SparseAdam([self.model.delta], lr=self.lr, **given))
+        return AdamOfRows(dense, SparseAdam([self.model.delta], lr=self.lr, **given))
 
     def judge(self, batch: QueryBatch) -> Judged:
         (top,) = self.model.ranked(batch.queries, batch.targets, max(self.k, DEEPEST), batch.words)
         gained = ndcg10(top.rows, batch.targets, batch.gains)
         return Judged(loss_of(top, batch.targets), top.ranks, top.ranks <= self.k, gained)
+
+
+class AdamOfRows(Optimizer):
+    """Adam whose last groups are of parameters with sparse gradients, (S, D), of which it steps the rows of the batch.
+
+    A row's moments stay as they are in the steps that do not see it, as in torch.optim.SparseAdam, which does this
+    part; `dense` is the Adam of the others.
+    """
+
+    def __init__(self, dense: Adam, sparse: SparseAdam) -> None:
+        self.parts: tuple[Optimizer, ...] = (dense, sparse)
+        super().__init__([*dense.param_groups, *sparse.param_groups], dense.defaults)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """Evaluate the closure, if any, and make one step of all groups."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts see the groups and the state that are saved, loaded and scheduled."""
+        dense, sparse = self.parts
+        count = len(dense.param_groups)
+        dense.param_groups, sparse.param_groups = self.param_groups[:count], self.param_groups[count:]
+        dense.state = sparse.state = self.state
+
+
+def is_plain_adam(optimizer: Any) -> bool:
+    """Tell whether an optimizer is torch's Adam with no more settings than SparseAdam has, which can then stand in."""
+    return getattr(optimizer, "func", None) is Adam and optimizer.keywords.keys() <= {"fused", "betas", "eps"}
 
 
 class RerankerModule(StageModule):
@@ -192,5 +193,4 @@ class JointModule(RerankerModule):
 
 def loss_of(top: TopK, targets: Tensor) -> Tensor:
     """The loss that `attention_loss` is of all scores, from their log-sum-exp and the targets' scores."""
-    assert top.logsumexp is not None
     return (top.logsumexp - mean_of(top.of_targets, targets >= 0)).mean()

@@ -1,4 +1,4 @@
-"""What a run takes, by the sizes of its data alone: samples of what is large, and how much of stage 1 is tried."""
+"""What a run takes, by the sizes of its data alone: how much of stage 1 is tried, and about how long that takes."""
 
 import logging
 import math
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nvf.data.queries import Recorded, Source
-from nvf.errors import check_number
+from nvf.data.queries import Recorded
 from nvf.evaluation.report import cut_in_words
+from nvf.training.build import Built, stages
 from nvf.training.fit import FitSettings
 from nvf.training.stages import Stage
 
@@ -16,40 +16,11 @@ log = logging.getLogger("nvf")
 SHARE = 0.65  # of the limit for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
-AUTO = "auto"  # a setting that the sizes decide
-EXACT = 2e11  # multiply-adds of an epoch up to which the loss is exact
-SAMPLED = 8192  # rows a step that estimate it otherwise
-ONCE, OFTEN = 1e12, 1e11  # multiply-adds of what is computed once, and of what each variant computes several times
-FEWEST = 2048  # queries or rows that are left of more
+# What the runs in README.md and docs/ took on two cores.
+START, STEP, RATE = 6.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
+SEARCHES = 8  # of the test queries in an evaluation, and of the validation queries in the choice of a variant
+UNITS = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 Cut = dict[str, Any]  # the limit, `by`, and what was `asked` and is `kept` of epochs, for stage 1 of variants and folds
-
-
-def sized(config: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings with a number, or null for all, in the place of each `auto`, and what was planned.
-
-    That is a function of the sizes alone: rows, their width, and queries.
-    """
-    splits = source.splits if isinstance(source, Recorded) else {}
-    logged, held_out = (len(splits[name].queries) if splits else 0 for name in ("train", "val"))
-    rows, dim = len(source.memory), source.memory.query_dim
-
-    def of(most: float, count: int) -> int | None:
-        wanted = max(FEWEST, int(most / (rows * dim)))
-        return wanted if wanted < count else None
-
-    large = logged * rows * dim > EXACT and rows > SAMPLED
-    auto = {"among": of(ONCE, rows), "bank": of(OFTEN, logged)}
-    auto |= {"taught_by": of(4 * ONCE, logged), "chosen_by": of(OFTEN, held_out)}
-    given = {"sample": config["attention"]["sample"], **config["data"].get("plan", {})}
-    planned = {
-        name: {**auto, "sample": SAMPLED if large else None}[name] if value == AUTO else value
-        for name, value in given.items()
-    }
-    for name, value in planned.items():
-        if value is not None and name != "sample":
-            check_number(f"data.plan.{name}", value, minimum=1, whole=True, remedy="auto suits the sizes, null is all")
-    attention = {**config["attention"], "sample": planned["sample"]}
-    return {**config, "attention": attention, "data": {**config["data"], "plan": planned}}, planned
 
 
 def plan(
@@ -90,11 +61,14 @@ def plan_joint(joint: Stage, data: Mapping[str, Any]) -> tuple[FitSettings, Cut 
 
 def _affordable(work: float | None, stage: Stage) -> float:
     """How many epochs of a stage all of the limit would pay for."""
-    if work is None:
-        return math.inf
+    return math.inf if work is None else work / _work_of_epoch(stage)
+
+
+def _work_of_epoch(stage: Stage) -> int:
+    """The multiply-adds of one product of an epoch's queries with the rows that a step sees."""
     memory = stage.module.attention.memory
     rows = getattr(stage.module, "sample", None) or len(memory)
-    return work / (stage.data.batch_size * steps_of_epoch(stage) * rows * memory.dim)
+    return stage.data.batch_size * steps_of_epoch(stage) * rows * memory.dim
 
 
 def steps_of_epoch(stage: Stage) -> int:
@@ -110,3 +84,44 @@ def _cut(what: str, data: Mapping[str, Any], *, kept: dict[str, Any], asked: dic
     cut = {"by": f"data.work={data['work']:g}", "kept": kept, "asked": asked}
     log.info("%s is cut to %s", what, cut_in_words(cut))
     return cut
+
+
+def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
+    """Say what is fitted, of what size, and about how long the run takes on two cores; then what large data are cut to.
+
+    `variants` are the stages 1 that are fitted, none where one is given.
+    """
+    memory, config, source = built.source.memory, built.config, built.source
+    scan = len(memory) * memory.query_dim / RATE  # seconds of one query over all rows
+    if isinstance(source, Recorded):
+        logged, held, tested = (len(source.splits[split].queries) for split in ("train", "val", "test"))
+    else:
+        logged, (held, tested) = 0, built.variants[0].data.samples.values()
+
+    def fitted(stage: Stage, passes: int) -> float:
+        """The seconds of a fit whose loss passes so often over the rows of a step, with its validations."""
+        seconds = steps_of_epoch(stage) * STEP + passes * _work_of_epoch(stage) / RATE + held * scan
+        return stage.fit.epochs * seconds
+
+    seconds, told = START + SEARCHES * tested * scan, []
+    if variants:
+        told.append("stage 1" if len(variants) == 1 else f"{len(variants)} variants of stage 1")
+        seconds += sum(fitted(variant, passes=3) + SEARCHES * held * scan for variant in variants)
+    if (stage := built.reranker) and "reranker" in stages(config) and config["reranker_checkpoint"] is None:
+        told.append(f"stage 2 with {folds} folds" if folds else "stage 2")
+        steps = stage.fit.epochs * steps_of_epoch(stage)
+        seconds += steps * STEP + (logged or steps * stage.data.batch_size) * scan
+        seconds += ((folds or 1) - 1) * fitted([*built.variants, *variants][-1], passes=3)
+    if built.joint is not None:
+        told.append("both together")
+        seconds += fitted(built.joint, passes=6)
+    sizes = f"{f'{logged:,}' if logged else 'generated'} queries, {len(memory):,} rows of {memory.query_dim} dimensions"
+    line = f"{', then '.join(told) or 'nothing to fit'}: {sizes}; about {in_words(seconds)} on two cores"
+    taken = [f"{name}={value:,}" for name, value in config["data"]["plan"].items() if value is not None]
+    return f"{line}\nof these a part is taken: {', '.join(taken)}" if taken else line
+
+
+def in_words(seconds: float) -> str:
+    """Return a time in words, with one digit that is not 0."""
+    unit, size = next((unit, size) for unit, size in UNITS.items() if seconds >= 1.5 * size or size == 1)
+    return f"{float(f'{seconds / size:.1g}'):,.0f} {unit}"

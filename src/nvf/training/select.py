@@ -25,8 +25,7 @@ from nvf.training.build import Built, stages
 from nvf.training.callbacks import LAST
 from nvf.training.checkpoints import WEIGHTS, save_weights
 from nvf.training.fit import fit, fit_blindly
-from nvf.training.forecast import forecast
-from nvf.training.plan import Cut, plan, plan_joint
+from nvf.training.plan import Cut, forecast, plan, plan_joint
 from nvf.training.stages import Stage, attention_stage, joint_stage, label, planned
 
 log = logging.getLogger("nvf")

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from nvf.errors import InputError
 from nvf.models.attention import SoftAttention
-from nvf.models.keys import hubness
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
+from nvf.models.queries_and_keys import hubness
 from nvf.models.words import WordScores
 from nvf.ops.cross_entropy import check_targets, logsumexp, mean_of
 from nvf.ops.products import inner_products
@@ -82,16 +82,10 @@ class ShardedMemory(VectorMemory):
         """What the ranks have, (ranks, ...), on every rank."""
         return DTensor.from_local(part.unsqueeze(0), self.mesh, [Shard(0)]).full_tensor()
 
-    def at(self, keys: Tensor, rows: Tensor) -> Tensor:
-        """The keys of some rows, (...) -> (..., D), on every rank, each from the rank that holds it."""
-        mine, places = self.local(rows)
-        return self.summed(own_part(keys)[places].masked_fill(~mine.unsqueeze(-1), 0))
-
     def take(self, rows: Tensor, of: Tensor | None = None) -> Tensor:
-        taken = self.at(self.rows if of is None else of, rows)
+        mine, places = self.local(rows)
+        taken = self.summed(own_part(self.rows if of is None else of)[places].masked_fill(~mine.unsqueeze(-1), 0))
         return taken.to(torch.promote_types(taken.dtype, torch.float32))
-
-    take_keys = take  # queries of another model are refused
 
     def inner_products(self, queries: Tensor, keys: Tensor) -> Tensor:
         return self._of_own(inner_products(self._shared(queries), own_part(keys)).T).full_tensor().T
@@ -184,15 +178,13 @@ class ShardedAttention(SoftAttention):
 
     def _held(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What this rank's part of the keys, which `keys` returns, is made of."""
-        bias = None if self.bias is None else self.bias[self.memory.place]
+        rows, bias = self.memory.rows.to_local(), None if self.bias is None else self.bias[self.memory.place]
         if self.delta is None:
-            return self.memory.rows.to_local(), None, bias, None
-        return self.memory.rows.to_local(), own_part(self.delta)[: len(self.moves)], bias, self.moves
+            return rows, None, bias, None
+        return rows, own_part(self.delta)[: len(self.moves)], bias, self.moves
 
     def keys_of(self, rows: Tensor, *, sparse: bool = False) -> Tensor:
-        """The keys of some rows, (...) -> (..., D), or D + 1 with a bias, on every rank."""
-        keys = self.memory.at(self.keys(), rows)
-        return keys.to(torch.promote_types(keys.dtype, torch.float32))
+        return self.memory.take(rows, self.keys())
 
     def loss(self, queries: Tensor, targets: Tensor, words: WordScores | None = None) -> Tensor:
         check_targets(targets, len(queries), len(self.memory))

@@ -1,8 +1,6 @@
 """The files of a comparison: its tables, and its figure, which has a panel for each setting that differs."""
 
-import io
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ MOST_PANELS, ACROSS = 6, 2  # of the figure, and side by side
 MOST_LINES = 8  # of curves
 LOG_FROM = 30  # an axis is logarithmic if its largest value is more than so many times its smallest
 BLUE, INK = "#0072b2", "#222222"
-STYLE: Any = {
-    **{"font.size": 9, "axes.labelcolor": INK, "savefig.facecolor": "white", "savefig.dpi": 200},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False},
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "errorbar.capsize": 2.5},
-    "lines.markersize": 5,
+STYLE: Any = {  # of all figures
+    **{"figure.dpi": 200, "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "lines.markersize": 5},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd", "errorbar.capsize": 2.5},
+    "text.parse_math": False,  # a dollar in a user's text is no formula
 }
 LEVELS: dict[str, dict[str, Any]] = {
     "test": {"label": "mean of the settings", "color": BLUE},
@@ -48,31 +46,6 @@ def write(comparison: Comparison, folder: Path) -> str:
     return f"written to {folder}: comparison.md, .csv, .png"
 
 
-def show(comparison: Comparison, folder: Path) -> None:
-    """Show what `write` left in a folder in TensorBoard, as a run of that folder: images, and the table as a text."""
-    from tensorboard.compat.proto import event_pb2, summary_pb2  # tensorboard is slow to import
-    from tensorboard.plugins.text.metadata import create_summary_metadata
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    from tensorboard.util.tensor_util import make_tensor_proto
-
-    for left in folder.glob("events.out.tfevents.*"):  # of the same sweep, before it was resumed
-        left.unlink()
-    with matplotlib.rc_context(STYLE):
-        draw_curves(comparison).savefig(curves := io.BytesIO(), format="png")
-    images = {"figures/1_curves": curves.getvalue(), "figures/2_comparison": (folder / "comparison.png").read_bytes()}
-    values = []
-    for tag, png in images.items():
-        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
-        image = summary_pb2.Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
-        values.append(summary_pb2.Summary.Value(tag=tag, image=image))
-    table = comparison.text().replace(r"\<", "&lt;")  # TensorBoard's Markdown has no such escape
-    text, how = make_tensor_proto([table]), create_summary_metadata("", "")
-    values.append(summary_pb2.Summary.Value(tag="comparison", tensor=text, metadata=how))
-    writer = EventFileWriter(str(folder))
-    writer.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=summary_pb2.Summary(value=values)))
-    writer.close()
-
-
 def draw_curves(comparison: Comparison) -> Figure:
     """Draw validation's Top-1 over the steps: of each of the best settings the mean of its seeds in a band."""
     figure, rows = Figure(figsize=(5.2, 3.2), layout="constrained"), comparison.rows[:MOST_LINES]
@@ -87,7 +60,7 @@ def draw_curves(comparison: Comparison) -> Figure:
         steps = steps[steps <= min(found[-1] for found, _ in of_seeds)]  # where all of the seeds are
         values = np.array([np.interp(steps, *curve) for curve in of_seeds])
         named = [f"{name}={shown(row.value(name), 24)}" for name in comparison.columns] or ["all seeds"]
-        (line,) = axes.plot(steps, values.mean(axis=0), label=", ".join(named).replace("$", r"\$"))
+        (line,) = axes.plot(steps, values.mean(axis=0), label=", ".join(named))
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, lw=0)
     best = f"; the {len(rows)} best of {len(comparison.rows)}" * (len(rows) < len(comparison.rows))
     steps_of = f"steps of {' and '.join(LINES[stage] for stage in stages)}"
@@ -145,5 +118,5 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
     if numeric and min(x) > 0 and max(x) > LOG_FROM * min(x):
         axes.set_xscale("log")
     if not numeric:
-        labels = [shown(value, 24).replace("$", r"\$") for value in values]  # which would begin a formula
+        labels = [shown(value, 24) for value in values]
         axes.set_xticks([*place.values()], labels, rotation=25 * (sum(map(len, labels)) > 50))
