@@ -33,9 +33,10 @@ STAGES = {
     "reranker": [*SMALL, *LONG],
     "joint": ["stage=joint", *SMALL, *LONG],
     "folds": RECORDED,
+    "hard negatives": ["stage=attention", *SMALL, *LONG, "attention.sample=64", "attention.hard=4"],
 }
 SHARE = ("joint",)  # what `make test` kills runs in
-MARKS = {"folds": "fitting attention without part 1"}
+MARKS = {"folds": "fitting attention without part 1", "hard negatives": "fitting attention"}
 
 
 def reached(mark: str, process: Program) -> bool:

@@ -30,6 +30,7 @@ WARPED = [
 METHODS = {
     "exact": [],
     "sample=8192": ["attention.sample=8192"],
+    "sample=8192, hard=16": ["attention.sample=8192", "attention.hard=16"],
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from nvf.errors import InputError
 from nvf.models.memory import DTYPES, VectorMemory, unit
+from nvf.models.queries_and_keys import neighbours
 from nvf.ops.products import QUERY_BLOCK
 
 
@@ -207,3 +208,15 @@ def test_bad_ways_to_keep_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"data.mapped=.*file cannot hold the rows"):
         VectorMemory(torch.ones(2, 2), mapped=tmp_path / "file")
+
+
+def test_neighbours_equal_a_loop_and_are_never_the_row_itself() -> None:
+    keys = unit(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+    keys[10:17] = keys[10]  # more equal rows than neighbours
+    found = neighbours(keys, 3)
+    for row, others in enumerate(found.tolist()):
+        scores = keys @ keys[row]
+        assert row not in others
+        assert len(set(others)) == 3
+        expected = scores[[other for other in range(40) if other != row]].topk(3).values
+        torch.testing.assert_close(scores[others], expected)

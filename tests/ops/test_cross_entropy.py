@@ -104,11 +104,13 @@ def test_a_sample_has_one_row_of_every_stratum() -> None:
     assert torch.equal(stratified(9, 4, stream(0, "sample", 1)), stratified(9, 4, stream(0, "sample", 1)))
 
 
-def test_the_sampled_sum_is_right_on_average_over_all_samples() -> None:
+@pytest.mark.parametrize("hard", [None, [[1, 5, 0], [2, 6, 3]]])
+def test_the_sampled_sum_is_right_on_average_over_all_samples(hard: list[list[int]] | None) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     queries = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-    targets = torch.tensor([[1, -1], [4, 2]])  # may be sampled too
+    targets = torch.tensor([[1, -1], [4, 2]])  # the first of each is a hard negative too, or may be sampled
+    negatives = None if hard is None else torch.tensor(hard)
     scores = (queries @ keys.T).exp()
     right = torch.stack([scores[0, 1], scores[1, [2, 4]].prod().sqrt()])
     strata = [range(7 * part // 3, 7 * (part + 1) // 3) for part in range(3)]
@@ -121,6 +123,7 @@ def test_the_sampled_sum_is_right_on_average_over_all_samples() -> None:
                 targets[i : i + 1],
                 count=7,
                 sample=torch.tensor(sample),
+                hard=None if negatives is None else negatives[i : i + 1],
             )
             for i in range(2)
         ]
@@ -131,7 +134,10 @@ def test_the_sampled_sum_is_right_on_average_over_all_samples() -> None:
 def test_a_sample_of_all_rows_is_the_exact_loss() -> None:
     queries, keys, chosen = problem(3)
     inputs = [queries.requires_grad_(), keys.requires_grad_()]
-    ours = sampled_cross_entropy(queries, lambda rows: keys[rows], chosen, count=301, sample=torch.arange(301))
+    hard = torch.arange(5).expand(70, 5)
+    ours = sampled_cross_entropy(
+        queries, lambda rows: keys[rows], chosen, count=301, sample=torch.arange(301), hard=hard
+    )
     plain = attention_loss(queries @ keys.T, chosen)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs))

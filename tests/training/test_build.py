@@ -242,7 +242,7 @@ def test_several_right_answers_run_to_the_end(run: Run, tmp_path: Path, folder: 
 LARGE = {
     "half": ["data.dtype=float16"],
     "mapped": ["data.dtype=bfloat16", "data.mapped=rows"],
-    "sampled": ["attention.sample=20"],
+    "sampled": ["attention.sample=20", "attention.hard=3"],
 }
 
 

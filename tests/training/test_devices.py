@@ -165,6 +165,7 @@ def test_rows_that_some_rank_would_lack_are_refused() -> None:
     [
         (["trainer=sharded", "stage=joint"], r"trainer=sharded .*stage=reranker"),
         (["trainer=sharded", "attention.keys=moved"], r"trainer=sharded .*attention\.keys="),
+        (["trainer=sharded", "attention.sample=9", "attention.hard=2"], r"trainer=sharded .*attention\.hard=0"),
         (["trainer=sharded", "reranker.folds=2"], r"trainer=sharded .*reranker\.folds=null"),
         (["trainer=sharded", "attention.keys=learned", "+trainer.gradient_clip_val=1"], r"trainer.gradient_clip_val=1"),
         (["trainer=ddp", "trainer.strategy=ddp_spawn"], r"trainer.strategy=ddp_spawn is not supported; choose ddp"),

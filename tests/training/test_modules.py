@@ -18,6 +18,7 @@ from nvf.evaluation.calibration import quality
 from nvf.models.attention import SoftAttention
 from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
+from nvf.models.queries_and_keys import neighbours
 from nvf.models.reranker import Reranker
 from nvf.training.callbacks import LogGradients
 from nvf.training.modules import AttentionModule, JointModule, RerankerModule
@@ -182,6 +183,8 @@ def test_scalars_have_a_learning_rate_of_their_own() -> None:
         ({"schedule": "cosine"}, "schedule=cosine is unknown; choose one of onecycle, constant"),
         ({"sample": 0}, "attention.sample=0 is not a whole number of at least 1"),
         ({"sample": 31}, "attention.sample=31 is not a whole number of at least 1 and below 31; null takes all"),
+        ({"sample": 8, "hard": 30}, "attention.hard=30 is not a whole number of at least 0 and below 30"),
+        ({"hard": 2}, "attention.hard=2 adds to a sample of the rows; set attention.sample"),
     ],
 )
 def test_bad_settings_are_refused(memory: VectorMemory, settings: dict, message: str) -> None:
@@ -329,25 +332,35 @@ def test_a_sample_of_the_rows_teaches_what_all_of_them_do(keys: str, tmp_path: P
     memory = VectorMemory.synthetic(rows=400, dim=8, seed=0)
     source = Warped(memory, sigma=0.1, warp="rotation", warp_seed=0)
     reached = {}
-    for sample in (None, 50):
+    for sample, hard in ((None, 0), (50, 0), (50, 4)):
         torch.manual_seed(0)
         attention = SoftAttention(memory, transform="linear", keys=keys)
-        module = AttentionModule(attention, lr=3e-2, schedule="onecycle", sample=sample)
+        module = AttentionModule(attention, lr=3e-2, schedule="onecycle", sample=sample, hard=hard)
         data = VectorDataModule(source, seed=0, batch_size=128, steps_per_epoch=100, val_samples=2000)
         fitted = trainer(tmp_path, epochs=2)
         fitted.fit(module, data)
-        reached[sample] = float(fitted.callback_metrics["val/top1"])
-    assert reached[50] > reached[None] - 0.03 > 0.5
+        reached[sample, hard] = float(fitted.callback_metrics["val/top1"])
+    assert min(reached.values()) > reached[None, 0] - 0.03 > 0.5
 
 
-def test_each_step_draws_a_sample_of_its_own(memory: VectorMemory, tmp_path: Path) -> None:
-    module, seen = AttentionModule(SoftAttention(memory), lr=1e-3, schedule="constant", sample=5), []
+def test_hard_negatives_are_the_neighbours_of_the_target(memory: VectorMemory, tmp_path: Path) -> None:
+    module = AttentionModule(SoftAttention(memory), lr=1e-3, schedule="constant", sample=5, hard=3)
+    seen = []
     loss = module.model.sampled_loss
-    module.model.sampled_loss = lambda *given, sample, **how: seen.append(sample) or loss(*given, sample=sample, **how)
+
+    def spy(queries: torch.Tensor, targets: torch.Tensor, **rows: torch.Tensor) -> torch.Tensor:
+        seen.append((targets, rows["sample"], rows["hard"]))
+        return loss(queries, targets, **rows)
+
+    module.model.sampled_loss = spy
     data = VectorDataModule(Noisy(memory, sigma=0.2), seed=0, batch_size=16, steps_per_epoch=3, val_samples=20)
     trainer(tmp_path, epochs=1).fit(module, data)
-    assert [len(sample) for sample in seen] == [5, 5, 5]  # validation is exact
-    assert not torch.equal(seen[0], seen[1])
+    assert len(seen) == 3  # validation is exact
+    assert not torch.equal(seen[0][1], seen[1][1])
+    for targets, sample, hard in seen:
+        assert sample.shape == (5,)
+        similar = memory.rows[targets[:, 0]] @ memory.rows.T
+        assert torch.equal(hard, similar.topk(4).indices[:, 1:])  # the first is the row itself
 
 
 class NoHostWaits(TorchDispatchMode):
@@ -365,7 +378,7 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, sampled: bool, monkey
     monkeypatch.setattr("nvf.ops.products._on_cpu", lambda _: False)  # what runs elsewhere
     module, data = stage(name)
     if isinstance(module, AttentionModule) and sampled:
-        module.sample = 8
+        module.sample, module.hard, module.neighbours = 8, 2, neighbours(data.source.memory.rows, 2)
         module.attention.keys = lambda: pytest.fail("not all keys are needed")
     batches = iter(data.train_dataloader())
     optimizer = module.optimizer(module.parameter_groups())

@@ -216,13 +216,15 @@ class SoftAttention(nn.Module):
         right = mean_of(self.logits_of(projected, targets, words), targets >= 0)
         return (self.total(projected, words) - right).mean()
 
-    def sampled_loss(self, queries: Tensor, targets: Tensor, *, sample: Tensor, sparse: bool = False) -> Tensor:
-        """Estimate the loss from the targets and a sample of the rows alone, see `sampled_cross_entropy`.
+    def sampled_loss(
+        self, queries: Tensor, targets: Tensor, *, sample: Tensor, hard: Tensor | None = None, sparse: bool = False
+    ) -> Tensor:
+        """Estimate the loss from the targets, a sample and hard negatives alone, see `sampled_cross_entropy`.
 
         If `sparse`, the gradient of learned keys is a sparse tensor, of the rows that are looked at.
         """
         projected, count, keys = self.project(queries), len(self.memory), partial(self.keys_of, sparse=sparse)
-        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample)
+        return sampled_cross_entropy(projected, keys, targets, count=count, sample=sample, hard=hard)
 
     def candidates(self, queries: Tensor, k: int, *, logsumexp: bool = False, words: WordScores | None = None) -> TopK:
         """Return the k rows of highest attention, see `blockwise_topk`; an InputError if k is not in 1..N."""

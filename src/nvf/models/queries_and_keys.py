@@ -90,3 +90,12 @@ def _of_block(
 def hubness(queries: Tensor, keys: Tensor, beta: float | Tensor) -> Tensor:
     """Return how near each key is to a bank of queries, (N,): log mean exp(beta q k) / beta (arXiv 2112.12777)."""
     return (blockwise_topk(keys, beta * queries, 1, logsumexp=True).logsumexp - math.log(len(queries))) / beta
+
+
+@torch.no_grad()
+def neighbours(keys: Tensor, count: int) -> Tensor:
+    """Return the rows of the `count` < N keys most like each key, (N, count) int32, best first, without itself."""
+    best = blockwise_topk(keys, keys, count + 1).rows
+    itself = best == torch.arange(len(keys), device=keys.device).unsqueeze(-1)
+    itself[:, -1] |= ~itself.any(dim=-1)  # one of many equal rows may miss itself
+    return best[~itself].view(-1, count).int()

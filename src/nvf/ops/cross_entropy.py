@@ -85,22 +85,32 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def sampled_cross_entropy(
-    queries: Tensor, keys: Callable[[Tensor], Tensor], targets: Tensor, *, count: int, sample: Tensor
+    queries: Tensor,
+    keys: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    count: int,
+    sample: Tensor,
+    hard: Tensor | None = None,
 ) -> Tensor:
-    """Estimate the loss from targets, (B, m), and a `stratified` sample of the rows, (M,), for all queries.
+    """Estimate the loss from targets, (B, m), hard negatives, (B, h), and a `stratified` sample, (M,), for all queries.
 
-    The estimated sum of exp(score) over all `count` rows is unbiased: a target counts once, a row of the sample for all
-    rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
+    The estimated sum of exp(score) over all `count` rows is unbiased: a target or hard negative counts once, a row of
+    the sample for all rows of its stratum. That is the logQ correction of sampled softmax (arXiv 1412.2007) with exact
     probabilities. The logarithm of the sum is too low on average, by less the larger the sample is. `keys` gives the
     keys, (..., D), of rows, (...).
     """
-    scores = scores_of(queries, keys(targets.clamp(min=0)), targets)
+    known = targets
+    if hard is not None:
+        met = (hard.unsqueeze(-1) == targets.unsqueeze(1)).any(dim=-1)
+        known = torch.cat([targets, hard.masked_fill(met, -1)], dim=-1)  # (B, m + h)
+    scores = scores_of(queries, keys(known.clamp(min=0)), known)
     strata = _strata(count, len(sample), sample.device)
     others = (queries @ keys(sample).to(queries.dtype).T).to(scores.dtype) + strata.diff().log()  # (B, M)
-    stratum = ((targets.clamp(min=0) + 1) * len(sample) - 1) // count  # of each target
-    twice = torch.zeros_like(scores).masked_fill(sample[stratum] == targets, -math.inf)
+    stratum = ((known.clamp(min=0) + 1) * len(sample) - 1) // count  # of each known row
+    twice = torch.zeros_like(scores).masked_fill(sample[stratum] == known, -math.inf)
     others = others.scatter_add(-1, stratum, twice)
-    right = mean_of(scores, targets >= 0)
+    right = mean_of(scores[:, : targets.shape[1]], targets >= 0)
     return (torch.cat([scores, others], dim=-1).logsumexp(dim=-1) - right).mean()
 
 

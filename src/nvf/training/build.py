@@ -150,13 +150,13 @@ def check_sharded(config: Settings, *, foreign: bool = False) -> None:
     if foreign:
         raise InputError("trainer=sharded has no rows that are aligned with another model's queries; use one device")
     settings = [variant["attention"] for variant in variants(config)]
-    moved = any(one["keys"] == "moved" for one in settings)
+    moved = any(one["keys"] == "moved" or one["hard"] for one in settings)
     if (clip := config["trainer"].get("gradient_clip_val")) and any(one["keys"] == "learned" for one in settings):
         raise InputError(f"trainer.gradient_clip_val={clip} is not supported by trainer=sharded with learned keys")
     fits = config["stage"]["fit"]
     if "joint" in fits or moved or ("reranker" in fits and config["reranker"]["folds"] is not None):
-        remedy = "stage=reranker or attention, attention.keys=frozen or learned, reranker.folds=null"
-        raise InputError(f"trainer=sharded has no joint training, moved keys or folds: set {remedy}")
+        remedy = "stage=reranker or attention, attention.keys=frozen or learned, attention.hard=0, reranker.folds=null"
+        raise InputError(f"trainer=sharded has no joint training, moved keys, hard negatives or folds: set {remedy}")
 
 
 def stages(config: Settings) -> list[str]:

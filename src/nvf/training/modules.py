@@ -13,6 +13,7 @@ from nvf.data.queries import QueryBatch
 from nvf.errors import InputError, check_number
 from nvf.models.attention import SoftAttention
 from nvf.models.pipeline import Pipeline
+from nvf.models.queries_and_keys import neighbours
 from nvf.models.reranker import reranker_loss
 from nvf.ops.cross_entropy import mean_of, stratified
 from nvf.ops.random_streams import stream
@@ -27,22 +28,56 @@ class AttentionModule(StageModule):
     Args:
         k: the number of candidates; validation says whether a target is among them.
         sample: the number of rows from which a step estimates the loss; with None all rows give it exactly.
+        hard: how many rows, the nearest to a query's target, are added to the sample.
     """
 
-    def __init__(self, attention: SoftAttention, *, k: int = 5, sample: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        attention: SoftAttention,
+        *,
+        k: int = 5,
+        sample: int | None = None,
+        hard: int = 0,
+        **settings: Any,
+    ) -> None:
         super().__init__(attention, **settings)
+        rows = len(attention.memory)
         if sample is not None:
-            most = len(attention.memory) + 1
-            check_number("attention.sample", sample, minimum=1, below=most, whole=True, remedy="null takes all")
-        self.k, self.sample = k, sample
+            check_number("attention.sample", sample, minimum=1, below=rows + 1, whole=True, remedy="null takes all")
+        check_number("attention.hard", hard, minimum=0, below=rows, whole=True, remedy="16 is a good start")
+        if hard and sample is None:
+            raise InputError(f"attention.hard={hard} adds to a sample of the rows; set attention.sample")
+        self.k, self.sample, self.hard = k, sample, hard
+        self.neighbours: Tensor | None = None  # of each row, (N, h)
         self.sparse = False  # whether the gradient of learned keys is, in training
+
+    def on_train_start(self) -> None:
+        if self.hard and self.neighbours is None:
+            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.hard and self.current_epoch and self.model.delta is not None:  # learned keys move
+            self.neighbours = neighbours(self.model.keys().detach(), self.hard)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.model.delta is not None:  # of frozen keys they are computed again
+            checkpoint["neighbours"] = self.neighbours  # as they were when the epoch began
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (saved := checkpoint.get("neighbours")) is not None:
+            self.neighbours = saved.to(self.model.memory.rows.device)
 
     def loss(self, batch: QueryBatch) -> Tensor:
         if self.sample is None:
             return self.model.loss(batch.queries, batch.targets, batch.words)
         generator = stream(self.seed, "sample", self.global_step, self.own_rank, device=self.device)
         sample = stratified(len(self.model.memory), self.sample, generator)
-        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, sparse=self.sparse)
+        hard = None
+        if self.neighbours is not None:
+            first = (batch.targets >= 0).int().argmax(dim=-1, keepdim=True)
+            hard = self.neighbours[batch.targets.gather(-1, first).squeeze(-1)].long()
+        return self.model.sampled_loss(batch.queries, batch.targets, sample=sample, hard=hard, sparse=self.sparse)
 
     def make_optimizer(self, groups: Groups) -> Optimizer:
         """The optimizer; where that can be, a sampled step changes those learned keys alone that it sees."""

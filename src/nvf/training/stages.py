@@ -76,7 +76,7 @@ def attention_stage(config: Settings, source: Source) -> Stage:
     seen = seen_rows(source) if settings["keys"] != "frozen" else None
     moving: dict[str, Any] = {} if seen is None else {"moving": seen.nonzero().squeeze(-1)}
     attention = make(settings["model"], "attention.model", memory=source.memory, **moving)
-    given = {name: settings[name] for name in ("warmup", "sample")} | {"k": config["k"]}
+    given = {name: settings[name] for name in ("warmup", "sample", "hard")} | {"k": config["k"]}
     return _stage("attention", AttentionModule, attention, given, config, source)
 
 
