@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -310,15 +309,6 @@ def test_a_setting_that_nothing_reads_is_refused_by_name(
     with pytest.raises(InputError, match=message):
         nvf.train.run(word)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_every_documented_setting_is_known() -> None:
-    root = Path(__file__).parents[1]
-    text = "".join(path.read_text() for path in (root / "README.md", *root.glob("docs/*.md")))
-    commands = re.findall(r"python -m nvf\.train ([^#`\n]+)", text)
-    assert len(commands) > 20
-    for words in commands:
-        spelled(shlex.split(words.rstrip(" :;")))
 
 
 def test_help_names_every_choice_and_setting_without_torch(tmp_path: Path) -> None:
