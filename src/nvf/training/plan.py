@@ -10,14 +10,15 @@ from nvf.data.queries import Recorded
 from nvf.evaluation.report import cut_in_words
 from nvf.training.build import Built, stages
 from nvf.training.fit import FitSettings
-from nvf.training.stages import Stage
+from nvf.training.stages import Stage, planned
 
 log = logging.getLogger("nvf")
 SHARE = 0.65  # of the limit for stage 1 in all its variants and folds
 JOINT_SHARE = 0.25  # for joint training; stage 2 and evaluation have the rest
 FEWEST_EPOCHS = 3  # with fewer, fewer variants and folds are tried
 # What the runs in README.md and docs/ took on two cores.
-START, STEP, RATE = 6.0, 0.005, 3e10  # seconds beside the fits, and of a step at least; multiply-adds a second
+START, STEP = 6.0, 0.005  # seconds beside the fits, and of a step at least
+RATE, SCAN_RATE = 3e10, 8e10  # multiply-adds a second, of a step and of a search over all rows
 SEARCHES = 8  # of the test queries in an evaluation, and of the validation queries in the choice of a variant
 UNITS = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 Cut = dict[str, Any]  # the limit, `by`, and what was `asked` and is `kept` of epochs, for stage 1 of variants and folds
@@ -92,7 +93,7 @@ def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
     `variants` are the stages 1 that are fitted, none where one is given.
     """
     memory, config, source = built.source.memory, built.config, built.source
-    scan = len(memory) * memory.query_dim / RATE  # seconds of one query over all rows
+    scan = len(memory) * memory.query_dim / SCAN_RATE  # seconds of one query over all rows
     if isinstance(source, Recorded):
         logged, held, tested = (len(source.splits[split].queries) for split in ("train", "val", "test"))
     else:
@@ -110,13 +111,14 @@ def forecast(built: Built, variants: Sequence[Stage], folds: int | None) -> str:
     if (stage := built.reranker) and "reranker" in stages(config) and config["reranker_checkpoint"] is None:
         told.append(f"stage 2 with {folds} folds" if folds else "stage 2")
         steps = stage.fit.epochs * steps_of_epoch(stage)
-        seconds += steps * STEP + (logged or steps * stage.data.batch_size) * scan
+        taught = planned(config, "taught_by") or logged or steps * stage.data.batch_size
+        seconds += steps * STEP + taught * scan
         seconds += ((folds or 1) - 1) * fitted([*built.variants, *variants][-1], passes=3)
     if built.joint is not None:
         told.append("both together")
         seconds += fitted(built.joint, passes=6)
     sizes = f"{f'{logged:,}' if logged else 'generated'} queries, {len(memory):,} rows of {memory.query_dim} dimensions"
-    line = f"{', then '.join(told) or 'nothing to fit'}: {sizes}; about {in_words(seconds)} on two cores"
+    line = f"{', then '.join(told) or 'nothing to fit'}: about {in_words(seconds)} on two cores\n{sizes}"
     taken = [f"{name}={value:,}" for name, value in config["data"]["plan"].items() if value is not None]
     return f"{line}\nof these a part is taken: {', '.join(taken)}" if taken else line
 
