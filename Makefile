@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 train: setup
 	$(BIN)/python -m nvf.train $(ARGS)
 
-# Every promise once, in minutes.
+# Every promise once, in minutes, but those that take longest to see.
 test: lint types $(VENV)/.installed-text
 	$(PYTEST) -m 'not slow and not browser' $(ARGS)
 

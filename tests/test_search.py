@@ -319,7 +319,9 @@ def test_bad_input_ends_in_one_line(place: Path) -> None:
     assert done.stderr == "error: k=31 exceeds the memory's 30 rows; lower k\n"
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_killed_search_leaves_nothing(place: Path, sent: signal.Signals, status: int) -> None:
     np.save(place / "q.npy", vectors(3_000_000))
     words = ["pipeline=pipeline", "queries=q.npy", "output=a.jsonl"]

@@ -46,7 +46,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures(cwd / "run")
 
 
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("how", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_a_run_that_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, undisturbed: dict[str, Any], how: signal.Signals, status: int
 ) -> None:

@@ -206,6 +206,7 @@ def seen(place: Path) -> Any:
     return json.loads((place / "work" / "seen.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS, "tensorboard"])
 def test_every_command_works_without_a_network(name: str, seen: dict[str, Any]) -> None:
     if not seen["isolated"]:
@@ -259,6 +260,7 @@ def test_nothing_is_written_elsewhere(place: Path) -> None:
     assert [line for line in notes(place, "written") if not line.rpartition(": ")[2].startswith(allowed)] == []
 
 
+@pytest.mark.slow
 def test_a_home_that_nobody_can_write_into_is_enough(tmp_path: Path) -> None:
     """As containers and services have it; not even root can make a folder below a device."""
     environment = surroundings(tmp_path, HOME="/dev/null")

@@ -133,7 +133,10 @@ def test_exact_search_is_the_collection_s(folder: Path, tmp_path: Path, distance
     assert read(tmp_path / "storage").distance is None
 
 
-@pytest.mark.parametrize("distance", ["Dot", "Euclid", "Manhattan"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("Euclid", "Manhattan")]
+
+
+@pytest.mark.parametrize("distance", ["Dot", *SLOWER])
 def test_a_collection_that_orders_otherwise_is_refused_unless_cosine_is_meant(
     run: Callable[..., dict[str, Any]], folder: Path, tmp_path: Path, distance: str
 ) -> None:

@@ -184,7 +184,7 @@ def test_gradients_by_sample_and_an_ensemble_of_weights(layer: Pipeline) -> None
                 torch.testing.assert_close(found, model(asked(4)).log_probs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("relaxation", [None, 0.5])
+@pytest.mark.parametrize("relaxation", [None, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_it_compiles_as_one_graph(layer: Pipeline, relaxation: float | None) -> None:
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

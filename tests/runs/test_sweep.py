@@ -103,7 +103,8 @@ def workers(parent: int) -> list[int]:
 
 
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("NVF_KILLS", "1"))))
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_job_fails_the_sweep_and_resume_completes_it(
     undisturbed: Path, tmp_path: Path, how: signal.Signals, attempt: int
 ) -> None:
