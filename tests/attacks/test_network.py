@@ -21,6 +21,7 @@ import pytest
 PATIENCE = 1800  # seconds; as in programs.py, which the session cannot import
 COMMON = ["data.rows=60", "data.dim=8", "queries.val_samples=100", "queries.test_samples=100", "threads=1"]
 TRAIN = ["nvf.train", "trainer=debug", *COMMON, "hydra.run.dir=outputs/run"]
+pytestmark = pytest.mark.slow  # every command, in a namespace of its own
 COMMANDS = {
     "train": TRAIN,
     "search": ["nvf.search", "pipeline=outputs/run/pipeline", "queries=queries.npy", "k=3", "output=outputs/a.jsonl"],
@@ -206,7 +207,6 @@ def seen(place: Path) -> Any:
     return json.loads((place / "work" / "seen.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*COMMANDS, "tensorboard"])
 def test_every_command_works_without_a_network(name: str, seen: dict[str, Any]) -> None:
     if not seen["isolated"]:
@@ -260,7 +260,6 @@ def test_nothing_is_written_elsewhere(place: Path) -> None:
     assert [line for line in notes(place, "written") if not line.rpartition(": ")[2].startswith(allowed)] == []
 
 
-@pytest.mark.slow
 def test_a_home_that_nobody_can_write_into_is_enough(tmp_path: Path) -> None:
     """As containers and services have it; not even root can make a folder below a device."""
     environment = surroundings(tmp_path, HOME="/dev/null")

@@ -126,6 +126,7 @@ def test_a_killed_job_fails_the_sweep_and_resume_completes_it(
     assert all(without_time(result) == without_time(expected[job]) for job, result in found.items())
 
 
+@pytest.mark.slow
 def test_a_failing_job_leaves_its_reason_and_the_others_run(tmp_path: Path) -> None:
     done = command("-m", *WORDS, "reranker.epochs=1", "k=0,3", "hydra/launcher=parallel", cwd=tmp_path)
     assert done.returncode == 1

@@ -350,6 +350,7 @@ def check_figures(folder: Path, run: Callable[..., dict[str, Any]], *words: str)
     assert found["gradients"]["parameters"] == {name: pytest.approx(norm, rel=0.05) for name, norm in parts.items()}
 
 
+@pytest.mark.slow
 def test_a_sharded_run_finds_what_a_run_on_one_device_finds(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     done = command(*SHARED, *TWO, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
