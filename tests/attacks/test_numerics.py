@@ -288,6 +288,7 @@ def test_near_duplicates_come_in_their_true_order(distance: float, attempts: Cal
             assert np.array_equal(memory.search(asked, 2).rows.numpy(), expected[: len(asked), :2])
 
 
+@pytest.mark.slow
 def test_the_blocks_of_near_ties_are_cut_right() -> None:
     keys = VectorMemory(torch.ones(NEAR_TIES // 256, 2)).rows
     queries = unit(normal(QUERY_BLOCK + 3, 2))

@@ -107,7 +107,8 @@ def test_every_door_opens_and_no_pickle_gets_through_it(place: Path, tmp_path: P
     assert sentinel.exists()  # they are as evil as they look
 
 
-@pytest.mark.parametrize("hashes", [pytest.param("plain", marks=pytest.mark.slow), "forged"])
+@pytest.mark.slow
+@pytest.mark.parametrize("hashes", ["plain", "forged"])
 def test_damaged_copies(place: Path, hashes: str, attempts: Callable[[int, int], int]) -> None:
     count = attempts(6, 1000)  # at each of some thirty doors
     program = [sys.executable, str(Path(__file__).with_name("pipeline_doors.py")), str(place), str(count), "0", hashes]

@@ -170,6 +170,7 @@ def test_the_exact_gradient_is_that_of_central_differences(kind: str) -> None:
     assert float((found - expected).norm() / expected.norm()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_relaxed_trades_the_bias_of_exact_for_variance() -> None:
     pipeline, count = estimators.case(), 40_000
     true = estimators.truth(pipeline, count)
