@@ -87,6 +87,7 @@ def _topk(
     best = (_Sparse if sparse else _Dense)(queries, more, size)
     total = RunningLogSumExp() if logsumexp else None
     start, ranks = 0, torch.ones(count, dtype=torch.int64, device=queries.device)
+    noise = 2 * _noise(queries, added).squeeze(-1) if bar else None  # of a score next to the bar
     for part in split(keys if some is None else some, max(more, budget // max(1, count))):
         scores = products(part if some is None else keys[part], queries, by_query=not sparse)  # (w, B)
         if allowed is not None and not alike:
@@ -96,7 +97,7 @@ def _topk(
             scores[added[0][query, place] - start, query] += added[1][query, place]
         largest = best.add(scores, start)
         if bar:
-            ranks += _count_ahead(scores, start, queries, keys, added, *bar)
+            ranks += _count_ahead(scores, start, queries, keys, added, noise, *bar)
         if total is not None:
             total.add_(scores, largest)
         start += len(part)
@@ -116,10 +117,9 @@ def is_ahead(scores: Tensor, rows: Tensor, best: Tensor, first: Tensor) -> Tenso
 
 
 def _count_ahead(
-    scores: Tensor, start: int, queries: Tensor, keys: Tensor, added: Added, best: Tensor, first: Tensor
+    scores: Tensor, start: int, queries: Tensor, keys: Tensor, added: Added, noise: Any, best: Tensor, first: Tensor
 ) -> Tensor:
     """Return how many rows of a block of scores, (w, B), are ahead, (B,); near ties by their exact scores."""
-    noise = 2 * _noise(queries, added).squeeze(-1)
     below = scores <= (best + noise).to(scores.dtype)
     row, query = (below & (scores >= (best - noise).to(scores.dtype))).nonzero(as_tuple=True)
     row = row + start
