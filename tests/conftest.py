@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nvf.data.queries import QueryBatch
 from nvf.models.attention import SoftAttention
 from nvf.models.evidence import FEATURES, Evidence
 from nvf.models.memory import VectorMemory, unit
@@ -71,6 +72,16 @@ def compose_config(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     return config
+
+
+@pytest.fixture
+def batch(memory: VectorMemory) -> QueryBatch:
+    """Queries near their first targets; one in three has a second one."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.stack([torch.randperm(30, generator=generator)[:2] for _ in range(120)])
+    queries = memory.rows[targets[:, 0]] + 0.35 * torch.randn(120, 8, generator=generator)
+    targets[torch.arange(120) % 3 > 0, 1] = -1
+    return QueryBatch(unit(queries), targets)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nvf.data.queries import QueryBatch, Recorded
 from nvf.errors import InputError
 from nvf.evaluation.evaluate import evaluate
 from nvf.models.attention import SoftAttention
-from nvf.models.memory import VectorMemory, unit
+from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.runs.curves import CHART
 from nvf.train import CONF
@@ -86,16 +86,6 @@ def test_hparams_hold_the_settings_and_the_test_figures(finished: tuple[dict[str
     assert settings["attention.transform"] == "residual"
     assert settings["data.rows"] == 40
     assert settings["reranker.lr"] == pytest.approx(3e-3)
-
-
-@pytest.fixture
-def batch(memory: VectorMemory) -> QueryBatch:
-    """Queries near their first targets; one in three has a second one."""
-    generator = torch.Generator().manual_seed(1)
-    targets = torch.stack([torch.randperm(30, generator=generator)[:2] for _ in range(120)])
-    queries = memory.rows[targets[:, 0]] + 0.35 * torch.randn(120, 8, generator=generator)
-    targets[torch.arange(120) % 3 > 0, 1] = -1
-    return QueryBatch(unit(queries), targets)
 
 
 CONFIGURED: Any = OmegaConf.to_container(OmegaConf.load(CONF / "dashboards" / "default.yaml"))

@@ -13,7 +13,7 @@ from conftest import SMALL, SMALL_STEPS, write_folder
 from nvf.dashboards.examples import CANDIDATES, LONGEST, examples_of, exemplary
 from nvf.data.queries import QueryBatch, Recorded
 from nvf.evaluation.evaluate import BINS, Evaluation, Outcomes, evaluate
-from nvf.models.memory import VectorMemory, unit
+from nvf.models.memory import VectorMemory
 from nvf.models.pipeline import Pipeline
 from nvf.models.words import Words
 
@@ -32,16 +32,12 @@ def test_queries_won_come_first_then_those_lost_then_those_without_an_answer() -
 
 
 @pytest.fixture
-def recorded(memory: VectorMemory) -> Recorded:
+def recorded(memory: VectorMemory, batch: QueryBatch) -> Recorded:
     """Queries with texts and ids; one in three has a second target."""
-    generator = torch.Generator().manual_seed(1)
-    targets = torch.stack([torch.randperm(30, generator=generator)[:2] for _ in range(120)])
-    queries = memory.rows[targets[:, 0]] + 0.35 * torch.randn(120, 8, generator=generator)
-    targets[torch.arange(120) % 3 > 0, 1] = -1
     memory.ids = np.array([f"item {row}" for row in range(30)], dtype=object)
     texts = [f"text number{row} of all{' x' * LONGEST}" for row in range(30)]
-    asked = [f"where is Number{row}, the text of all" for row in targets[:, 0].tolist()]
-    return Recorded(memory, {"val": QueryBatch(unit(queries), targets)}, texts=texts, asked={"val": asked})
+    asked = [f"where is Number{row}, the text of all" for row in batch.targets[:, 0].tolist()]
+    return Recorded(memory, {"val": batch}, texts=texts, asked={"val": asked})
 
 
 def found_by(pipeline: Pipeline, recorded: Recorded) -> Evaluation:
